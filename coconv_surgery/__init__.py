@@ -1,0 +1,1 @@
+"""Contextual convolution for the networks you already have."""

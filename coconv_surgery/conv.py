@@ -1,0 +1,375 @@
+"""Contextual convolution.
+
+Paper: Duta, Georgescu, Ionescu, "Contextual Convolutional Neural Networks", ICCV Workshops 2021.
+
+A CoConv splits the output channels of one convolution over several levels. Every level sees the whole input through
+kernels of its own dilation, so local detail and context come out of one layer, at the parameters and FLOPs of a plain
+convolution (Eqs. 1 to 3).
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+Pair = tuple[int, int]
+Dilation = int | Pair
+SplitRule = Literal["pow2", "even"]
+
+
+def split_channels(channels: int, levels: int, rule: SplitRule = "pow2") -> tuple[int, ...]:
+    """Share output channels out over levels.
+
+    Args:
+        channels: Number of output channels.
+        levels: Number of levels, at most ``channels``.
+        rule: ``"pow2"`` (Table 1, and the authors' code) works in units of ``channels / P``, with P the next power of
+            two ≥ ``levels``; the units left over go one each to the first levels. ``"even"`` (Table 2) shares evenly.
+
+    Returns:
+        One count a level, each at least 1. They always sum up to ``channels``: what does not divide goes to the
+        first level.
+
+    Raises:
+        ValueError: If the rule is unknown or there are more levels than channels.
+
+    >>> split_channels(128, 3)
+    (64, 32, 32)
+    >>> split_channels(512, 3, "even")
+    (172, 170, 170)
+    """
+    if rule not in get_args(SplitRule):
+        raise ValueError(f"unknown split rule {rule!r}: choose one of {', '.join(map(repr, get_args(SplitRule)))}")
+    if not 1 <= levels <= channels:
+        raise ValueError(f"cannot split {channels} channels over {levels} levels: every level needs at least one")
+    if rule == "even":
+        shares = [channels // levels] * levels
+    else:
+        units = 1 << (levels - 1).bit_length()
+        spare = units - levels
+        shares = [max(1, channels * (2 if level < spare else 1) // units) for level in range(levels)]
+    shares[0] += channels - sum(shares)
+    return tuple(shares)
+
+
+def coconv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    dilations: Sequence[Dilation],
+    splits: Sequence[int],
+    padding_mode: str = "zeros",
+) -> torch.Tensor:
+    """Contextual convolution, the functional form (Section 3, Figure 2a).
+
+    ``stride`` to ``groups`` describe the plain convolution this one replaces, as in
+    :func:`torch.nn.functional.conv2d`. Level k convolves with ``dilations[k]`` and with the padding that gives it the
+    plain convolution's output size. The arguments are taken to be valid: :func:`check_levels` says whether they are.
+
+    Args:
+        input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``.
+        weight: ``(out_channels, in_channels / groups, kH, kW)``; the levels are consecutive slices of dimension 0.
+        bias: ``(out_channels,)``.
+        stride: Stride of the plain convolution.
+        padding: Padding of the plain convolution: numbers, ``"same"`` or ``"valid"``.
+        dilation: Dilation of the plain convolution.
+        groups: Groups of the plain convolution; a level holds whole groups.
+        dilations: Dilation of each level.
+        splits: Output channels of each level.
+        padding_mode: As in :class:`torch.nn.Conv2d`.
+
+    Returns:
+        ``(N, out_channels, H_out, W_out)``, the levels concatenated in order.
+
+    >>> x, w = torch.randn(1, 8, 14, 14), torch.randn(6, 8, 3, 3)
+    >>> coconv2d(x, w, padding=1, dilations=(1, 2), splits=(3, 3)).shape
+    torch.Size([1, 6, 14, 14])
+    """
+    kernel = (weight.shape[2], weight.shape[3])
+    group_out, group_in = weight.shape[0] // groups, weight.shape[1]
+    outputs = []
+    start = 0
+    for level_dilation, channels in zip(dilations, splits, strict=True):
+        stop = start + channels
+        level_input, level_groups = input, 1
+        if groups > 1:
+            first_group, level_groups = start // group_out, channels // group_out
+            level_input = input.narrow(-3, first_group * group_in, level_groups * group_in)
+        pad_h, pad_w = level_padding(kernel, padding, _pair(dilation), _pair(level_dilation))
+        if padding_mode != "zeros":
+            level_input = F.pad(level_input, (pad_w, pad_w, pad_h, pad_h), mode=padding_mode)
+            pad_h = pad_w = 0
+        level_bias = None if bias is None else bias[start:stop]
+        level_weight = weight[start:stop]
+        outputs.append(
+            F.conv2d(level_input, level_weight, level_bias, stride, (pad_h, pad_w), level_dilation, level_groups)
+        )
+        start = stop
+    return torch.cat(outputs, dim=-3)
+
+
+def level_padding(
+    kernel_size: Pair, padding: int | Sequence[int] | str, dilation: Pair, level_dilation: Pair
+) -> tuple[int, int]:
+    """Padding that gives a level the output size of the plain convolution.
+
+    ``padding + (level_dilation - dilation) * (kernel_size - 1) / 2`` along each axis; a negative result means that no
+    padding does.
+
+    >>> level_padding((3, 3), 1, (1, 1), (4, 4))
+    (4, 4)
+    """
+    base: Sequence[int]
+    if isinstance(padding, str):
+        base = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
+    else:
+        base = _pair(padding)
+    height, width = (
+        p + (level_d - d) * (k - 1) // 2
+        for p, level_d, d, k in zip(base, level_dilation, dilation, kernel_size, strict=True)
+    )
+    return height, width
+
+
+def check_levels(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int]) -> None:
+    """Check that a convolution can be split into these levels.
+
+    Raises:
+        ValueError: With the reason, if it cannot.
+    """
+    kernel, base = _pair(conv.kernel_size), _pair(conv.dilation)
+    if not dilations or len(dilations) != len(splits):
+        raise ValueError(f"dilations {tuple(dilations)} and splits {tuple(splits)} must have one entry for each level")
+    if any(channels < 1 for channels in splits) or sum(splits) != conv.out_channels:
+        raise ValueError(f"splits {tuple(splits)} must be positive and sum up to the {conv.out_channels} out_channels")
+    _, unit = level_units(conv)
+    if any(channels % unit for channels in splits):
+        raise ValueError(
+            f"splits {tuple(splits)} cut through a group: with groups={conv.groups} every level must be a multiple of "
+            f"{unit} channels, so that each weight row keeps its input channels"
+        )
+    if any(min(_pair(dilation)) < 1 for dilation in dilations):
+        raise ValueError(f"dilations {tuple(dilations)} must be at least 1")
+    if is_plain(conv, dilations):
+        return
+    if kernel == (1, 1):
+        raise ValueError("a 1×1 kernel has no dilation: it cannot take several levels")
+    if any(side % 2 == 0 for side in kernel):
+        raise ValueError(f"kernel_size {kernel} is even: no symmetric padding keeps the output size at other dilations")
+    for dilation in dilations:
+        if min(level_padding(kernel, conv.padding, base, _pair(dilation))) < 0:
+            raise ValueError(
+                f"dilation {dilation} with padding {conv.padding} would need negative padding to keep the output size: "
+                f"use dilations of at least the conv's own, {conv.dilation}"
+            )
+
+
+def is_plain(conv: nn.Conv2d, dilations: Sequence[Dilation]) -> bool:
+    """Whether these levels are the convolution itself: one level, at its own dilation."""
+    return [_pair(dilation) for dilation in dilations] == [_pair(conv.dilation)]
+
+
+def level_units(conv: nn.Conv2d) -> tuple[int, int]:
+    """How finely a convolution's outputs can be split: the number of units, and the channels in each.
+
+    A unit is one output channel, or one whole group where the convolution is grouped.
+    """
+    return (conv.out_channels, 1) if conv.groups == 1 else (conv.groups, conv.out_channels // conv.groups)
+
+
+def default_levels(
+    conv: nn.Conv2d,
+    levels: int | None = None,
+    dilations: Sequence[Dilation] | None = None,
+    splits: Sequence[int] | SplitRule = "pow2",
+) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
+    """Fill in what the caller left out: the dilations and splits of every level.
+
+    Args:
+        conv: The convolution to be split.
+        levels: Number of levels; level k then has k times the convolution's own dilation.
+        dilations: Dilation of each level, instead of ``levels``.
+        splits: Output channels of each level, or the name of a split rule.
+
+    Raises:
+        ValueError: If the convolution cannot be split this way.
+    """
+    if (levels is None) == (dilations is None):
+        raise ValueError("give either levels= (a number) or dilations= (one for each level)")
+    if dilations is None:
+        assert levels is not None
+        if levels < 1:
+            raise ValueError(f"levels={levels} must be at least 1")
+        base_h, base_w = _pair(conv.dilation)
+        dilations = [(factor * base_h, factor * base_w) for factor in range(1, levels + 1)]
+    chosen = tuple(_squeeze(dilation) for dilation in dilations)
+    if isinstance(splits, str):
+        units, size = level_units(conv)
+        if len(chosen) > units:
+            kind = "groups" if conv.groups > 1 else "out_channels"
+            raise ValueError(f"{len(chosen)} levels need at least as many {kind}, and this conv has {units}")
+        splits = [share * size for share in split_channels(units, max(1, len(chosen)), splits)]
+    check_levels(conv, chosen, splits)
+    return chosen, tuple(splits)
+
+
+class CoConv2d(nn.Conv2d):
+    """Contextual 2D convolution: a :class:`torch.nn.Conv2d` whose output channels are split over dilation levels.
+
+    It has the parameters, state-dict keys and FLOPs of the plain convolution (Eq. 2). ``stride``, ``padding``,
+    ``dilation`` and ``groups`` are the plain convolution's; each level gets the padding that keeps its output size.
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels, over all levels.
+        kernel_size: Odd along both axes unless there is one level.
+        stride: As in :class:`torch.nn.Conv2d`.
+        padding: As in :class:`torch.nn.Conv2d`, for the plain convolution.
+        dilation: Of the plain convolution.
+        groups: A level holds whole groups.
+        bias: Whether to add a bias.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+        levels: Number of levels: level k has k times ``dilation``. Default 1 where ``dilations`` is not given.
+        dilations: Dilation of each level, instead of ``levels``.
+        splits: Output channels of each level, or a rule, see :func:`split_channels`. Default ``"pow2"``.
+
+    Attributes:
+        levels (int): Number of levels.
+        dilations (tuple): Dilation of each level, a pair where the axes differ.
+        splits (tuple): Output channels of each level.
+
+    Raises:
+        ValueError: If the convolution cannot be split this way.
+
+    >>> CoConv2d(64, 64, 3, padding=1, levels=3)
+    CoConv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilations=(1, 2, 3), splits=(32, 16, 16))
+    """
+
+    dilations: tuple[Dilation, ...]
+    splits: tuple[int, ...]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        levels: int | None = None,
+        dilations: Sequence[Dilation] | None = None,
+        splits: Sequence[int] | SplitRule = "pow2",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        if levels is None and dilations is None:
+            levels = 1
+        self.dilations, self.splits = default_levels(self, levels, dilations, splits)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        levels: int | None = None,
+        *,
+        dilations: Sequence[Dilation] | None = None,
+        splits: Sequence[int] | SplitRule = "pow2",
+    ) -> "CoConv2d":
+        """Build a contextual convolution that shares a convolution's parameters.
+
+        Args:
+            conv: A plain convolution, left as it is. Its parameters are shared, not copied.
+            levels: As in the class.
+            dilations: As in the class.
+            splits: As in the class.
+
+        Raises:
+            ValueError: If the convolution cannot be split this way.
+
+        >>> conv = nn.Conv2d(8, 8, 3, padding=1)
+        >>> CoConv2d.from_conv(conv, levels=2).weight is conv.weight
+        True
+        """
+        chosen, shares = default_levels(conv, levels, dilations, splits)
+        coconv = cls(
+            conv.in_channels,
+            conv.out_channels,
+            _pair(conv.kernel_size),
+            _pair(conv.stride),
+            conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
+            _pair(conv.dilation),
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            device="meta",
+            dilations=chosen,
+            splits=shares,
+        )
+        coconv.weight, coconv.bias = conv.weight, conv.bias
+        return coconv.train(conv.training)
+
+    @property
+    def levels(self) -> int:
+        """Number of levels."""
+        return len(self.dilations)
+
+    # mmcv's and mmengine's conv-BN evaluation call this method with weights of their own, so it is the one to override.
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if is_plain(self, self.dilations):
+            output: torch.Tensor = super()._conv_forward(input, weight, bias)
+            return output
+        return coconv2d(
+            input,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            dilations=self.dilations,
+            splits=self.splits,
+            padding_mode=self.padding_mode,
+        )
+
+    def extra_repr(self) -> str:
+        """The plain convolution's arguments, then the levels."""
+        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, dilations={self.dilations}, splits={self.splits}"
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return height, width
+
+
+def _squeeze(dilation: Dilation) -> Dilation:
+    height, width = _pair(dilation)
+    return height if height == width else (height, width)
