@@ -1,1 +1,27 @@
-"""Contextual convolution for the networks you already have."""
+"""Contextual convolution (CoConv) for the networks you already have."""
+
+from coconv_surgery.conv import CoConv2d, coconv2d, split_channels
+from coconv_surgery.plan import Plan, PlanError, PlanRow
+from coconv_surgery.policy import Levels, Policy, ResolutionPolicy, StagePolicy, TopPolicy, UniformPolicy
+from coconv_surgery.surgery import NoChangeWarning, apply_plan, convert, get_plan, plan_conversion, revert
+
+__all__ = [
+    "CoConv2d",
+    "Levels",
+    "NoChangeWarning",
+    "Plan",
+    "PlanError",
+    "PlanRow",
+    "Policy",
+    "ResolutionPolicy",
+    "StagePolicy",
+    "TopPolicy",
+    "UniformPolicy",
+    "apply_plan",
+    "coconv2d",
+    "convert",
+    "get_plan",
+    "plan_conversion",
+    "revert",
+    "split_channels",
+]

@@ -7,12 +7,13 @@ kernels of its own dilation, so local detail and context come out of one layer, 
 convolution (Eqs. 1 to 3).
 """
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Sequence
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 Pair = tuple[int, int]
 Dilation = int | Pair
@@ -102,7 +103,7 @@ def coconv2d(
         if groups > 1:
             first_group, level_groups = start // group_out, channels // group_out
             level_input = input.narrow(-3, first_group * group_in, level_groups * group_in)
-        pad_h, pad_w = level_padding(kernel, padding, _pair(dilation), _pair(level_dilation))
+        pad_h, pad_w = level_padding(kernel, padding, pair(dilation), pair(level_dilation))
         if padding_mode != "zeros":
             level_input = F.pad(level_input, (pad_w, pad_w, pad_h, pad_h), mode=padding_mode)
             pad_h = pad_w = 0
@@ -130,7 +131,7 @@ def level_padding(
     if isinstance(padding, str):
         base = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
     else:
-        base = _pair(padding)
+        base = pair(padding)
     height, width = (
         p + (level_d - d) * (k - 1) // 2
         for p, level_d, d, k in zip(base, level_dilation, dilation, kernel_size, strict=True)
@@ -144,7 +145,7 @@ def check_levels(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequenc
     Raises:
         ValueError: With the reason, if it cannot.
     """
-    kernel, base = _pair(conv.kernel_size), _pair(conv.dilation)
+    kernel, base = pair(conv.kernel_size), pair(conv.dilation)
     if not dilations or len(dilations) != len(splits):
         raise ValueError(f"dilations {tuple(dilations)} and splits {tuple(splits)} must have one entry for each level")
     if any(channels < 1 for channels in splits) or sum(splits) != conv.out_channels:
@@ -155,7 +156,7 @@ def check_levels(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequenc
             f"splits {tuple(splits)} cut through a group: with groups={conv.groups} every level must be a multiple of "
             f"{unit} channels, so that each weight row keeps its input channels"
         )
-    if any(min(_pair(dilation)) < 1 for dilation in dilations):
+    if any(min(pair(dilation)) < 1 for dilation in dilations):
         raise ValueError(f"dilations {tuple(dilations)} must be at least 1")
     if is_plain(conv, dilations):
         return
@@ -164,7 +165,7 @@ def check_levels(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequenc
     if any(side % 2 == 0 for side in kernel):
         raise ValueError(f"kernel_size {kernel} is even: no symmetric padding keeps the output size at other dilations")
     for dilation in dilations:
-        if min(level_padding(kernel, conv.padding, base, _pair(dilation))) < 0:
+        if min(level_padding(kernel, conv.padding, base, pair(dilation))) < 0:
             raise ValueError(
                 f"dilation {dilation} with padding {conv.padding} would need negative padding to keep the output size: "
                 f"use dilations of at least the conv's own, {conv.dilation}"
@@ -173,7 +174,7 @@ def check_levels(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequenc
 
 def is_plain(conv: nn.Conv2d, dilations: Sequence[Dilation]) -> bool:
     """Whether these levels are the convolution itself: one level, at its own dilation."""
-    return [_pair(dilation) for dilation in dilations] == [_pair(conv.dilation)]
+    return [pair(dilation) for dilation in dilations] == [pair(conv.dilation)]
 
 
 def level_units(conv: nn.Conv2d) -> tuple[int, int]:
@@ -207,8 +208,7 @@ def default_levels(
         assert levels is not None
         if levels < 1:
             raise ValueError(f"levels={levels} must be at least 1")
-        base_h, base_w = _pair(conv.dilation)
-        dilations = [(factor * base_h, factor * base_w) for factor in range(1, levels + 1)]
+        dilations = scale_dilations(conv, range(1, levels + 1))
     chosen = tuple(_squeeze(dilation) for dilation in dilations)
     if isinstance(splits, str):
         units, size = level_units(conv)
@@ -218,6 +218,16 @@ def default_levels(
         splits = [share * size for share in split_channels(units, max(1, len(chosen)), splits)]
     check_levels(conv, chosen, splits)
     return chosen, tuple(splits)
+
+
+def scale_dilations(conv: nn.Conv2d, factors: Iterable[int]) -> tuple[Dilation, ...]:
+    """Multiples of a convolution's own dilation.
+
+    >>> scale_dilations(nn.Conv2d(8, 8, 3, dilation=2), (1, 2, 3))
+    (2, 4, 6)
+    """
+    height, width = pair(conv.dilation)
+    return tuple(_squeeze((factor * height, factor * width)) for factor in factors)
 
 
 class CoConv2d(nn.Conv2d):
@@ -320,10 +330,10 @@ class CoConv2d(nn.Conv2d):
         coconv = cls(
             conv.in_channels,
             conv.out_channels,
-            _pair(conv.kernel_size),
-            _pair(conv.stride),
-            conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
-            _pair(conv.dilation),
+            pair(conv.kernel_size),
+            pair(conv.stride),
+            conv.padding if isinstance(conv.padding, str) else pair(conv.padding),
+            pair(conv.dilation),
             conv.groups,
             conv.bias is not None,
             conv.padding_mode,
@@ -363,7 +373,49 @@ class CoConv2d(nn.Conv2d):
         return f"{plain}, dilations={self.dilations}, splits={self.splits}"
 
 
-def _pair(value: int | Sequence[int]) -> Pair:
+def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int]) -> None:
+    """Turn a convolution into a :class:`CoConv2d` in place, or give a contextual one new levels.
+
+    Only the module's class changes and the levels are set: parameters, hooks, flags and every reference to the module
+    stay what they are. :func:`to_conv_` is the inverse.
+
+    Args:
+        conv: An ``nn.Conv2d`` (its parameters may be parametrized) or a :class:`CoConv2d`.
+        dilations: Dilation of each level.
+        splits: Output channels of each level.
+
+    Raises:
+        ValueError: If the convolution cannot be split this way; it is left as it was.
+
+    >>> conv = nn.Conv2d(8, 8, 3, padding=1)
+    >>> to_coconv_(conv, (1, 2), (4, 4))
+    >>> conv
+    CoConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilations=(1, 2), splits=(4, 4))
+    """
+    check_levels(conv, dilations, splits)
+    if not isinstance(conv, CoConv2d):
+        _switch_class(conv, CoConv2d)
+    coconv = cast(CoConv2d, conv)
+    coconv.dilations, coconv.splits = tuple(dilations), tuple(splits)
+
+
+def to_conv_(coconv: CoConv2d) -> None:
+    """Turn a contextual convolution into the plain ``nn.Conv2d`` it replaces, in place."""
+    _switch_class(coconv, nn.Conv2d)
+    del coconv.dilations, coconv.splits
+
+
+def _switch_class(module: nn.Conv2d, cls: type[nn.Conv2d]) -> None:
+    if is_parametrized(module):
+        # torch gives each parametrized module a class of its own, derived from the class it had.
+        own = type(module)
+        members = {name: value for name, value in vars(own).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), members)
+    module.__class__ = cls
+
+
+def pair(value: int | Sequence[int]) -> Pair:
+    """Height and width of what may be given as one number for both."""
     if isinstance(value, int):
         return value, value
     height, width = value
@@ -371,5 +423,5 @@ def _pair(value: int | Sequence[int]) -> Pair:
 
 
 def _squeeze(dilation: Dilation) -> Dilation:
-    height, width = _pair(dilation)
+    height, width = pair(dilation)
     return height if height == width else (height, width)

@@ -1,0 +1,72 @@
+"""May this convolution be split? If not, one reason, in words.
+
+A reason in :data:`OBSTACLES` stands: the convolution cannot become a CoConv. One in :data:`CHOICES` is good practice,
+which an override may overrule.
+"""
+
+import torch.nn as nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from coconv_surgery.conv import CoConv2d
+from coconv_surgery.dataflow import Reader
+from coconv_surgery.tracing import TracedConv
+
+
+def subclass(conv: TracedConv) -> str | None:
+    """A subclass may do more than convolve, and a change of class would drop that."""
+    cls = type(conv.conv).__base__ if is_parametrized(conv.conv) else type(conv.conv)
+    assert cls is not None
+    return None if cls in (nn.Conv2d, CoConv2d) else f"{cls.__name__} has a forward of its own"
+
+
+def replaced_forward(conv: TracedConv) -> str | None:
+    """A forward set on the instance would go on being called instead of the class's."""
+    return "its forward was replaced on the instance" if {"forward", "_conv_forward"} & set(vars(conv.conv)) else None
+
+
+def weight_read_elsewhere(conv: TracedConv) -> str | None:
+    """Code that takes the weight and convolves by itself would not see the levels."""
+    return "its weight is also used outside its own forward" if conv.weight_reads else None
+
+
+def dilatable_kernel(conv: TracedConv) -> str | None:
+    """A kernel of even size has no symmetric padding, and one of size 1 no dilation."""
+    height, width = conv.conv.kernel_size
+    return None if height % 2 and width % 2 and (height, width) != (1, 1) else f"kernel {height}×{width}"
+
+
+def never_called(conv: TracedConv) -> str | None:
+    """Without a call there is no map size to decide on."""
+    return None if conv.calls else "did not run in evaluation mode"
+
+
+def other_kernel(conv: TracedConv) -> str | None:
+    """CoConv replaces 3×3 convolutions (Section 3)."""
+    height, width = conv.conv.kernel_size
+    return None if (height, width) == (3, 3) else f"kernel {height}×{width}"
+
+
+def read_by_position(conv: TracedConv) -> str | None:
+    """Levels suit a layer whose reader mixes its channels: where a channel has a meaning, all need the same context."""
+    readers = {call.reader for call in conv.calls}
+    return next((reader.value for reader in (Reader.NOBODY, Reader.POSITION) if reader in readers), None)
+
+
+def padded_outside(conv: TracedConv) -> str | None:
+    """Larger dilations would need more of the padding that another layer supplies."""
+    modes = [call.padded_by for call in conv.calls if call.padded_by]
+    return f"{modes[0].lower()} padding by another layer is too narrow for larger dilations" if modes else None
+
+
+OBSTACLES = (subclass, replaced_forward, dilatable_kernel, weight_read_elsewhere, never_called)
+CHOICES = (other_kernel, read_by_position, padded_outside)
+
+
+def obstacle(conv: TracedConv) -> str | None:
+    """Why a convolution cannot be split, or None."""
+    return next((reason for rule in OBSTACLES if (reason := rule(conv))), None)
+
+
+def reason_to_leave(conv: TracedConv) -> str | None:
+    """Why a convolution should not be split, or None."""
+    return next((reason for rule in CHOICES if (reason := rule(conv))), None)

@@ -1,0 +1,457 @@
+"""Plan a conversion, apply it in place, and undo it."""
+
+import copy
+import difflib
+import fnmatch
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._pytree import tree_leaves
+
+from coconv_surgery.conv import (
+    CoConv2d,
+    Dilation,
+    Pair,
+    check_levels,
+    is_plain,
+    level_padding,
+    pair,
+    scale_dilations,
+    to_coconv_,
+    to_conv_,
+)
+from coconv_surgery.eligibility import obstacle, reason_to_leave, replaced_forward, subclass
+from coconv_surgery.graphs import function_convs, node_to_coconv_, node_to_conv_
+from coconv_surgery.plan import Plan, PlanError, PlanRow, Signature
+from coconv_surgery.policy import Answer, Levels, Policy, get_policy, settle
+from coconv_surgery.tracing import Inputs, TracedConv, find_convs, trace_convs
+
+Patterns = str | Iterable[str]
+InputSize = int | Sequence[int]
+
+_PLAN = "_coconv_plan"
+
+
+class NoChangeWarning(UserWarning):
+    """A conversion that changed nothing."""
+
+
+def plan_conversion(
+    model: nn.Module,
+    policy: str | Policy = "resolution",
+    *,
+    input_size: InputSize | None = None,
+    example_inputs: Any = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    overrides: Mapping[str, Answer | None] | None = None,
+) -> Plan:
+    """Decide what would become of every convolution of a network, and change nothing.
+
+    Args:
+        model: The network.
+        policy: A policy, or the name of one: ``"resolution"``, ``"stage"``, ``"top"`` or ``"uniform"``.
+        input_size: Side, (height, width) or (channels, height, width) of the input. Default: what timm says of the
+            network.
+        example_inputs: What to call the network with instead: a tensor, a tuple of arguments, or a dict of them by
+            name.
+        include: Glob patterns of convolutions to consider, by qualified name; that of a module stands for all within.
+            Default: all.
+        exclude: Patterns of convolutions to leave alone.
+        overrides: Levels by pattern, the first match wins: a number, a sequence of dilations,
+            :class:`~coconv_surgery.Levels`, or None to leave alone. An override reaches convolutions that are otherwise
+            left alone by choice, such as 5×5 or prediction layers.
+
+    Returns:
+        The plan, a row for every convolution.
+
+    Raises:
+        TypeError: If ``model`` is not a module that can be converted in place.
+        ValueError: If the policy is unknown, the input size cannot be known or does not suit the network, or a pattern
+            matches nothing.
+
+    >>> import timm
+    >>> plan = plan_conversion(timm.create_model("resnet18"), input_size=64)
+    >>> plan.converted[0].name, plan.converted[0].dilations, plan.converted[0].splits
+    ('layer1.0.conv1', (1, 2, 3), (32, 16, 16))
+    """
+    _check_model(model)
+    decide = get_policy(policy)
+    inputs = _inputs(model, input_size, example_inputs)
+    names = [name for name, _, _ in find_convs(model)]
+    included, excluded = _patterns(include), _patterns(exclude)
+    overridden = dict(overrides or {})
+    _check_patterns({"include": included or (), "exclude": excluded or (), "overrides": overridden}, names)
+    rows = []
+    for conv in trace_convs(model, inputs):
+        override = next((pattern for pattern in overridden if _matches(conv.name, pattern)), None)
+        if override is not None:
+            rows.append(_override_row(conv, override, overridden[override]))
+        elif included is not None and not any(_matches(conv.name, pattern) for pattern in included):
+            rows.append(_row(conv, reason="not included"))
+        elif any(_matches(conv.name, pattern) for pattern in excluded or ()):
+            rows.append(_row(conv, reason="excluded"))
+        elif reason := obstacle(conv) or reason_to_leave(conv):
+            rows.append(_row(conv, reason=reason))
+        else:
+            rows.append(_decided_row(conv, decide))
+    label = policy if isinstance(policy, str) else repr(policy)
+    return Plan(tuple(rows), policy=label, input=_describe(inputs), parameters=_count(model))
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Make a network what a plan says, in place.
+
+    Every row is checked first; if one does not fit, nothing is changed. Modules, parameters, optimizer state, hooks and
+    flags stay what they are: only the class of a convolution changes (or the node, where it is a function call in a
+    graph module).
+
+    Args:
+        model: The network, plain or converted.
+        plan: A plan made for it, or for another instance of the same architecture.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        TypeError: If ``model`` is not a module that can be converted in place.
+        PlanError: If convolutions are missing, unexpected or changed; all of them are named.
+    """
+    if not _apply(model, plan):
+        warnings.warn(_no_change(model, plan), NoChangeWarning, stacklevel=2)
+    return model
+
+
+def convert(
+    model: nn.Module,
+    policy: str | Policy = "resolution",
+    *,
+    input_size: InputSize | None = None,
+    example_inputs: Any = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    overrides: Mapping[str, Answer | None] | None = None,
+    inplace: bool = True,
+) -> nn.Module:
+    """Replace the eligible 3×3 convolutions of a network with contextual ones: plan and apply.
+
+    Weights, their number and their names, and the state of an optimizer that holds them stay the same. The outputs do
+    not: fine-tune, or train anew. A network that is compiled, scripted or wrapped for data parallelism must be
+    converted before it is.
+
+    Args:
+        model: The network.
+        policy: As in :func:`plan_conversion`, like all that follow.
+        input_size: As in :func:`plan_conversion`.
+        example_inputs: As in :func:`plan_conversion`.
+        include: As in :func:`plan_conversion`.
+        exclude: As in :func:`plan_conversion`.
+        overrides: As in :func:`plan_conversion`.
+        inplace: Whether to convert the network itself rather than a copy.
+
+    Returns:
+        The same model object, or the converted copy.
+
+    Raises:
+        TypeError: As in :func:`plan_conversion`.
+        ValueError: As in :func:`plan_conversion`.
+
+    >>> import timm
+    >>> model = convert(timm.create_model("resnet50"))
+    >>> get_plan(model).summary().split(";")[0]
+    '53 convs: 13 converted, 40 left alone (36 kernel 1×1'
+    """
+    plan = plan_conversion(
+        model,
+        policy,
+        input_size=input_size,
+        example_inputs=example_inputs,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+    )
+    model = model if inplace else copy.deepcopy(model)
+    if not _apply(model, plan):
+        warnings.warn(_no_change(model, plan), NoChangeWarning, stacklevel=2)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Turn every contextual convolution of a network into the plain one it replaces: the exact inverse of a conversion.
+
+    Args:
+        model: A converted network.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        TypeError: If ``model`` is not a module that can be converted in place.
+    """
+    _check_model(model)
+    nodes = dict(function_convs(model)) if isinstance(model, fx.GraphModule) else {}
+    for name, _, conv in find_convs(model):
+        if isinstance(conv, CoConv2d):
+            node_to_conv_(nodes[name]) if name in nodes else to_conv_(conv)
+    _recompile(model)
+    _notes(model).pop(_PLAN, None)
+    return model
+
+
+def get_plan(model: nn.Module) -> Plan:
+    """Read back what a network is.
+
+    Args:
+        model: A network, converted or not.
+
+    Returns:
+        The plan it was converted by, as long as that still describes it; else one read off its modules, without map
+        sizes.
+    """
+    rows = tuple(_found_row(name, aliases, conv) for name, aliases, conv in find_convs(model))
+    found = Plan(rows, policy="as found", input="unknown", parameters=_count(model))
+    remembered = _notes(model).get(_PLAN)
+    return remembered if isinstance(remembered, Plan) and not remembered.diff(found) else found
+
+
+# -- Changes ------------------------------------------------------------------------------------------------------
+
+
+def _apply(model: nn.Module, plan: Plan) -> bool:
+    _check_model(model)
+    convs = {name: conv for name, _, conv in find_convs(model)}
+    _check_plan(convs, plan)
+    changes = [row for row in plan.rows if _state(convs[row.name]) != (row.dilations, row.splits)]
+    nodes = dict(function_convs(model)) if isinstance(model, fx.GraphModule) else {}
+    for row in changes:
+        if row.name in nodes and row.converted:
+            node_to_coconv_(nodes[row.name], row.dilations, row.splits)
+        elif row.name in nodes:
+            node_to_conv_(nodes[row.name])
+        elif row.converted:
+            to_coconv_(convs[row.name], row.dilations, row.splits)
+        else:
+            to_conv_(cast(CoConv2d, convs[row.name]))
+    _recompile(model)
+    _notes(model)[_PLAN] = plan
+    return bool(changes)
+
+
+def _no_change(model: nn.Module, plan: Plan) -> str:
+    return f"{type(model).__name__} was already as planned, nothing changed: {plan.summary()}"
+
+
+# -- Rows ---------------------------------------------------------------------------------------------------------
+
+
+def _override_row(conv: TracedConv, pattern: str, answer: Answer | None) -> PlanRow:
+    if answer is None:
+        return _row(conv, reason="excluded")
+    if reason := obstacle(conv):
+        raise ValueError(f"overrides[{pattern!r}] reaches {conv.name}, which cannot be split: {reason}")
+    return _settled_row(conv, answer, f"overrides[{pattern!r}]")
+
+
+def _decided_row(conv: TracedConv, decide: Policy) -> PlanRow:
+    return _settled_row(conv, decide(conv), f"policy {decide!r}")
+
+
+def _settled_row(conv: TracedConv, answer: Answer, source: str) -> PlanRow:
+    try:
+        levels = settle(conv.conv, answer)
+        _check_maps(conv, levels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} gave {conv.name} the levels {answer!r}: {error}") from error
+    if is_plain(conv.conv, levels.dilations):
+        return _row(conv, reason="one level: the conv itself")
+    return _row(conv, levels)
+
+
+def _row(conv: TracedConv, levels: Levels | None = None, reason: str | None = None) -> PlanRow:
+    signature = Signature.of(conv.conv)
+    dilations, splits = levels or settle(conv.conv, Levels(scale_dilations(conv.conv, [1])))
+    assert not isinstance(splits, str)
+    return PlanRow(
+        conv.name,
+        signature,
+        dilations,
+        splits,
+        reason,
+        calls=len(conv.calls),
+        output_sizes=tuple(dict.fromkeys(call.output_size for call in conv.calls)),
+        aliases=conv.aliases,
+        untraced=conv.untraced,
+    )
+
+
+def _found_row(name: str, aliases: tuple[str, ...], conv: nn.Conv2d) -> PlanRow:
+    dilations, splits = _state(conv)
+    reason = None if isinstance(conv, CoConv2d) else "a plain conv"
+    return PlanRow(name, Signature.of(conv), dilations, splits, reason, aliases=aliases)
+
+
+def _state(conv: nn.Conv2d) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
+    if isinstance(conv, CoConv2d):
+        return conv.dilations, conv.splits
+    return scale_dilations(conv, [1]), (conv.out_channels,)
+
+
+def _check_maps(conv: TracedConv, levels: Levels) -> None:
+    mode = conv.conv.padding_mode
+    if mode not in ("reflect", "circular"):
+        return
+    signature = Signature.of(conv.conv)
+    for call in conv.calls:
+        for dilation in levels.dilations:
+            paddings = level_padding(signature.kernel_size, signature.padding, signature.dilation, pair(dilation))
+            for side, padding in zip(call.input_size, paddings, strict=True):
+                if padding > side - (mode == "reflect"):
+                    raise ValueError(
+                        f"{mode} padding of {padding} at dilation {dilation} needs more than a side of {side}"
+                    )
+
+
+# -- Checks -------------------------------------------------------------------------------------------------------
+
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        path = f"model.{name}" if name else "model"
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS:
+                raise TypeError(
+                    f"{path} is wrapped in {type(module).__name__}: convert {path}.{_WRAPPERS[cls.__name__]} instead, "
+                    "best before wrapping it"
+                )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{path} is scripted, its convolutions are compiled in: convert it before torch.jit")
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise ValueError(
+                f"{path} is a lazy {type(module).__name__} without weights yet: run the network once first"
+            )
+
+
+def _check_patterns(patterns: Mapping[str, Iterable[str]], names: Sequence[str]) -> None:
+    modules = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
+    for argument, group in patterns.items():
+        for pattern in group:
+            if not any(_matches(name, pattern) for name in names):
+                near = difflib.get_close_matches(pattern, sorted(modules), n=3)
+                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"names look like {names[:1]}"
+                raise ValueError(f"{argument}: no convolution matches {pattern!r}: {hint}")
+
+
+def _check_plan(convs: Mapping[str, nn.Conv2d], plan: Plan) -> None:
+    rows = {row.name: row for row in plan.rows}
+    problems = {
+        "missing in the network": [name for name in rows if name not in convs],
+        "unexpected in the network": [name for name in convs if name not in rows],
+        "different in the network": [],
+    }
+    for name in rows.keys() & convs.keys():
+        row, conv = rows[name], convs[name]
+        if row.signature != Signature.of(conv):
+            problems["different in the network"].append(f"{name} ({Signature.of(conv)}, planned {row.signature})")
+        elif row.converted:
+            try:
+                check_levels(conv, row.dilations, row.splits)
+            except ValueError as error:
+                problems["different in the network"].append(f"{name} ({error})")
+            if reason := subclass(TracedConv(name, conv)) or replaced_forward(TracedConv(name, conv)):
+                problems["different in the network"].append(f"{name} ({reason})")
+    lines = [f"{len(names)} {problem}: {_shorten(sorted(names))}" for problem, names in problems.items() if names]
+    if lines:
+        raise PlanError("the plan does not fit this network, which is left as it was:\n" + "\n".join(lines))
+
+
+def _shorten(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _patterns(patterns: Patterns | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+# -- The network as a whole ---------------------------------------------------------------------------------------
+
+
+def _inputs(model: nn.Module, input_size: InputSize | None, example_inputs: Any) -> Inputs:
+    if example_inputs is not None:
+        if input_size is not None:
+            raise ValueError("give either input_size= or example_inputs=, not both")
+        if isinstance(example_inputs, Mapping):
+            return Inputs(kwargs=dict(example_inputs))
+        return Inputs((example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs))
+    if input_size is None and isinstance(model, fx.GraphModule) and (recorded := _recorded_inputs(model)):
+        return recorded
+    if input_size is None:
+        input_size = _configured_size(model)
+    sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    if len(sides) not in (2, 3) or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"input_size={input_size!r}: give a side, (height, width) or (channels, height, width)")
+    shape = sides if len(sides) == 3 else (_image_channels(model), *sides)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return Inputs((torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype),))
+
+
+def _configured_size(model: nn.Module) -> Pair:
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if not size:
+        raise ValueError(
+            f"{type(model).__name__} does not say how large its input is: give input_size=224, (height, width) or "
+            "(channels, height, width), or example_inputs= if it takes more than one image batch"
+        )
+    return size[-2], size[-1]
+
+
+def _image_channels(model: nn.Module, colours: int = 3) -> int:
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), colours)
+    # Some stems move 2×2 or 4×4 pixels into channels before the first convolution.
+    return colours if first in (4 * colours, 16 * colours) else first
+
+
+def _recorded_inputs(model: fx.GraphModule) -> Inputs | None:
+    values = [node.meta.get("val") for node in model.graph.nodes if node.op == "placeholder"]
+    if not values or not all(isinstance(value, torch.Tensor) for value in values):
+        return None
+    return Inputs(tuple(torch.zeros(tuple(v.shape), dtype=v.dtype, device=v.device) for v in values))
+
+
+def _describe(inputs: Inputs) -> str:
+    tensors = [leaf for leaf in tree_leaves((inputs.args, inputs.kwargs or {})) if isinstance(leaf, torch.Tensor)]
+    return ", ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _recompile(model: nn.Module) -> None:
+    if isinstance(model, fx.GraphModule):
+        model.recompile()
+
+
+def _notes(model: nn.Module) -> dict[str, Any]:
+    # A graph module loses other attributes when it is copied.
+    return model.meta if isinstance(model, fx.GraphModule) else vars(model)

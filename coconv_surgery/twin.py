@@ -1,0 +1,97 @@
+"""A twin of a network that computes shapes and dataflow, but no numbers."""
+
+import copy
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Twin:
+    """A copy of a network in evaluation mode whose parameters all require grad and, if ``fake``, take no memory.
+
+    The network itself is never run, switched or hooked. Hooks that the network registered on itself (timm's hooked
+    feature extractors) work in the twin; other people's hooks are left out, so none of them sees a fake tensor.
+
+    Args:
+        model: The network to copy.
+        fake: Whether tensors carry a shape but no data. A network on the meta device has none to begin with.
+    """
+
+    def __init__(self, model: nn.Module, *, fake: bool = True) -> None:
+        on_meta = any(parameter.is_meta for parameter in model.parameters())
+        self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if fake and not on_meta else None
+        self._default_device = torch.device("meta") if on_meta else None
+        self.model = self._copy(model)
+        for module in self.model.modules():
+            module.training = False
+        for parameter in self.model.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[..., Any] | None = None
+    ) -> tuple[Any, Any]:
+        """Run the twin on inputs of the network, tracking the dataflow from them.
+
+        Args:
+            args: Positional inputs; tensors are replaced by shapes where the twin is fake.
+            kwargs: Inputs by name.
+            call: What to call instead of the twin's model.
+
+        Returns:
+            The outputs, and the inputs as the twin saw them.
+        """
+        with self._mode(), torch.set_grad_enabled(True):
+            args, kwargs = tree_map_only(torch.Tensor, self._enter, (args, kwargs))
+            return (call or self.model)(*args, **kwargs), (args, kwargs)
+
+    def _mode(self) -> AbstractContextManager[Any]:
+        if self._fake_mode is not None:
+            return self._fake_mode
+        return nullcontext() if self._default_device is None else self._default_device
+
+    def _enter(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._default_device is not None:
+            tensor = tensor.to(self._default_device)
+        elif self._fake_mode is not None:
+            tensor = self._fake_mode.from_tensor(tensor)
+        # A clone, because networks may write into their input, and a leaf that requires grad forbids that.
+        return tensor.detach().requires_grad_(True).clone() if tensor.is_floating_point() else tensor
+
+    def _copy(self, model: nn.Module) -> nn.Module:
+        memo: dict[int, Any] = {}
+        for tensor in _own_tensors(model):
+            if self._fake_mode is not None:
+                memo[id(tensor)] = self._fake_mode.from_tensor(tensor)
+            elif not tensor.is_leaf:  # a cached result, which deepcopy refuses
+                memo[id(tensor)] = tensor.detach().clone()
+        tables = [(module, name) for module in model.modules() for name in _HOOK_TABLES]
+        for module, name in tables:
+            memo[id(getattr(module, name))] = OrderedDict()
+        twin = copy.deepcopy(model, memo)
+        for module, name in tables:
+            for key, hook in getattr(module, name).items():
+                if id(_owner(hook)) in memo:
+                    memo[id(getattr(module, name))][key] = copy.deepcopy(hook, memo)
+        return twin
+
+
+def _own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        # vars() holds the dicts of parameters and buffers, and whatever else the module keeps.
+        yield from (leaf for leaf in tree_leaves(vars(module)) if isinstance(leaf, torch.Tensor))
+
+
+def _owner(hook: Callable[..., Any]) -> object:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return cast(object, getattr(hook, "__self__", None))
