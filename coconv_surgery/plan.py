@@ -37,6 +37,11 @@ class Signature:
         """Read the signature off a module."""
         return cls(**{field.name: getattr(conv, field.name) for field in fields(cls)})
 
+    def differences(self, planned: "Signature") -> str:
+        """Say in words where a plan means another convolution."""
+        pairs = ((field.name, getattr(self, field.name), getattr(planned, field.name)) for field in fields(self))
+        return ", ".join(f"{name}={found}, planned {wanted}" for name, found, wanted in pairs if found != wanted)
+
 
 @dataclass(frozen=True)
 class PlanRow:
@@ -134,7 +139,7 @@ class Plan:
         for name in mine.keys() & others.keys():
             row, changed = mine[name], others[name]
             if row.signature != changed.signature:
-                differences.append(f"{name}: {row.signature} became {changed.signature}")
+                differences.append(f"{name}: {changed.signature.differences(row.signature)}")
             elif (row.dilations, row.splits) != (changed.dilations, changed.splits):
                 differences.append(f"{name}: {_levels(row)} became {_levels(changed)}")
         return sorted(differences)

@@ -364,8 +364,8 @@ def _check_plan(convs: Mapping[str, nn.Conv2d], plan: Plan) -> None:
     }
     for name in rows.keys() & convs.keys():
         row, conv = rows[name], convs[name]
-        if row.signature != Signature.of(conv):
-            problems["different in the network"].append(f"{name} ({Signature.of(conv)}, planned {row.signature})")
+        if differences := Signature.of(conv).differences(row.signature):
+            problems["different in the network"].append(f"{name} ({differences})")
         elif row.converted:
             try:
                 check_levels(conv, row.dilations, row.splits)
@@ -379,7 +379,7 @@ def _check_plan(convs: Mapping[str, nn.Conv2d], plan: Plan) -> None:
 
 
 def _shorten(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return "; ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _patterns(patterns: Patterns | None) -> list[str] | None:
@@ -411,7 +411,8 @@ def _inputs(model: nn.Module, input_size: InputSize | None, example_inputs: Any)
         raise ValueError(f"input_size={input_size!r}: give a side, (height, width) or (channels, height, width)")
     shape = sides if len(sides) == 3 else (_image_channels(model), *sides)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return Inputs((torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype),))
+    image = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))  # leaves the global generator alone
+    return Inputs((image.to(parameter.device, parameter.dtype),))
 
 
 def _configured_size(model: nn.Module) -> Pair:

@@ -1,0 +1,37 @@
+# `make demo` and `make test` set everything up first; what is done is not done again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lock clean
+
+setup: $(VENV)/.installed
+
+# mmcv has no wheels for current versions of torch: pip compiles it against the torch installed before it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
+		(echo "mmcv 2.1.0 builds on Python 3.10 to 3.12: name one, as in make $(MAKECMDGOALS) PYTHON=python3.12"; false)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision "setuptools<81" wheel ninja
+	CFLAGS="-O2 -g0" $(BIN)/python -m pip install --no-build-isolation --constraint constraints.txt mmcv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,mmdet,test,viz]"
+	touch $@
+
+demo: setup
+	$(BIN)/coconv demo
+
+test: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# Resolve the pins anew, for every Python version at once.
+lock:
+	uv pip compile pyproject.toml --all-extras --group build-mmcv --universal --python-version 3.10 --upgrade \
+		--no-emit-index-url --no-annotate --custom-compile-command "make lock" --output-file constraints.txt
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,161 @@
+"""The ``coconv`` command."""
+
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import timm
+import torch.nn as nn
+from timm.models import load_checkpoint
+
+from coconv_surgery.checkpoint import save_converted
+from coconv_surgery.plan import Plan
+from coconv_surgery.policy import POLICIES, get_policy
+from coconv_surgery.surgery import apply_plan, get_plan, plan_conversion
+
+try:
+    import click
+    from rich.console import Console
+except ImportError as error:
+    sys.exit(f"coconv: {error.name} is not installed: pip install 'coconv-surgery[cli]'")
+
+# Progress goes to standard error, so that standard output holds the result alone.
+console = Console(stderr=True)
+
+
+def _input_size(value: str) -> int | tuple[int, ...]:
+    sides = tuple(int(side) for side in value.split(","))
+    return sides[0] if len(sides) == 1 else sides
+
+
+def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--input-size", type=_input_size, metavar="SIDE|H,W", help="Input size. Default: what timm says."),
+        click.option("--policy", default="resolution", show_default=True, help=f"One of {', '.join(POLICIES)}."),
+        click.option("--max-levels", type=click.IntRange(min=1), help="At most so many levels (policy resolution)."),
+        click.option(
+            "--split", type=click.Choice(["pow2", "even"]), help="How channels are shared out. Default: pow2."
+        ),
+        click.option("--min-channels", type=click.IntRange(min=1), help="No level with fewer channels."),
+        click.option("--include", multiple=True, metavar="GLOB", help="Only convolutions of this name. Repeatable."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="No convolution of this name. Repeatable."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="coconv-surgery")
+def app() -> None:
+    """Contextual convolution (CoConv) for the networks you already have."""
+
+
+@app.command()
+@click.argument("model")
+@_planning_options
+@click.option("--all", "every_conv", is_flag=True, help="Show 1×1 convolutions and the like as well.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan to a file.")
+@click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Draw the plan (extra: viz).")
+def plan(model: str, every_conv: bool, json_path: Path | None, figure: Path | None, **options: Any) -> None:
+    """Show what would become of every convolution of a timm MODEL.
+
+    \b
+    coconv plan resnet50
+    coconv plan resnet50 --input-size 288 --json plan.json
+    coconv plan hrnet_w18 --policy stage --exclude 'stage4.*'
+    """
+    with console.status(f"planning {model}"):
+        found = _plan(_create(model), options)
+    click.echo(found.table(every_conv=every_conv))
+    click.echo(found.summary())
+    if json_path is not None:
+        found.to_json(json_path)
+    if figure is not None:
+        from coconv_surgery.viz.plan import draw_plan
+
+        draw_plan(found, figure, title=model)
+
+
+@app.command()
+@click.argument("model")
+@_planning_options
+@click.option("--plan", "plan_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A saved plan.")
+@click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Weights to load.")
+@click.option("--pretrained", is_flag=True, help="Load timm's pretrained weights.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="safetensors file."
+)
+def convert(
+    model: str, plan_path: Path | None, checkpoint: Path | None, pretrained: bool, output: Path, **options: Any
+) -> None:
+    """Convert a timm MODEL and save its weights together with the plan.
+
+    \b
+    coconv convert resnet50 --pretrained -o coresnet50.safetensors
+    coconv convert resnet50 --checkpoint w.pth --plan plan.json -o out.safetensors
+    """
+    if checkpoint is not None and pretrained:
+        raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
+    chosen = [name for name, value in options.items() if value and (name, value) != ("policy", "resolution")]
+    if plan_path is not None and chosen:
+        raise click.UsageError(f"--plan already decides everything: leave out --{chosen[0].replace('_', '-')}")
+    with console.status(f"creating {model}"):
+        network = _create(model, pretrained=pretrained)
+        if checkpoint is not None:
+            load_checkpoint(network, str(checkpoint))
+    with console.status(f"converting {model}"):
+        apply_plan(network, Plan.from_json(plan_path) if plan_path is not None else _plan(network, options))
+    with console.status(f"writing {output}"):
+        save_converted(network, output)
+    click.echo(get_plan(network).summary())
+    click.echo(f"weights and plan: {output}")
+
+
+@app.command()
+@click.option(
+    "-o", "--output", default="demo_output", show_default=True, type=click.Path(file_okay=False, path_type=Path)
+)
+def demo(output: Path) -> None:
+    """Convert a timm network, run it on a photograph, and write its plan as text, JSON and a picture."""
+    from coconv_surgery.demo import convert_and_compare
+
+    output.mkdir(parents=True, exist_ok=True)
+    with console.status("converting resnet50"):
+        report = convert_and_compare("resnet50", output)
+    click.echo(report)
+
+
+def _create(name: str, *, pretrained: bool = False) -> nn.Module:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
+        raise ValueError(f"timm has no model {name!r}: {hint}")
+    model: nn.Module = timm.create_model(name, pretrained=pretrained)
+    return model
+
+
+def _plan(model: nn.Module, options: dict[str, Any]) -> Plan:
+    policy = get_policy(options["policy"])
+    settings = {key: options[key] for key in ("max_levels", "split", "min_channels") if options[key] is not None}
+    for setting in settings:
+        if not hasattr(policy, setting):
+            raise ValueError(f"policy {options['policy']} does not take {setting}")
+    return plan_conversion(
+        model,
+        type(policy)(**settings) if settings else options["policy"],
+        input_size=options["input_size"],
+        include=options["include"] or None,
+        exclude=options["exclude"] or None,
+    )
+
+
+def main() -> NoReturn:
+    """Run the command; a user's mistake ends with one line and exit code 1."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        sys.exit(f"coconv: {error}")
+    sys.exit(0)

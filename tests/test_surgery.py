@@ -1,0 +1,318 @@
+"""Surgery: what changes is the levels, and nothing else."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from torch.nn.utils import parametrizations
+
+import coconv_surgery as cs
+
+
+def snapshot(model):
+    return {name: (type(m), dict(vars(m))) for name, m in model.named_modules()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        first[name][0] is second[name][0] and first[name][1].keys() == second[name][1].keys() for name in first
+    )
+
+
+def test_convert_returns_the_same_model_object(net):
+    assert cs.convert(net, input_size=32) is net
+    assert type(net.stem) is type(net.body[0]) is cs.CoConv2d
+    assert (net.stem.levels, net.body[0].levels) == (3, 2)
+
+
+def test_inplace_false_leaves_the_original_plain(net, image):
+    before = net(image)
+    converted = cs.convert(net, input_size=32, inplace=False)
+    assert type(converted.stem) is cs.CoConv2d
+    assert type(net.stem) is nn.Conv2d
+    assert torch.equal(net(image), before)
+
+
+def test_parameters_and_state_dict_keys_stay_the_same_objects(net):
+    parameters = dict(net.named_parameters())
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    cs.convert(net, input_size=32)
+    assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
+    assert {key: value.shape for key, value in net.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101", "resnet152"])
+def test_resnets_get_exactly_table_1(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    cs.convert(model)
+    table = {
+        1: (64, (1, 2, 3, 4), (16, 16, 16, 16)),
+        2: (128, (1, 2, 3), (64, 32, 32)),
+        3: (256, (1, 2), (128, 128)),
+        4: (512, (1,), (512,)),
+    }
+    rows = [row for row in cs.get_plan(model).rows if row.signature.kernel_size == (3, 3)]
+    assert len(rows) == sum(model.get_submodule(f"layer{stage}").__len__() for stage in table)
+    for row in rows:
+        channels, dilations, splits = table[int(row.name.removeprefix("layer")[0])]
+        assert (row.signature.out_channels, row.dilations, row.splits) == (channels, dilations, splits)
+        assert row.converted == (len(dilations) > 1)
+
+
+@pytest.mark.parametrize(("size", "levels"), [(224, "4321"), (288, "4432"), (448, "4432")])
+def test_larger_inputs_shift_the_levels_by_the_rule(size, levels):
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    rows = cs.plan_conversion(model, input_size=size).rows
+    by_stage = {row.name.removeprefix("layer")[0]: row.levels for row in rows if row.name.endswith("conv2")}
+    assert "".join(str(by_stage[stage]) for stage in "1234") == levels
+
+
+def test_momentum_survives_a_conversion_in_the_middle_of_training(net, image):
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net(image).square().mean().backward()
+    optimizer.step()
+    momentum = copy.deepcopy(optimizer.state_dict())
+    cs.convert(net, input_size=32)
+    assert all(parameter in optimizer.state for parameter in net.parameters())
+    for index, state in optimizer.state_dict()["state"].items():
+        assert torch.equal(state["momentum_buffer"], momentum["state"][index]["momentum_buffer"])
+    weight = net.stem.weight.clone()
+    optimizer.zero_grad()
+    net(image).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(net.stem.weight, weight)
+
+
+def test_flags_dtype_frozen_weights_and_hooks_survive(net, image):
+    net.to(torch.bfloat16)
+    net.body.train()
+    net.stem.weight.requires_grad_(False)
+    seen = []
+    net.stem.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    cs.convert(net, input_size=32)
+    assert seen == [], "planning must not fire other people's hooks"
+    assert net.stem.weight.dtype == torch.bfloat16
+    assert not net.stem.weight.requires_grad
+    assert [m.training for m in (net, net.stem, net.body, net.body[0])] == [False, False, True, True]
+    net(image.bfloat16())
+    assert len(seen) == 1
+
+
+def test_one_module_under_two_names_stays_one_module():
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(8, 8, 3, padding=1)
+            self.second = self.first
+            self.block = nn.Sequential(self.first, nn.Conv2d(8, 2, 1))
+
+        def forward(self, x):
+            return self.block(self.second(self.first(x)))
+
+    model = Aliased()
+    cs.convert(model, input_size=(8, 16, 16))
+    assert model.first is model.second is model.block[0]
+    assert type(model.first) is cs.CoConv2d
+    row = cs.get_plan(model).rows[0]
+    assert (row.name, row.aliases, row.calls) == ("first", ("second", "block.0"), 3)
+
+
+def test_a_module_called_at_two_sizes_takes_the_smallest():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+            self.mix = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return [self.mix(self.conv(level)) for level in (x, x[..., ::2, ::2], x[..., ::4, ::4])]
+
+    plan = cs.plan_conversion(Shared(), input_size=(8, 64, 64))
+    assert (plan.rows[0].levels, plan.rows[0].output_sizes) == (3, ((64, 64), (32, 32), (16, 16)))
+    plan = cs.plan_conversion(Shared(), cs.ResolutionPolicy(shared="max"), input_size=(8, 64, 64))
+    assert plan.rows[0].levels == 4
+
+
+def test_a_lone_convolution_is_converted_itself():
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1))[0]
+    cs.convert(conv, overrides={"": 2}, input_size=16)
+    assert type(conv) is cs.CoConv2d
+
+
+def test_a_parametrized_convolution_keeps_its_parametrization(net, image):
+    parametrizations.weight_norm(net.stem)
+    before = net(image)
+    cs.convert(net, input_size=32)
+    assert isinstance(net.stem, cs.CoConv2d)
+    assert "parametrizations.weight.original0" in net.stem.state_dict()
+    assert not torch.equal(net(image), before)
+    assert torch.equal(cs.revert(net)(image), before)
+
+
+def test_revert_restores_outputs_bit_for_bit(net, image):
+    before, modules = net(image), snapshot(net)
+    cs.convert(net, input_size=32)
+    assert not torch.equal(net(image), before)
+    assert cs.revert(net) is net
+    assert torch.equal(net(image), before)
+    assert same(snapshot(net), modules)
+
+
+def test_a_second_conversion_changes_nothing_and_says_so(net):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cs.convert(net, input_size=32)
+    modules = snapshot(net)
+    with pytest.warns(cs.NoChangeWarning, match="already as planned"):
+        cs.convert(net, input_size=32)
+    assert same(snapshot(net), modules)
+
+
+def test_another_policy_takes_a_converted_network_further(net):
+    cs.convert(net, input_size=32)
+    cs.convert(net, cs.UniformPolicy(4), input_size=32)
+    assert net.stem.dilations == (1, 2, 3, 4)
+    cs.convert(net, input_size=32, exclude="stem")
+    assert type(net.stem) is nn.Conv2d
+
+
+def test_a_converted_network_copies_and_pickles_with_its_plan(net, image):
+    cs.convert(net, input_size=32)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin(image), net(image))
+        assert cs.get_plan(twin) == cs.get_plan(net)
+
+
+def test_get_plan_reads_what_is_there_when_the_plan_is_outdated(net):
+    cs.convert(net, input_size=32)
+    cs.revert(net.body)
+    assert [row.levels for row in cs.get_plan(net).rows] == [3, 1, 1]
+    assert cs.get_plan(net).policy == "as found"
+
+
+def test_planning_leaves_the_network_exactly_as_it_was(net, image):
+    net.train()
+    state = copy.deepcopy(net.state_dict())
+    modules = snapshot(net)
+    cs.plan_conversion(net, input_size=32)
+    assert net.training
+    assert same(snapshot(net), modules)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+# -- Graph modules ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converted(net):
+    return cs.convert(net, input_size=32, inplace=False)
+
+
+def test_function_calls_of_an_exported_graph_are_rewritten(net, image, converted):
+    exported = torch.export.export(net, (image,)).module()
+    before = exported(image)
+    cs.convert(exported)
+    assert [row.dilations for row in cs.get_plan(exported).converted] == [(1, 2, 3), (1, 2)]
+    torch.testing.assert_close(exported(image), converted(image))
+    torch.testing.assert_close(copy.deepcopy(exported)(image), converted(image))
+    torch.testing.assert_close(torch.export.export(exported, (image,)).module()(image), converted(image))
+    assert torch.equal(cs.revert(exported)(image), before)
+
+
+def test_modules_called_by_a_symbolic_trace_are_converted(net, image, converted):
+    graph = torch.fx.symbolic_trace(net)
+    cs.convert(graph, input_size=32)
+    torch.testing.assert_close(graph(image), converted(image))
+
+
+def test_a_trace_of_a_converted_network_has_one_node_a_conv(converted, image):
+    graph = torch.fx.symbolic_trace(converted)
+    assert [node.target for node in graph.graph.nodes].count(cs.coconv2d) == 2
+    torch.testing.assert_close(graph(image), converted(image))
+    cs.revert(graph)
+    assert cs.coconv2d not in [node.target for node in graph.graph.nodes]
+
+
+# -- Bad input ----------------------------------------------------------------------------------------------------
+
+
+def in_a_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def ddp(net):
+    if not torch.distributed.is_initialized():
+        in_a_process_group()
+    return nn.parallel.DistributedDataParallel(net)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "error", "message"),
+    [
+        (lambda net: "resnet50", {}, TypeError, "must be a torch.nn.Module, not str"),
+        (lambda net: net, {"policy": "resolutoin"}, ValueError, "did you mean 'resolution'"),
+        (lambda net: net, {"policy": 3}, TypeError, "a name or a callable, not int"),
+        (lambda net: net, {"include": "bdoy.*"}, ValueError, "include: no convolution matches 'bdoy.*'.*'body.0'"),
+        (lambda net: net, {"exclude": ["stem", "neck"]}, ValueError, "exclude: no convolution matches 'neck'"),
+        (lambda net: net, {"overrides": {"layer9": 2}}, ValueError, "overrides: no convolution matches 'layer9'"),
+        (lambda net: net, {"overrides": {"stem": 9}}, ValueError, r"overrides\['stem'\] gave stem.*9 levels"),
+        (lambda net: net, {"overrides": {"body.2": 2}}, ValueError, "body.2, which cannot be split: kernel 1×1"),
+        (lambda net: net, {"policy": lambda conv: 99}, ValueError, "gave stem the levels 99"),
+        (lambda net: net, {"input_size": None}, ValueError, "give input_size="),
+        (lambda net: net, {"input_size": (1, 2, 3, 4)}, ValueError, "input_size=.*height, width"),
+        (lambda net: net, {"input_size": 0}, ValueError, "input_size=0"),
+        (lambda net: net, {"input_size": (4, 32, 32)}, ValueError, "does not run on a 32 × 32 input"),
+        (lambda net: net, {"example_inputs": torch.ones(1, 3, 32, 32)}, ValueError, "not both"),
+        (ddp, {}, TypeError, "DistributedDataParallel: convert model.module instead"),
+        (nn.DataParallel, {}, TypeError, "DataParallel: convert model.module instead"),
+        (torch.compile, {}, TypeError, "OptimizedModule: convert model._orig_mod instead"),
+        (lambda net: torch.jit.trace(net, torch.ones(1, 3, 32, 32)), {}, TypeError, "before torch.jit"),
+        (lambda net: nn.Sequential(net, nn.LazyConv2d(3, 3)), {}, ValueError, "model.1 is a lazy LazyConv2d"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_no_change(net, image, change, arguments, error, message):
+    before, modules = net(image), snapshot(net)
+    with pytest.raises(error, match=message):
+        cs.convert(change(net), **{"input_size": 32, **arguments})
+    assert same(snapshot(net), modules)
+    assert torch.equal(net(image), before)
+
+
+def test_an_input_too_small_for_the_network_is_named():
+    with pytest.raises(ValueError, match="VisionTransformer does not run on a 16 × 16 input"):
+        cs.plan_conversion(timm.create_model("vit_tiny_patch16_224"), input_size=16)
+
+
+def test_a_plan_for_another_network_is_refused_with_every_difference(net, image):
+    other = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1))
+    plan = cs.plan_conversion(other, input_size=32)
+    before = net(image)
+    with pytest.raises(cs.PlanError, match=r"(?s)2 missing in the network: 0; 1.*3 unexpected.*body\.0"):
+        cs.apply_plan(net, plan)
+    changed = copy.deepcopy(net)
+    changed.body[0] = nn.Conv2d(8, 8, 5, padding=2, stride=2, bias=False)
+    with pytest.raises(cs.PlanError, match=r"1 different in the network: body\.0 \(kernel_size=\(3, 3\), planned"):
+        cs.apply_plan(net, cs.plan_conversion(changed, input_size=32))
+    assert torch.equal(net(image), before)
+
+
+# -- The package --------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_needs_torch_and_timm_alone():
+    code = (
+        "import sys, coconv_surgery; "
+        "heavy = {'mmdet', 'mmcv', 'mmengine', 'matplotlib', 'click', 'rich'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,246 @@
+"""The trace: where each convolution runs, how large its map is, and who reads it."""
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.ops import DeformConv2d
+
+import coconv_surgery as cs
+from coconv_surgery.dataflow import Reader
+from coconv_surgery.tracing import Inputs, trace_convs
+
+
+def conv(inputs=4, outputs=4):
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+class Model(nn.Module):
+    """A network of some parts and a forward function."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self._forward = forward
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+
+def trace(model, side=16, channels=4):
+    traced = trace_convs(model, Inputs((torch.ones(1, channels, side, side),)))
+    return {entry.name: entry for entry in traced}
+
+
+def reader(forward, **parts):
+    (call,) = trace(Model(forward, conv=conv(), **parts))["conv"].calls
+    return call.reader
+
+
+# -- Who reads the output -----------------------------------------------------------------------------------------
+
+
+def test_a_conv_before_another_layer_feeds_it():
+    assert reader(lambda m, x: m.mix(m.conv(x).relu()), mix=nn.Conv2d(4, 2, 1)) is Reader.LAYER
+
+
+def test_a_conv_before_a_linear_layer_feeds_it():
+    assert reader(lambda m, x: m.mix(m.conv(x).mean((2, 3))), mix=nn.Linear(4, 2, bias=False)) is Reader.LAYER
+
+
+def test_a_conv_before_a_last_norm_is_a_feature():
+    assert reader(lambda m, x: m.norm(m.conv(x)).relu(), norm=nn.BatchNorm2d(4)) is Reader.LAYER
+
+
+def test_a_conv_before_a_frozen_layer_feeds_it():
+    assert reader(lambda m, x: m.mix(m.conv(x)), mix=nn.Conv2d(4, 2, 1).requires_grad_(False)) is Reader.LAYER
+
+
+def test_the_last_conv_is_a_prediction_layer():
+    assert reader(lambda m, x: m.conv(x).sigmoid()) is Reader.NOBODY
+
+
+def test_a_single_learned_factor_behind_a_conv_mixes_nothing():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x * self.factor
+
+    assert reader(lambda m, x: m.scale(m.conv(x)).exp(), scale=Scale()) is Reader.NOBODY
+
+
+def test_a_conv_behind_a_detached_map_still_feeds_its_layer():
+    model = Model(lambda m, x: m.mix(m.conv(m.first(x).detach())), first=conv(), conv=conv(), mix=conv(4, 2))
+    assert [entry.calls[0].reader for entry in trace(model).values()] == [Reader.NOBODY, Reader.LAYER, Reader.NOBODY]
+
+
+def test_offsets_and_mask_of_a_deformable_conv_are_read_by_position():
+    model = Model(
+        lambda m, x: m.mix(m.deform(x, m.offset(x), m.mask(x).sigmoid())),
+        offset=conv(4, 18),
+        mask=conv(4, 9),
+        deform=DeformConv2d(4, 4, 3, padding=1),
+        mix=nn.Conv2d(4, 2, 1),
+    )
+    traced = trace(model)
+    assert traced["offset"].calls[0].reader is traced["mask"].calls[0].reader is Reader.POSITION
+
+
+def test_a_conv_that_makes_kernels_is_read_by_position():
+    model = Model(lambda m, x: F.conv2d(x, m.conv(x).mean((2, 3)).view(1, 4, 1, 1)), conv=conv())
+    assert trace(model)["conv"].calls[0].reader is Reader.POSITION
+
+
+def test_a_conv_that_makes_a_sampling_grid_is_read_by_position():
+    forward = lambda m, x: m.mix(F.grid_sample(x, m.conv(x)[:, :2].permute(0, 2, 3, 1)))  # noqa: E731
+    assert reader(forward, mix=nn.Conv2d(4, 2, 1)) is Reader.POSITION
+
+
+def test_prediction_layers_are_left_alone_unless_overridden():
+    model = Model(lambda m, x: m.predict(m.conv(x).relu()), conv=conv(), predict=conv())
+    plan = cs.plan_conversion(model, input_size=(4, 16, 16))
+    assert [(row.name, row.converted) for row in plan.rows] == [("conv", True), ("predict", False)]
+    assert "prediction layer" in plan.rows[1].reason
+    plan = cs.plan_conversion(model, input_size=(4, 16, 16), overrides={"predict": (1, 3)})
+    assert plan.rows[1].dilations == (1, 3)
+
+
+# -- What the graph shows -----------------------------------------------------------------------------------------
+
+
+def test_every_call_of_a_shared_conv_is_a_node():
+    model = Model(lambda m, x: m.mix(m.conv(m.conv(x))), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    entry = trace(model)["conv"]
+    assert entry.nodes == ("conv", "conv_1")
+    assert [call.output_size for call in entry.calls] == [(16, 16), (16, 16)]
+
+
+def test_an_untraceable_block_is_one_node_and_its_reason_is_kept():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(conv())
+
+        def forward(self, x):
+            return self.inner(x) if x.shape[0] == 1 and x.float().flatten()[0] > -9 else x
+
+    model = Model(lambda m, x: m.mix(m.block(m.first(x))), first=conv(), block=Block(), mix=nn.Conv2d(4, 2, 1))
+    traced = trace(model)
+    assert traced["first"].untraced is None
+    assert "block" not in traced
+    assert traced["block.inner.0"].nodes == ("_0",), "the block's children are traced apart"
+    assert traced["block.inner.0"].calls[0].output_size == (16, 16), "the real forward pass gives the size"
+    assert traced["block.inner.0"].calls[0].reader is Reader.LAYER
+
+
+def test_a_conv_called_straight_from_an_untraceable_block_tells_why_it_has_no_node():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() != 0 else x
+
+    model = Model(lambda m, x: m.mix(m.block(x)), block=Block(), mix=nn.Conv2d(4, 2, 1))
+    plan = cs.plan_conversion(model, input_size=(4, 16, 16))
+    assert plan.rows[0].converted
+    assert "block" in plan.rows[0].untraced
+    assert "TraceError" in plan.rows[0].untraced
+
+
+def test_a_conv_inside_a_leaf_of_timm_says_so():
+    with torch.device("meta"):
+        plan = cs.plan_conversion(timm.create_model("vgg11"))
+    assert {row.untraced for row in plan.rows} == {None, "torch.fx takes pre_logits as one node"}
+
+
+def test_a_conv_that_does_not_run_is_in_the_plan_as_such():
+    model = Model(lambda m, x: m.mix(x), mix=nn.Conv2d(4, 2, 1), idle=conv())
+    plan = cs.plan_conversion(model, input_size=(4, 16, 16))
+    assert plan.rows[1].reason == "did not run in evaluation mode"
+
+
+def test_a_weight_that_is_read_outside_its_conv_leaves_it_alone():
+    model = Model(
+        lambda m, x: m.mix(m.conv(x) + F.conv2d(x, m.conv.weight, padding=1)), conv=conv(), mix=nn.Conv2d(4, 2, 1)
+    )
+    plan = cs.plan_conversion(model, input_size=(4, 16, 16))
+    assert plan.rows[0].reason == "its weight is also used outside its own forward"
+
+
+@pytest.mark.parametrize("pad", [nn.ReflectionPad2d(1), nn.ReplicationPad2d(1)])
+def test_padding_by_another_layer_leaves_a_conv_alone(pad):
+    model = Model(lambda m, x: m.mix(m.conv(m.pad(x))), pad=pad, conv=nn.Conv2d(4, 4, 3), mix=nn.Conv2d(4, 2, 1))
+    assert "padding by another layer" in cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].reason
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_left_alone():
+    with torch.device("meta"):
+        plan = cs.plan_conversion(timm.create_model("tf_efficientnetv2_b0"))
+    assert plan.reasons()["Conv2dSame has a forward of its own"] == 5
+
+
+def test_a_replaced_forward_is_left_alone():
+    model = Model(lambda m, x: m.mix(m.conv(x)), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    model.conv.forward = model.conv.forward
+    assert (
+        cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].reason == "its forward was replaced on the instance"
+    )
+
+
+def test_reflect_padding_wider_than_the_map_is_an_error_before_anything_changes():
+    model = Model(
+        lambda m, x: m.mix(m.conv(x)),
+        conv=nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        mix=nn.Conv2d(4, 2, 1),
+    )
+    with pytest.raises(ValueError, match=r"conv.*reflect padding of 4 at dilation 4 needs more than a side of 4"):
+        cs.convert(model, cs.UniformPolicy(4), input_size=(4, 4, 4))
+    assert type(model.conv) is nn.Conv2d
+
+
+# -- Networks and their inputs ------------------------------------------------------------------------------------
+
+
+def test_feature_extractors_that_hook_themselves_are_traced():
+    model = timm.create_model("vgg11", features_only=True, feature_cls="hook")
+    shapes = [feature.shape for feature in model(torch.ones(1, 3, 64, 64))]
+    cs.convert(model, input_size=64)
+    assert len(cs.get_plan(model).converted) > 0
+    assert [feature.shape for feature in model(torch.ones(1, 3, 64, 64))] == shapes
+
+
+@pytest.mark.parametrize(("name", "channels"), [("resnet18", 1), ("tresnet_m", 3), ("vit_tiny_patch16_224", 5)])
+def test_the_number_of_image_channels_is_read_off_the_stem(name, channels):
+    with torch.device("meta"):
+        plan = cs.plan_conversion(timm.create_model(name, in_chans=channels))
+    assert plan.input == f"1×{channels}×224×224"
+
+
+def test_inputs_may_be_arguments_by_name():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.mix = conv(), nn.Conv2d(4, 2, 1)
+
+        def forward(self, left, right=None, flip=False):
+            x = left if right is None else left + right
+            return self.mix(self.conv(x.flip(-1) if flip else x))
+
+    images = {"left": torch.ones(1, 4, 32, 32), "right": torch.ones(1, 4, 32, 32), "flip": True}
+    plan = cs.plan_conversion(Pair(), example_inputs=images)
+    assert (plan.rows[0].levels, plan.rows[0].untraced, plan.input) == (4, None, "1×4×32×32, 1×4×32×32")
+    assert cs.plan_conversion(Pair(), example_inputs=(images["left"],)).rows[0].levels == 4
+    assert cs.plan_conversion(Pair(), example_inputs=images["left"]).rows[0].levels == 4
+
+
+def test_a_cached_result_in_a_module_does_not_stop_the_trace():
+    model = Model(lambda m, x: m.mix(m.conv(x)), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    model.cache = model(torch.ones(1, 4, 16, 16))
+    assert cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].converted
