@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import timm
 import torch.nn as nn
@@ -152,10 +152,9 @@ def _plan(model: nn.Module, options: dict[str, Any]) -> Plan:
     )
 
 
-def main() -> NoReturn:
-    """Run the command; a user's mistake ends with one line and exit code 1."""
+def main() -> None:
+    """Run the command; a user's mistake ends with one message and exit code 1, a wrong call with 2."""
     try:
         app()
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"coconv: {error}")
-    sys.exit(0)
