@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, cast, get_args
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrize import is_parametrized
@@ -114,6 +115,9 @@ def coconv2d(
         )
         start = stop
     return torch.cat(outputs, dim=-3)
+
+
+torch.fx.wrap("coconv2d")  # one node of a graph, as the convolution it replaces is
 
 
 def level_padding(
