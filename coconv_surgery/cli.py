@@ -13,6 +13,7 @@ from timm.models import load_checkpoint
 from coconv_surgery.checkpoint import save_converted
 from coconv_surgery.plan import Plan
 from coconv_surgery.policy import POLICIES, get_policy
+from coconv_surgery.shapes import write_shapes
 from coconv_surgery.surgery import apply_plan, get_plan, plan_conversion
 
 try:
@@ -112,6 +113,38 @@ def convert(
         save_converted(network, output)
     click.echo(get_plan(network).summary())
     click.echo(f"weights and plan: {output}")
+
+
+@app.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option("--shape", nargs=2, type=click.IntRange(min=1), required=True, metavar="H W", help="Size of the image.")
+def flops(config: str, shape: tuple[int, int]) -> None:
+    """Count parameters and FLOPs of the detector in an MMDetection CONFIG, without its data set (extra: mmdet).
+
+    \b
+    coconv flops configs/ssd/ssd300_coresnet50_coco.py --shape 300 300
+    """
+    with console.status(f"counting {config}"):
+        from mmengine import Config
+
+        from coconv_surgery.mmdet.flops import count_complexity
+
+        parameters, count = count_complexity(Config.fromfile(config).model, shape)
+    click.echo(f"parameters  {parameters:,}")
+    click.echo(f"GFLOPs      {count / 1e9:.3f} at {shape[0]}×{shape[1]}, a multiply-add as one")
+
+
+@app.command()
+@click.argument("root", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--train", default=512, show_default=True, help="Images to train on.")
+@click.option("--val", default=128, show_default=True, help="Images to validate on.")
+@click.option("--size", default=300, show_default=True, help="Side of an image in pixels.")
+@click.option("--seed", default=0, show_default=True)
+def shapes(root: Path, train: int, val: int, size: int, seed: int) -> None:
+    """Write a small COCO-format data set of drawn shapes to the folder ROOT."""
+    with console.status(f"drawing {root}"):
+        written = write_shapes(root, train=train, val=val, size=size, seed=seed)
+    click.echo(f"{root}: {train} + {val} images {'written' if written else 'were there already'}")
 
 
 @app.command()
