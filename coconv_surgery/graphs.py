@@ -143,6 +143,7 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
 _DEFAULTS: dict[str, Any] = {"bias": None, "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
 _CONV_FUNCTIONS = (F.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 _ORIGINAL = "coconv_surgery.original_target"
+_WRAPPED = "is_wrapped"  # torch.fx's own mark of a function that a trace of the generated code must not enter
 
 
 def function_convs(model: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
@@ -190,6 +191,7 @@ def node_conv(node: fx.Node, weight: torch.Tensor) -> nn.Conv2d:
 def node_to_coconv_(node: fx.Node, dilations: tuple[Any, ...], splits: tuple[int, ...]) -> None:
     """Make a convolution node a contextual one in place; the caller recompiles."""
     node.meta.setdefault(_ORIGINAL, node.target)
+    node.meta[_WRAPPED] = True
     node.args, node.kwargs = (), {**_arguments(node), "dilations": dilations, "splits": splits}
     node.target = coconv2d
 
@@ -198,6 +200,7 @@ def node_to_conv_(node: fx.Node) -> None:
     """Undo :func:`node_to_coconv_`; the caller recompiles."""
     arguments = _arguments(node)
     target = node.meta.pop(_ORIGINAL, F.conv2d)
+    node.meta.pop(_WRAPPED, None)
     node.target, node.args, node.kwargs = target, tuple(arguments[name] for name in _ARGUMENTS), {}
 
 

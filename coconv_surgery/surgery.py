@@ -1,22 +1,18 @@
 """Plan a conversion, apply it in place, and undo it."""
 
 import copy
-import difflib
-import fnmatch
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.fx as fx
 import torch.nn as nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils._pytree import tree_leaves
 
 from coconv_surgery.conv import (
     CoConv2d,
     Dilation,
-    Pair,
     check_levels,
     is_plain,
     level_padding,
@@ -27,12 +23,11 @@ from coconv_surgery.conv import (
 )
 from coconv_surgery.eligibility import obstacle, reason_to_leave, replaced_forward, subclass
 from coconv_surgery.graphs import function_convs, node_to_coconv_, node_to_conv_
+from coconv_surgery.inputs import InputSize, infer_inputs
+from coconv_surgery.patterns import Patterns, as_list, check_patterns, first_match
 from coconv_surgery.plan import Plan, PlanError, PlanRow, Signature
 from coconv_surgery.policy import Answer, Levels, Policy, get_policy, settle
-from coconv_surgery.tracing import Inputs, TracedConv, find_convs, trace_convs
-
-Patterns = str | Iterable[str]
-InputSize = int | Sequence[int]
+from coconv_surgery.tracing import TracedConv, find_convs, trace_convs
 
 _PLAN = "_coconv_plan"
 
@@ -82,26 +77,27 @@ def plan_conversion(
     """
     _check_model(model)
     decide = get_policy(policy)
-    inputs = _inputs(model, input_size, example_inputs)
-    names = [name for name, _, _ in find_convs(model)]
-    included, excluded = _patterns(include), _patterns(exclude)
+    label = policy if isinstance(policy, str) else repr(policy)
+    inputs = infer_inputs(model, input_size, example_inputs)
+    included, excluded = as_list("*" if include is None else include), as_list(exclude or ())
     overridden = dict(overrides or {})
-    _check_patterns({"include": included or (), "exclude": excluded or (), "overrides": overridden}, names)
+    names = [name for name, _, _ in find_convs(model)]
+    given = {"include": included if include is not None else (), "exclude": excluded, "overrides": overridden}
+    check_patterns(given, names)
     rows = []
     for conv in trace_convs(model, inputs):
-        override = next((pattern for pattern in overridden if _matches(conv.name, pattern)), None)
+        override = first_match(conv.name, overridden)
         if override is not None:
             rows.append(_override_row(conv, override, overridden[override]))
-        elif included is not None and not any(_matches(conv.name, pattern) for pattern in included):
+        elif first_match(conv.name, included) is None:
             rows.append(_row(conv, reason="not included"))
-        elif any(_matches(conv.name, pattern) for pattern in excluded or ()):
+        elif first_match(conv.name, excluded) is not None:
             rows.append(_row(conv, reason="excluded"))
         elif reason := obstacle(conv) or reason_to_leave(conv):
             rows.append(_row(conv, reason=reason))
         else:
-            rows.append(_decided_row(conv, decide))
-    label = policy if isinstance(policy, str) else repr(policy)
-    return Plan(tuple(rows), policy=label, input=_describe(inputs), parameters=_count(model))
+            rows.append(_settled_row(conv, decide(conv), f"policy {label}"))
+    return Plan(tuple(rows), policy=label, input=str(inputs), parameters=_count(model))
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -257,10 +253,6 @@ def _override_row(conv: TracedConv, pattern: str, answer: Answer | None) -> Plan
     return _settled_row(conv, answer, f"overrides[{pattern!r}]")
 
 
-def _decided_row(conv: TracedConv, decide: Policy) -> PlanRow:
-    return _settled_row(conv, decide(conv), f"policy {decide!r}")
-
-
 def _settled_row(conv: TracedConv, answer: Answer, source: str) -> PlanRow:
     try:
         levels = settle(conv.conv, answer)
@@ -345,16 +337,6 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _check_patterns(patterns: Mapping[str, Iterable[str]], names: Sequence[str]) -> None:
-    modules = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
-    for argument, group in patterns.items():
-        for pattern in group:
-            if not any(_matches(name, pattern) for name in names):
-                near = difflib.get_close_matches(pattern, sorted(modules), n=3)
-                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"names look like {names[:1]}"
-                raise ValueError(f"{argument}: no convolution matches {pattern!r}: {hint}")
-
-
 def _check_plan(convs: Mapping[str, nn.Conv2d], plan: Plan) -> None:
     rows = {row.name: row for row in plan.rows}
     problems = {
@@ -382,66 +364,7 @@ def _shorten(names: Sequence[str], limit: int = 5) -> str:
     return "; ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _patterns(patterns: Patterns | None) -> list[str] | None:
-    if patterns is None:
-        return None
-    return [patterns] if isinstance(patterns, str) else list(patterns)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
-
-
 # -- The network as a whole ---------------------------------------------------------------------------------------
-
-
-def _inputs(model: nn.Module, input_size: InputSize | None, example_inputs: Any) -> Inputs:
-    if example_inputs is not None:
-        if input_size is not None:
-            raise ValueError("give either input_size= or example_inputs=, not both")
-        if isinstance(example_inputs, Mapping):
-            return Inputs(kwargs=dict(example_inputs))
-        return Inputs((example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs))
-    if input_size is None and isinstance(model, fx.GraphModule) and (recorded := _recorded_inputs(model)):
-        return recorded
-    if input_size is None:
-        input_size = _configured_size(model)
-    sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    if len(sides) not in (2, 3) or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"input_size={input_size!r}: give a side, (height, width) or (channels, height, width)")
-    shape = sides if len(sides) == 3 else (_image_channels(model), *sides)
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    image = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))  # leaves the global generator alone
-    return Inputs((image.to(parameter.device, parameter.dtype),))
-
-
-def _configured_size(model: nn.Module) -> Pair:
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else None
-    if not size:
-        raise ValueError(
-            f"{type(model).__name__} does not say how large its input is: give input_size=224, (height, width) or "
-            "(channels, height, width), or example_inputs= if it takes more than one image batch"
-        )
-    return size[-2], size[-1]
-
-
-def _image_channels(model: nn.Module, colours: int = 3) -> int:
-    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), colours)
-    # Some stems move 2×2 or 4×4 pixels into channels before the first convolution.
-    return colours if first in (4 * colours, 16 * colours) else first
-
-
-def _recorded_inputs(model: fx.GraphModule) -> Inputs | None:
-    values = [node.meta.get("val") for node in model.graph.nodes if node.op == "placeholder"]
-    if not values or not all(isinstance(value, torch.Tensor) for value in values):
-        return None
-    return Inputs(tuple(torch.zeros(tuple(v.shape), dtype=v.dtype, device=v.device) for v in values))
-
-
-def _describe(inputs: Inputs) -> str:
-    tensors = [leaf for leaf in tree_leaves((inputs.args, inputs.kwargs or {})) if isinstance(leaf, torch.Tensor)]
-    return ", ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
 
 
 def _count(model: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from coconv_surgery.conv import Pair
 from coconv_surgery.dataflow import Reader, find_readers
 from coconv_surgery.graphs import GraphMap, function_convs, map_graphs, node_conv
+from coconv_surgery.inputs import Inputs
 from coconv_surgery.twin import Twin
 
 # What a network is known to raise when its input does not suit it, or when it needs numbers and the twin has none.
@@ -70,22 +71,6 @@ class TracedConv:
     nodes: tuple[str, ...] = ()
     untraced: str | None = None
     weight_reads: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Inputs of a network's ``forward``."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] | None = None
-
-    @property
-    def image_size(self) -> Pair | None:
-        """Height and width of the first image batch among the inputs."""
-        for leaf in tree_leaves((self.args, self.kwargs or {})):
-            if isinstance(leaf, torch.Tensor) and leaf.dim() in (3, 4):
-                return leaf.shape[-2], leaf.shape[-1]
-        return None
 
 
 def trace_convs(model: nn.Module, inputs: Inputs) -> list[TracedConv]:

@@ -235,12 +235,15 @@ def test_modules_called_by_a_symbolic_trace_are_converted(net, image, converted)
     torch.testing.assert_close(graph(image), converted(image))
 
 
-def test_a_trace_of_a_converted_network_has_one_node_a_conv(converted, image):
+def test_a_trace_of_a_converted_network_has_one_node_a_conv(net, converted, image):
     graph = torch.fx.symbolic_trace(converted)
     assert [node.target for node in graph.graph.nodes].count(cs.coconv2d) == 2
     torch.testing.assert_close(graph(image), converted(image))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(graph))(image), converted(image))
     cs.revert(graph)
     assert cs.coconv2d not in [node.target for node in graph.graph.nodes]
+    torch.testing.assert_close(graph(image), net(image))
+    torch.fx.symbolic_trace(net)  # still works: torch.fx keeps a global list of wrapped functions
 
 
 # -- Bad input ----------------------------------------------------------------------------------------------------

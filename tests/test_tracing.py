@@ -9,7 +9,8 @@ from torchvision.ops import DeformConv2d
 
 import coconv_surgery as cs
 from coconv_surgery.dataflow import Reader
-from coconv_surgery.tracing import Inputs, trace_convs
+from coconv_surgery.inputs import Inputs
+from coconv_surgery.tracing import trace_convs
 
 
 def conv(inputs=4, outputs=4):
