@@ -330,6 +330,10 @@ class CoConv2d(nn.Conv2d):
         >>> CoConv2d.from_conv(conv, levels=2).weight is conv.weight
         True
         """
+        if "weight" not in conv._parameters:
+            raise ValueError(
+                "the weight is computed from other parameters, as by weight_norm: use to_coconv_() instead"
+            )
         chosen, shares = default_levels(conv, levels, dilations, splits)
         coconv = cls(
             conv.in_channels,
@@ -404,7 +408,13 @@ def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[
 
 
 def to_conv_(coconv: CoConv2d) -> None:
-    """Turn a contextual convolution into the plain ``nn.Conv2d`` it replaces, in place."""
+    """Turn a contextual convolution into the plain ``nn.Conv2d`` it replaces, in place.
+
+    Raises:
+        TypeError: If it is no contextual convolution.
+    """
+    if not isinstance(coconv, CoConv2d):
+        raise TypeError(f"to_conv_ takes a CoConv2d, not a {type(coconv).__name__}")
     _switch_class(coconv, nn.Conv2d)
     del coconv.dilations, coconv.splits
 

@@ -1,6 +1,7 @@
 """CoConv2d: arithmetic, levels and splits, errors."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from hypothesis import strategies as st
 from reference import both, centred_padding, naive_coconv2d, naive_forward
 
 from coconv_surgery import CoConv2d, coconv2d, split_channels
+from coconv_surgery.conv import to_conv_
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 # Largest error against a float64 reference, relative to the largest entry (or to 1). bfloat16 keeps 8 bits: one
-# rounding is 2⁻⁹, and the input's gradient adds up the levels in bfloat16.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# rounding is 2⁻⁹, and the gradient of the input adds up levels, and with replicate padding pixels, in bfloat16.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 @dataclass
@@ -40,7 +42,7 @@ def sides(values):
 def compositions(total, parts):
     """Ways to write a number as a sum of positive parts, in order."""
     cuts = st.sets(st.integers(1, total - 1), min_size=parts - 1, max_size=parts - 1) if parts > 1 else st.just(set())
-    return cuts.map(lambda at: [stop - start for start, stop in zip([0, *sorted(at)], [*sorted(at), total])])
+    return cuts.map(lambda at: [stop - start for start, stop in pairwise([0, *sorted(at), total])])
 
 
 @st.composite
@@ -138,8 +140,6 @@ def test_the_functional_form_is_the_module(case):
 def test_output_size_is_the_plain_convolution_s(case):
     coconv, input = case.build()
     plain = nn.Conv2d(**case.arguments, dtype=torch.float64)
-    if case.arguments["padding_mode"] == "circular" and input.dim() == 3:
-        input = input[None]
     assert coconv(input).shape == plain(input).shape
 
 
@@ -158,14 +158,14 @@ def test_parameters_are_the_plain_convolution_s(case):
 @st.composite
 def single_levels(draw):
     arguments = draw(plain_arguments(sides(st.integers(1, 6))))
-    assumed = {**arguments, "padding_mode": "zeros"} if arguments["padding_mode"] == "reflect" else arguments
     kernel, dilation = both(arguments["kernel_size"]), both(arguments["dilation"])
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     size = [max(span, 4) + draw(st.integers(0, 3)) for span in spans]
     levels = draw(st.sampled_from([{}, {"levels": 1}, {"dilations": [arguments["dilation"]]}]))
-    return Case(assumed, levels, (2, arguments["in_channels"], *size), draw(st.integers(0, 2**16)))
+    return Case(arguments, levels, (2, arguments["in_channels"], *size), draw(st.integers(0, 2**16)))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @given(case=single_levels())
 @settings(max_examples=150, deadline=None)
 def test_one_level_is_bit_identical_to_the_plain_convolution_for_every_kernel(case):
@@ -323,7 +323,7 @@ def test_padding_may_shrink_as_long_as_some_is_left():
 
 
 def test_from_conv_needs_levels_or_dilations():
-    with pytest.raises(ValueError, match="either levels= .* or dilations="):
+    with pytest.raises(ValueError, match=r"either levels= .* or dilations="):
         CoConv2d.from_conv(nn.Conv2d(4, 4, 3))
 
 
@@ -338,3 +338,16 @@ def test_from_conv_needs_levels_or_dilations():
 def test_split_channels_says_what_it_cannot_do(arguments, message):
     with pytest.raises(ValueError, match=message):
         split_channels(*arguments)
+
+
+def test_from_conv_refuses_a_computed_weight():
+    conv = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
+    with pytest.raises(ValueError, match=r"weight_norm: use to_coconv_\(\)"):
+        CoConv2d.from_conv(conv, levels=2)
+
+
+def test_to_conv_refuses_a_conv_that_is_not_contextual():
+    conv = nn.Conv2d(4, 4, 3)
+    with pytest.raises(TypeError, match="takes a CoConv2d, not a Conv2d"):
+        to_conv_(conv)
+    assert type(conv) is nn.Conv2d
