@@ -93,7 +93,6 @@ def _read(image: str | Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 def _draw(axes: Any, boxes: Boxes, size: tuple[int, int], classes: Sequence[str], score_threshold: float) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
-    from matplotlib.patheffects import withStroke
 
     corners, labels = np.reshape(boxes.corners, (-1, 4)), np.reshape(boxes.labels, -1).astype(int)
     scores = np.full(len(labels), np.inf) if boxes.scores is None else np.reshape(boxes.scores, -1)
@@ -103,9 +102,7 @@ def _draw(axes: Any, boxes: Boxes, size: tuple[int, int], classes: Sequence[str]
             continue
         left, top, right, bottom = corners[index]
         colour = colormaps["tab10"](labels[index] % 10)
-        frame = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.8)
-        frame.set_path_effects([withStroke(linewidth=2.6, foreground="white")])
-        axes.add_patch(frame)
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=2.2))
         # Names grow up and to the right from the top left corner, unless they would leave the picture there.
         height, width = size
         fits_above, fits_right = top > 0.06 * height, left < 0.6 * width
