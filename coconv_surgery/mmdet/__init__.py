@@ -1,0 +1,48 @@
+"""CoConv for MMDetection: importing this package registers its parts with mmengine's registries.
+
+In a config::
+
+    custom_imports = dict(imports=['coconv_surgery.mmdet'], allow_failed_imports=False)
+
+registers the conv layer ``CoConv``; the backbones ``CoResNet``, ``CoResNeXt`` and ``TIMMFeatures``; ``CoConvSurgery``,
+which converts any detector while its config builds it; and ``CoConvPlanHook``. It also repairs what of the OpenMMLab
+releases is broken on a current stack, see :mod:`coconv_surgery.mmdet.compat`.
+"""
+
+from importlib.util import find_spec
+
+_missing = [name for name in ("mmengine", "mmcv", "mmdet") if find_spec(name) is None]
+if not _missing and find_spec("mmcv._ext") is None:
+    _missing = ["mmcv's compiled operators (mmcv-lite has none)"]
+if _missing:
+    raise ImportError(f"coconv_surgery.mmdet needs {', '.join(_missing)}: pip install 'coconv-surgery[mmdet]'")
+
+import mmengine.registry  # noqa: E402
+from mmdet.registry import HOOKS, MODELS  # noqa: E402
+
+from coconv_surgery.mmdet import compat  # noqa: E402
+from coconv_surgery.mmdet.conv import build_coconv  # noqa: E402
+from coconv_surgery.mmdet.hooks import CoConvPlanHook  # noqa: E402
+from coconv_surgery.mmdet.options import SurgeryOptions  # noqa: E402
+from coconv_surgery.mmdet.resnet import CoResNet, CoResNeXt  # noqa: E402
+from coconv_surgery.mmdet.surgery import build_converted  # noqa: E402
+from coconv_surgery.mmdet.timm_backbone import TIMMFeatures  # noqa: E402
+
+__all__ = [
+    "CoConvPlanHook",
+    "CoResNeXt",
+    "CoResNet",
+    "SurgeryOptions",
+    "TIMMFeatures",
+    "build_coconv",
+    "build_converted",
+]
+
+compat.apply()
+# The root registry is the one where types are found from every scope; mmcv looks conv layers up there alone.
+mmengine.registry.MODELS.register_module("CoConv", module=build_coconv)
+mmengine.registry.MODELS.register_module("CoConvSurgery", module=build_converted)
+MODELS.register_module(module=CoResNet)
+MODELS.register_module(module=CoResNeXt)
+MODELS.register_module(module=TIMMFeatures)
+HOOKS.register_module(module=CoConvPlanHook)

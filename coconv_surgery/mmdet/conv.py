@@ -1,0 +1,66 @@
+"""CoConv as a conv layer of mmcv, for ``conv_cfg`` and ``dcn``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn as nn
+
+from coconv_surgery.conv import (
+    SplitRule,
+    default_levels,
+    is_plain,
+    level_units,
+    scale_dilations,
+    to_coconv_,
+)
+
+
+def build_coconv(
+    *args: Any,
+    levels: int | None = None,
+    dilations: Sequence[int] | None = None,
+    splits: Sequence[int] | SplitRule = "pow2",
+    **kwargs: Any,
+) -> nn.Conv2d:
+    """Build the conv layer that ``dict(type='CoConv', levels=3)`` stands for.
+
+    A ``conv_cfg`` reaches every convolution of a network, so only a 3×3 becomes a CoConv; any other kernel gives a
+    plain convolution. One with fewer output channels (or groups) than there are levels gets one level for each, the
+    lowest dilations first, so that a depthwise or very narrow layer builds too. It also reaches prediction layers that
+    are built from it, and knows no map sizes: where these count, convert the detector with ``CoConvSurgery`` instead.
+
+    Args:
+        *args: As of :class:`torch.nn.Conv2d`.
+        levels: Number of levels: level k has k times the convolution's own dilation.
+        dilations: Dilation of each level instead, in units of the convolution's own.
+        splits: Output channels of each level, or a split rule.
+        **kwargs: As of :class:`torch.nn.Conv2d`.
+
+    Returns:
+        A :class:`~coconv_surgery.CoConv2d`, or a plain ``nn.Conv2d`` where the kernel is not 3×3 or one level is left.
+
+    Raises:
+        ValueError: If neither or both of ``levels`` and ``dilations`` are given, or the convolution cannot be split
+            this way.
+
+    >>> build_coconv(64, 64, 3, padding=1, levels=2)
+    CoConv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilations=(1, 2), splits=(32, 32))
+    >>> build_coconv(64, 64, 1, levels=2)
+    Conv2d(64, 64, kernel_size=(1, 1), stride=(1, 1))
+    """
+    if (levels is None) == (dilations is None):
+        raise ValueError(
+            "a conv layer of type CoConv takes either levels= (a number) or dilations= (one for each level)"
+        )
+    if levels is not None and levels < 1:
+        raise ValueError(f"levels={levels} of type CoConv must be at least 1")
+    conv = nn.Conv2d(*args, **kwargs)
+    if conv.kernel_size != (3, 3):
+        return conv
+    factors = range(1, levels + 1) if levels is not None else dilations
+    assert factors is not None
+    units, _ = level_units(conv)
+    chosen, shares = default_levels(conv, dilations=scale_dilations(conv, factors[:units]), splits=splits)
+    if not is_plain(conv, chosen):
+        to_coconv_(conv, chosen, shares)
+    return conv

@@ -1,0 +1,43 @@
+"""Parameters and FLOPs of the detector that a config describes, without its data set."""
+
+from typing import Any, NamedTuple
+
+from mmdet.registry import MODELS
+from mmengine.analysis import get_model_complexity_info
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DefaultScope
+
+from coconv_surgery.conv import Pair
+from coconv_surgery.mmdet.surgery import example_inputs
+
+
+class Complexity(NamedTuple):
+    """What a detector costs.
+
+    Attributes:
+        parameters: Number of parameters.
+        flops: FLOPs of a forward pass on one image as mmengine counts them, a multiply-add as one.
+    """
+
+    parameters: int
+    flops: int
+
+
+def count_complexity(model: Any, image_size: Pair) -> Complexity:
+    """Count the parameters and FLOPs of a detector.
+
+    Args:
+        model: The ``model`` of a config.
+        image_size: Height and width of the image.
+
+    Returns:
+        Parameters and FLOPs.
+    """
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        detector = revert_sync_batchnorm(MODELS.build(model)).eval()
+    inputs = example_inputs(detector, image_size)
+    image = inputs.pop("inputs")
+    forward = detector.forward
+    detector.forward = lambda image: forward(image, **inputs)
+    info = get_model_complexity_info(detector, inputs=image, show_table=False, show_arch=False)
+    return Complexity(info["params"], int(info["flops"]))

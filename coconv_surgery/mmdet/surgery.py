@@ -1,0 +1,114 @@
+"""A detector that is converted while its config builds it."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+
+from coconv_surgery.conv import Pair
+from coconv_surgery.mmdet.options import SurgeryOptions
+from coconv_surgery.plan import Plan, PlanRow
+from coconv_surgery.surgery import apply_plan, get_plan, plan_conversion
+
+
+def build_converted(detector_type: str, surgery: Mapping[str, Any], **detector: Any) -> nn.Module:
+    """Build the detector that ``dict(type='CoConvSurgery', detector_type=..., surgery=..., ...)`` stands for.
+
+    On top of any config of a detector, this keeps the config's shape, so that mmdet's tools find ``cfg.model.backbone``
+    and the like where they expect them::
+
+        _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+        custom_imports = dict(imports=['coconv_surgery.mmdet'], allow_failed_imports=False)
+        model = dict(
+            type='CoConvSurgery',
+            detector_type='RetinaNet',
+            surgery=dict(pipeline={{_base_.test_pipeline}}, include=['backbone.*']),
+        )
+
+    A builder sees the model's config but not the data's: either ``pipeline`` or ``input_size=(800, 1333)`` says how
+    large the images are. They are padded as the detector's data preprocessor pads them.
+
+    Convolutions that the config itself makes contextual, such as those of a CoResNet, keep their levels.
+
+    The map sizes come from a forward pass in mode ``"tensor"``. Where that cannot do without numbers (the proposals of
+    two-stage detectors), it is a real one on the CPU, at the full image size: some seconds and gigabytes. Save its plan
+    and give ``surgery=dict(plan='coconv_plan.json')`` to save them.
+
+    Args:
+        detector_type: The ``type`` that the config had.
+        surgery: What to convert; the keys of :class:`~coconv_surgery.mmdet.SurgeryOptions`.
+        **detector: All other keys of the model's config.
+
+    Returns:
+        The detector: an instance of its own class, with contextual convolutions.
+
+    Raises:
+        ValueError: If the detector type or a key of ``surgery`` is unknown, the image size is missing, or as
+            :func:`~coconv_surgery.plan_conversion`.
+    """
+    options = SurgeryOptions.read(surgery)
+    if MODELS.get(detector_type) is None:
+        near = difflib.get_close_matches(str(detector_type), MODELS.module_dict, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "is its module among custom_imports?"
+        raise ValueError(f"unknown detector_type {detector_type!r}: {hint}")
+    size, plan, choices = options.image_size, options.saved_plan(), options.choices()
+    if size is None and plan is None:
+        raise ValueError(
+            "surgery: how large are the images? Give input_size=(height, width), or the pipeline that resizes them: "
+            "pipeline={{_base_.test_pipeline}}"
+        )
+    model: nn.Module = MODELS.build(dict(type=detector_type, **detector))
+    if plan is None:
+        assert size is not None
+        plan = _keep_contextual(plan_conversion(model, example_inputs=example_inputs(model, size), **choices), model)
+    return apply_plan(model, plan)
+
+
+def _keep_contextual(plan: Plan, model: nn.Module) -> Plan:
+    found = {row.name: row for row in get_plan(model).converted}
+
+    def keep(row: PlanRow) -> PlanRow:
+        own = found.get(row.name)
+        return row if own is None else replace(row, dilations=own.dilations, splits=own.splits, reason=None)
+
+    return replace(plan, rows=tuple(map(keep, plan.rows)))
+
+
+def example_inputs(detector: nn.Module, image_size: Sequence[int]) -> dict[str, Any]:
+    """What to call a detector with to run it without its data.
+
+    Args:
+        detector: An mmdet detector.
+        image_size: Height and width of the image, before the data preprocessor pads it.
+
+    Returns:
+        Keyword arguments of ``forward``: one blank image that fills its padded size.
+    """
+    height, width = padded(image_size, getattr(detector.data_preprocessor, "pad_size_divisor", 1))
+    shape = (height, width)
+    sample = DetDataSample(
+        metainfo={
+            "img_id": 0,
+            "ori_shape": shape,
+            "img_shape": shape,
+            "pad_shape": shape,
+            "batch_input_shape": shape,
+            "scale_factor": (1.0, 1.0),
+        }
+    )
+    return {"inputs": torch.zeros(1, 3, height, width), "data_samples": [sample], "mode": "tensor"}
+
+
+def padded(size: Sequence[int], divisor: int) -> Pair:
+    """Round a size up to multiples.
+
+    >>> padded((800, 1333), 32)
+    (800, 1344)
+    """
+    height, width = (-(-side // divisor) * divisor for side in size)
+    return height, width

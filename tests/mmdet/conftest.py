@@ -1,0 +1,82 @@
+"""What the tests of the MMDetection part share: the registered types, tiny data and a tiny detector."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import coconv_surgery.mmdet  # noqa: F401
+from coconv_surgery.shapes import write_shapes
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def _mmdet_scope():
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        yield
+
+
+@pytest.fixture
+def configs() -> Path:
+    return CONFIGS
+
+
+@pytest.fixture
+def lively():
+    """Give a network's norms statistics that make a mistake in folding them show."""
+
+    def enliven(network: nn.Module) -> nn.Module:
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 1.5)
+        network.eval()
+        return network
+
+    return enliven
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """The smallest data set of shapes that trains and evaluates."""
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(root, train=8, val=2, size=96)
+    return root
+
+
+@pytest.fixture
+def tiny_ssd(shapes, tmp_path) -> Config:
+    """SSD on a very narrow CoResNet-18, with the hook that guards the plan."""
+    config = Config.fromfile(CONFIGS / "shapes" / "ssd_coresnet18_shapes.py")
+    channels = (32, 32, 32)
+    options = {
+        "work_dir": str(tmp_path / "work"),
+        "model.backbone.base_channels": 8,
+        "model.neck.in_channels": channels[:1],
+        "model.neck.out_channels": channels,
+        "model.bbox_head.in_channels": channels,
+        "train_dataloader.batch_size": 4,
+        "train_cfg.max_epochs": 3,
+        "train_cfg.val_interval": 3,
+        "default_hooks.logger.interval": 1,
+        "default_hooks.coconv_plan": {"type": "CoConvPlanHook"},
+        "optim_wrapper.optimizer.lr": 0.01,
+    }
+    for split in ("train", "val", "test"):
+        options[f"{split}_dataloader.dataset.data_root"] = f"{shapes}/"
+    for split in ("val", "test"):
+        options[f"{split}_evaluator.ann_file"] = str(shapes / "annotations" / "val.json")
+    config.merge_from_dict(options)
+    return config
+
+
+@pytest.fixture
+def photograph() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 320, 320), dtype=torch.uint8)
