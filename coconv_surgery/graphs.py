@@ -1,5 +1,6 @@
 """The FX map of a network, and convolutions that are function calls in a graph."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +75,10 @@ def map_graphs(model: nn.Module, concrete_args: dict[str, Any] | None = None) ->
 def _map_module(module: nn.Module, path: str, concrete_args: dict[str, Any] | None, graphs: GraphMap) -> None:
     tracer = _Tracer()
     try:
-        graph = tracer.trace(module, concrete_args)
+        with warnings.catch_warnings():
+            # A constant argument that torch.fx cannot compare is no matter for a graph that is only read.
+            warnings.filterwarnings("ignore", "Was not able to add assertion")
+            graph = tracer.trace(module, concrete_args)
     except _TRACING_ERRORS as error:
         graphs.failures[path] = _message(error)
         untraced = list(module.named_children())

@@ -56,8 +56,8 @@ def plan_conversion(
         example_inputs: What to call the network with instead: a tensor, a tuple of arguments, or a dict of them by
             name.
         include: Glob patterns of convolutions to consider, by qualified name; that of a module stands for all within.
-            Default: all.
-        exclude: Patterns of convolutions to leave alone.
+            Default: all. The others stay what they are, plain or contextual.
+        exclude: Patterns of convolutions that stay what they are.
         overrides: Levels by pattern, the first match wins: a number, a sequence of dilations,
             :class:`~coconv_surgery.Levels`, or None to leave alone. An override reaches convolutions that are otherwise
             left alone by choice, such as 5×5 or prediction layers.
@@ -90,9 +90,9 @@ def plan_conversion(
         if override is not None:
             rows.append(_override_row(conv, override, overridden[override]))
         elif first_match(conv.name, included) is None:
-            rows.append(_row(conv, reason="not included"))
+            rows.append(_untouched_row(conv, "not included"))
         elif first_match(conv.name, excluded) is not None:
-            rows.append(_row(conv, reason="excluded"))
+            rows.append(_untouched_row(conv, "excluded"))
         elif reason := obstacle(conv) or reason_to_leave(conv):
             rows.append(_row(conv, reason=reason))
         else:
@@ -247,10 +247,15 @@ def _no_change(model: nn.Module, plan: Plan) -> str:
 
 def _override_row(conv: TracedConv, pattern: str, answer: Answer | None) -> PlanRow:
     if answer is None:
-        return _row(conv, reason="excluded")
+        return _untouched_row(conv, "excluded")
     if reason := obstacle(conv):
         raise ValueError(f"overrides[{pattern!r}] reaches {conv.name}, which cannot be split: {reason}")
     return _settled_row(conv, answer, f"overrides[{pattern!r}]")
+
+
+def _untouched_row(conv: TracedConv, reason: str) -> PlanRow:
+    contextual = isinstance(conv.conv, CoConv2d)
+    return _row(conv, Levels(*_state(conv.conv)), None if contextual else reason)
 
 
 def _settled_row(conv: TracedConv, answer: Answer, source: str) -> PlanRow:

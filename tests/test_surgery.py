@@ -181,8 +181,14 @@ def test_another_policy_takes_a_converted_network_further(net):
     cs.convert(net, input_size=32)
     cs.convert(net, cs.UniformPolicy(4), input_size=32)
     assert net.stem.dilations == (1, 2, 3, 4)
-    cs.convert(net, input_size=32, exclude="stem")
-    assert type(net.stem) is nn.Conv2d
+
+
+def test_what_is_excluded_stays_what_it_is(net):
+    cs.convert(net, input_size=32, include="stem")
+    assert (type(net.stem), type(net.body[0])) == (cs.CoConv2d, nn.Conv2d)
+    cs.convert(net, cs.UniformPolicy(4), input_size=32, exclude="stem")
+    assert (net.stem.levels, net.body[0].levels) == (3, 4)
+    assert [row.levels for row in cs.get_plan(net).converted] == [3, 4]
 
 
 def test_a_converted_network_copies_and_pickles_with_its_plan(net, image):
