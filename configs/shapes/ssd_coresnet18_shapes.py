@@ -87,6 +87,6 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=20),
     dict(type="CosineAnnealingLR", by_epoch=True, begin=0, end=max_epochs, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=16))
+default_hooks = dict(logger=dict(interval=16), coconv_plan=dict(type="CoConvPlanHook"))
 custom_hooks = [dict(type="NumClassCheckHook"), dict(type="CheckInvalidLossHook", interval=16)]
 randomness = dict(seed=0)
