@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/coconv demo
+	$(BIN)/coconv demo --detection
 
 test: setup
 	$(BIN)/ruff check

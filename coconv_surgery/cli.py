@@ -19,6 +19,7 @@ from coconv_surgery.surgery import apply_plan, get_plan, plan_conversion
 try:
     import click
     from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
 except ImportError as error:
     sys.exit(f"coconv: {error.name} is not installed: pip install 'coconv-surgery[cli]'")
 
@@ -151,7 +152,8 @@ def shapes(root: Path, train: int, val: int, size: int, seed: int) -> None:
 @click.option(
     "-o", "--output", default="demo_output", show_default=True, type=click.Path(file_okay=False, path_type=Path)
 )
-def demo(output: Path) -> None:
+@click.option("--detection", is_flag=True, help="Train a detector, too: minutes on 2 cores (extra: mmdet).")
+def demo(output: Path, detection: bool) -> None:
     """Convert a timm network, run it on a photograph, and write its plan as text, JSON and a picture."""
     from coconv_surgery.demo import convert_and_compare
 
@@ -159,6 +161,13 @@ def demo(output: Path) -> None:
     with console.status("converting resnet50"):
         report = convert_and_compare("resnet50", output)
     click.echo(report)
+    if detection:
+        from coconv_surgery.mmdet.demo import train_and_detect
+
+        with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
+            task = bar.add_task("", total=1.0)
+            report = train_and_detect(output, lambda done, what: bar.update(task, completed=done, description=what))
+        click.echo(report)
 
 
 def _create(name: str, *, pretrained: bool = False) -> nn.Module:

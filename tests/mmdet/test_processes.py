@@ -1,0 +1,206 @@
+"""mmdet's own entry points in processes of their own, on the drawn shapes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mmdet
+import mmengine
+import pytest
+import torch
+from mmdet.apis import DetInferencer
+from PIL import Image
+
+from coconv_surgery import Plan, get_plan
+from coconv_surgery.mmdet.hooks import FILE_NAME, META_KEY
+
+TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
+TIMEOUT = 300
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
+
+
+def run(*command: object, **variables: str) -> str:
+    process = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-3000:]
+    return process.stdout
+
+
+def kill_after_the_first_epoch(*command: object, work: Path) -> None:
+    """Start a training, and kill it with SIGKILL as soon as it has a checkpoint."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while not (work / "last_checkpoint").exists():
+            assert process.poll() is None, "training ended without a checkpoint"
+            assert time.monotonic() < deadline, "training wrote no checkpoint"
+            time.sleep(0.05)
+    finally:
+        process.kill()
+    assert process.wait() == -9
+
+
+def losses(work: Path) -> list[float]:
+    """The loss of every logged iteration, in order of time."""
+    lines = [line for path in sorted(work.glob("*/vis_data/scalars.json")) for line in path.read_text().splitlines()]
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def test_train_kill_resume_test_and_infer(tiny_ssd, shapes, tmp_path):
+    tiny_ssd.train_cfg.update(max_epochs=6, val_interval=6)
+    config, work = tmp_path / "tiny.py", Path(tiny_ssd.work_dir)
+    tiny_ssd.dump(config)
+
+    kill_after_the_first_epoch(TOOLS / "train.py", config, work=work)
+    assert not (work / "epoch_6.pth").exists()
+    killed_at = len(losses(work))
+
+    log = run(TOOLS / "train.py", config, "--resume")
+    (epoch,) = map(int, re.findall(r"resumed epoch: (\d+)", log))
+    assert 1 <= epoch < 6
+    assert "coco/bbox_mAP" in log
+    found = losses(work)
+    assert all(torch.tensor(found).isfinite())
+    assert sum(found[-4:]) < 0.9 * sum(found[:4])
+    assert killed_at >= 2
+
+    checkpoint = work / "epoch_6.pth"
+    plan = Plan.from_json(work / FILE_NAME)
+    assert Plan.from_json(torch.load(checkpoint)["meta"][META_KEY]) == plan
+
+    assert "coco/bbox_mAP" in run(TOOLS / "test.py", config, checkpoint, "--work-dir", tmp_path / "tested")
+
+    inferencer = DetInferencer(str(config), str(checkpoint), device="cpu", show_progress=False)
+    assert get_plan(inferencer.model).diff(plan) == []
+    image = next((shapes / "val").glob("*.jpg"))
+    inferencer(str(image), out_dir=str(tmp_path / "out"), no_save_pred=False)
+    with Image.open(tmp_path / "out" / "vis" / image.name) as drawn:
+        assert drawn.size == (96, 96)
+    predictions = json.loads((tmp_path / "out" / "preds" / f"{image.stem}.json").read_text())
+    assert set(predictions) == {"labels", "scores", "bboxes"}
+
+
+def test_a_detector_that_surgery_converted_trains_tests_with_augmentation_and_has_its_flops_counted(tiny_ssd, tmp_path):
+    tiny_ssd.merge_from_dict({"train_cfg.max_epochs": 1, "train_cfg.val_interval": 1})
+    model, backbone = tiny_ssd.model, tiny_ssd.model.backbone
+    model.update(type="CoConvSurgery", detector_type=model.type, surgery={"pipeline": tiny_ssd.test_pipeline})
+    backbone.type = "ResNet"
+    del backbone["levels"]
+    config, work = tmp_path / "surgery.py", Path(tiny_ssd.work_dir)
+    tiny_ssd.dump(config)
+
+    run(TOOLS / "train.py", config)
+    plan = Plan.from_json(work / FILE_NAME)
+    assert {"backbone.layer1.0.conv1", "neck.extra_layers.0.1.conv"} < {row.name for row in plan.converted}
+    log = run(TOOLS / "test.py", config, work / "epoch_1.pth", "--tta", "--work-dir", tmp_path / "tested")
+    assert plan.summary() in log
+    assert "coco/bbox_mAP" in log
+    assert re.search(r"Flops: [\d.]+[MG]", run(TOOLS / "analysis_tools" / "get_flops.py", config, "--num-images", 1))
+
+
+MIRROR = '''
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class SaveEveryRank(Hook):
+    """Saves the parameters of each process."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def save(self, runner, when):
+        model = getattr(runner.model, "module", runner.model)
+        torch.save(model.state_dict(), f"{self.folder}/{when}_rank{runner.rank}of{runner.world_size}.pth")
+
+    def before_train(self, runner):
+        self.save(runner, "before")
+
+    def after_train(self, runner):
+        self.save(runner, "after")
+'''
+
+
+@pytest.fixture
+def mirrored(tiny_ssd, tmp_path):
+    """A config whose two processes see an image and its mirror image, which have as many boxes to learn from.
+
+    mmdet's SSD divides its loss by that number, so that two processes agree with one only where theirs are equal.
+    Norms look at one image at a time, so that they do not depend on the batch.
+    """
+    data = tmp_path / "mirrored"
+    source = Path(tiny_ssd.train_dataloader.dataset.data_root)
+    annotations = mmengine.load(source / "annotations" / "train.json")
+    (data / "train").mkdir(parents=True)
+    images, boxes = [], []
+    for image in annotations["images"][:2]:
+        for side in range(2):
+            name = f"{image['id']}_{side}.png"
+            with Image.open(source / "train" / image["file_name"]) as pixels:
+                flipped = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if side else pixels
+                flipped.save(data / "train" / name)
+            images.append({**image, "id": len(images) + 1, "file_name": name})
+            for box in (box for box in annotations["annotations"] if box["image_id"] == image["id"]):
+                x, y, width, height = box["bbox"]
+                left = image["width"] - x - width if side else x
+                boxes.append({**box, "id": len(boxes) + 1, "image_id": len(images), "bbox": [left, y, width, height]})
+    (data / "annotations").mkdir()
+    mmengine.dump({**annotations, "images": images, "annotations": boxes}, data / "annotations" / "train.json")
+    (tmp_path / "save_every_rank.py").write_text(MIRROR)
+
+    norm = {"type": "GN", "num_groups": 4}
+    plain_pipeline = [step for step in tiny_ssd.train_pipeline if step["type"] != "RandomFlip"]
+    tiny_ssd.merge_from_dict(
+        {
+            "custom_imports.imports": ["coconv_surgery.mmdet", "save_every_rank"],
+            "model.backbone.norm_cfg": norm,
+            "model.neck.norm_cfg": norm,
+            "model_wrapper_cfg": {"type": "MMDistributedDataParallel", "device_ids": None},
+            "env_cfg.dist_cfg.backend": "gloo",
+            "train_dataloader.sampler.shuffle": False,
+            "train_dataloader.dataset.data_root": f"{data}/",
+            "train_dataloader.dataset.pipeline": plain_pipeline,
+            "train_cfg.max_epochs": 2,
+            "param_scheduler": None,
+            "custom_hooks": [{"type": "SaveEveryRank", "folder": str(tmp_path)}],
+        }
+    )
+    for key in ("val_cfg", "val_dataloader", "val_evaluator"):
+        tiny_ssd[key] = None
+    return tiny_ssd
+
+
+def test_two_processes_agree_with_one_of_the_doubled_batch(mirrored, tmp_path):
+    for processes, batch in ((2, 1), (1, 2)):
+        mirrored.train_dataloader.batch_size = batch
+        mirrored.work_dir = str(tmp_path / f"work{processes}")
+        mirrored.dump(tmp_path / "config.py")
+        launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+        arguments = (TOOLS / "train.py", tmp_path / "config.py", "--launcher", "pytorch")
+        run(*launch, *arguments, PYTHONPATH=str(tmp_path))
+    before, first, second, alone = (
+        torch.load(tmp_path / f"{name}.pth")
+        for name in ("before_rank0of2", "after_rank0of2", "after_rank1of2", "after_rank0of1")
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert max(float((value - before[name]).abs().max()) for name, value in first.items()) > 1e-2
+    for name, value in first.items():
+        torch.testing.assert_close(value, alone[name], atol=1e-5, rtol=1e-4)
