@@ -15,7 +15,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision "setuptools<81" wheel ninja
-	CFLAGS="-O2 -g0" $(BIN)/python -m pip install --no-build-isolation --constraint constraints.txt mmcv
+	PATH="$(abspath $(BIN)):$$PATH" CFLAGS="-O2 -g0" \
+		$(BIN)/python -m pip install --no-build-isolation --constraint constraints.txt mmcv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,mmdet,test,viz]"
 	touch $@
 
