@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import timm.layers
+import timm.models
 import torch
 import torch.fx as fx
 import torch.nn as nn
@@ -105,8 +105,8 @@ class _Tracer(fx.Tracer):
     """Traces with timm's leaves; a module that fails becomes a leaf, with its reason."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=tuple(timm.layers.get_notrace_functions()))
-        self.leaves = (nn.Conv2d, *timm.layers.get_notrace_modules())
+        super().__init__(autowrap_functions=tuple(timm.models.get_notrace_functions()))
+        self.leaves = (nn.Conv2d, *timm.models.get_notrace_modules())
         self.failures: dict[str, str] = {}
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
