@@ -78,8 +78,8 @@ def _configured_size(model: nn.Module) -> Pair:
 
 def _image_channels(model: nn.Module, colours: int = 3) -> int:
     first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), colours)
-    # Some stems move 2×2 or 4×4 pixels into channels before the first convolution.
-    return colours if first in (4 * colours, 16 * colours) else first
+    # Some stems move 2×2 pixels or more into channels before the first convolution.
+    return first if first < 4 * colours else colours
 
 
 def _recorded_inputs(model: fx.GraphModule) -> Inputs | None:

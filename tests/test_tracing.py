@@ -217,11 +217,11 @@ def test_feature_extractors_that_hook_themselves_are_traced():
     assert [feature.shape for feature in model(torch.ones(1, 3, 64, 64))] == shapes
 
 
-@pytest.mark.parametrize(("name", "channels"), [("resnet18", 1), ("tresnet_m", 3), ("vit_tiny_patch16_224", 5)])
+@pytest.mark.parametrize(("name", "channels"), [("resnet18", 1), ("tresnet_m", 3), ("csatv2", 3), ("convnext_atto", 5)])
 def test_the_number_of_image_channels_is_read_off_the_stem(name, channels):
     with torch.device("meta"):
         plan = cs.plan_conversion(timm.create_model(name, in_chans=channels))
-    assert plan.input == f"1×{channels}×224×224"
+    assert plan.input.startswith(f"1×{channels}×")
 
 
 def test_inputs_may_be_arguments_by_name():
