@@ -5,9 +5,11 @@ from coconv_surgery.conv import CoConv2d, coconv2d, split_channels
 from coconv_surgery.plan import Plan, PlanError, PlanRow
 from coconv_surgery.policy import Levels, Policy, ResolutionPolicy, StagePolicy, TopPolicy, UniformPolicy
 from coconv_surgery.surgery import NoChangeWarning, apply_plan, convert, get_plan, plan_conversion, revert
+from coconv_surgery.zoo import CoResNet, export_authors_state_dict, load_authors_checkpoint
 
 __all__ = [
     "CoConv2d",
+    "CoResNet",
     "Levels",
     "NoChangeWarning",
     "Plan",
@@ -21,7 +23,9 @@ __all__ = [
     "apply_plan",
     "coconv2d",
     "convert",
+    "export_authors_state_dict",
     "get_plan",
+    "load_authors_checkpoint",
     "load_converted",
     "plan_conversion",
     "read_plan",

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -153,27 +154,44 @@ class UniformPolicy(LevelPolicy):
         return self.count
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {
+POLICIES: dict[str, Callable[..., Policy]] = {
     "resolution": ResolutionPolicy,
     "stage": StagePolicy,
     "top": TopPolicy,
     "uniform": UniformPolicy,
 }
 
+_NAME = re.compile(r"(\w+)(?:\((\d+(?:, ?\d+)*)\))?")
+
 
 def get_policy(policy: str | Policy) -> Policy:
     """Look a policy up by its name; a policy passes through.
 
+    A name may be followed by the policy's numbers: ``"stage(3,3,2,1)"`` and ``"top(4,3,2,1)"`` as in Table 3, and
+    likewise ``"resolution(5)"`` and ``"uniform(3)"``.
+
     Raises:
-        ValueError: If there is no policy of that name.
+        ValueError: If there is no policy of that name, or if the numbers do not suit it.
         TypeError: If it is neither a name nor callable.
+
+    >>> get_policy("stage(3,3,2,1)").stages
+    (3, 3, 2, 1)
     """
     if isinstance(policy, str):
-        if policy not in POLICIES:
-            near = difflib.get_close_matches(policy, POLICIES, n=1)
+        match = _NAME.fullmatch(policy)
+        name, numbers = match.groups() if match else (policy, None)
+        if name not in POLICIES:
+            near = difflib.get_close_matches(name, POLICIES, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown policy {policy!r}: {hint}There are {', '.join(map(repr, POLICIES))}")
-        return POLICIES[policy]()
+        if numbers is None:
+            return POLICIES[name]()
+        values = tuple(map(int, numbers.split(",")))
+        if name in ("stage", "top"):
+            return POLICIES[name](values)
+        if len(values) > 1:
+            raise ValueError(f"policy {policy!r}: {name} takes one number")
+        return POLICIES[name](*values)
     if not callable(policy):
         raise TypeError(f"policy must be a name or a callable, not {type(policy).__name__}")
     return policy

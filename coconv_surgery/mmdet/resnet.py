@@ -1,6 +1,5 @@
 """CoResNet and CoResNeXt: the paper's backbones (Table 1) as backbones of MMDetection."""
 
-import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +10,9 @@ from mmdet.models.backbones import ResNet, ResNeXt
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 
 from coconv_surgery.conv import default_levels, to_coconv_
+from coconv_surgery.zoo.authors import merge_levels
 
 TABLE_1 = (4, 3, 2, 1)
-
-_LEVEL_KEY = re.compile(r"(?P<conv>.*\.conv2)\.conv2_(?P<level>\d+)\.weight")
 
 
 class NormAfterAddBottleneck(Bottleneck):  # type: ignore[misc]
@@ -122,27 +120,6 @@ class CoResNeXt(_Contextual, ResNeXt):  # type: ignore[misc]
     >>> backbone.layer1[0].conv2.splits
     (32, 32, 32, 32)
     """
-
-
-def merge_levels(state_dict: dict[str, Any], prefix: str = "") -> bool:
-    """Join the per-level weights of the CoConv authors' ResNets, in place.
-
-    ``layer1.0.conv2.conv2_1.weight`` and so on become ``layer1.0.conv2.weight``, in level order.
-
-    Args:
-        state_dict: Tensors by name.
-        prefix: Only names that start with this are considered.
-
-    Returns:
-        Whether there was any.
-    """
-    found: dict[str, dict[int, str]] = {}
-    for key in state_dict:
-        if key.startswith(prefix) and (match := _LEVEL_KEY.fullmatch(key)):
-            found.setdefault(match["conv"], {})[int(match["level"])] = key
-    for conv, keys in found.items():
-        state_dict[f"{conv}.weight"] = torch.cat([state_dict.pop(keys[level]) for level in sorted(keys)])
-    return bool(found)
 
 
 def _stage_levels(levels: Sequence[int] | None, stages: int) -> tuple[int, ...]:
