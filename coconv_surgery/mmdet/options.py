@@ -5,9 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
+import torch.nn as nn
+
 from coconv_surgery.conv import Pair
 from coconv_surgery.plan import Plan
 from coconv_surgery.policy import POLICIES, Answer, Levels, Policy, get_policy
+from coconv_surgery.surgery import apply_plan, plan_conversion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,19 @@ class SurgeryOptions:
     def saved_plan(self) -> Plan | None:
         """The saved plan, if one is given."""
         return None if self.plan is None else Plan.from_json(self.plan)
+
+    def convert(self, network: nn.Module) -> None:
+        """Convert a network that takes one image batch, in place.
+
+        The input size is by default the one that timm says of the network.
+
+        Raises:
+            ValueError: As :func:`~coconv_surgery.plan_conversion` and :func:`~coconv_surgery.apply_plan`.
+        """
+        plan = self.saved_plan()
+        if plan is None:
+            plan = plan_conversion(network, input_size=self.image_size, **self.choices())
+        apply_plan(network, plan)
 
     def choices(self) -> dict[str, Any]:
         """The arguments of :func:`~coconv_surgery.plan_conversion` that do not concern the input."""

@@ -11,7 +11,6 @@ from timm.layers import Format, nhwc_to
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coconv_surgery.mmdet.options import SurgeryOptions
-from coconv_surgery.surgery import apply_plan, plan_conversion
 
 
 class TIMMFeatures(BaseModule):  # type: ignore[misc]
@@ -72,10 +71,7 @@ class TIMMFeatures(BaseModule):  # type: ignore[misc]
         self.strides: list[int] = self.timm_model.feature_info.reduction()
         self._format = Format(getattr(self.timm_model, "output_fmt", Format.NCHW))
         if options is not None:
-            plan = options.saved_plan()
-            if plan is None:
-                plan = plan_conversion(self.timm_model, input_size=options.image_size, **options.choices())
-            apply_plan(self.timm_model, plan)
+            options.convert(self.timm_model)
 
     def init_weights(self) -> None:
         """Load the weights to start training from."""

@@ -1,0 +1,2 @@
+_base_ = "./coresnet50_8xb32_in1k.py"
+model = dict(levels=(3, 3, 3, 3))
