@@ -2,9 +2,11 @@
 
 import difflib
 import sys
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch.nn as nn
@@ -12,9 +14,10 @@ from timm.models import load_checkpoint
 
 from coconv_surgery.checkpoint import save_converted
 from coconv_surgery.plan import Plan
-from coconv_surgery.policy import POLICIES, get_policy
+from coconv_surgery.policy import POLICIES, LevelPolicy, get_policy
 from coconv_surgery.shapes import write_shapes
-from coconv_surgery.surgery import apply_plan, get_plan, plan_conversion
+from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan, plan_conversion
+from coconv_surgery.zoo.authors import is_authors_checkpoint, load_authors_checkpoint
 
 try:
     import click
@@ -35,7 +38,12 @@ def _input_size(value: str) -> int | tuple[int, ...]:
 def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--input-size", type=_input_size, metavar="SIDE|H,W", help="Input size. Default: what timm says."),
-        click.option("--policy", default="resolution", show_default=True, help=f"One of {', '.join(POLICIES)}."),
+        click.option(
+            "--policy",
+            default="resolution",
+            show_default=True,
+            help=f"One of {', '.join(POLICIES)}; numbers may follow, as in stage(3,3,2,1).",
+        ),
         click.option("--max-levels", type=click.IntRange(min=1), help="At most so many levels (policy resolution)."),
         click.option(
             "--split", type=click.Choice(["pow2", "even"]), help="How channels are shared out. Default: pow2."
@@ -98,6 +106,7 @@ def convert(
     \b
     coconv convert resnet50 --pretrained -o coresnet50.safetensors
     coconv convert resnet50 --checkpoint w.pth --plan plan.json -o out.safetensors
+    coconv convert coresnet50.iduta --checkpoint authors.pth -o out.safetensors
     """
     if checkpoint is not None and pretrained:
         raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
@@ -106,9 +115,12 @@ def convert(
         raise click.UsageError(f"--plan already decides everything: leave out --{chosen[0].replace('_', '-')}")
     with console.status(f"creating {model}"):
         network = _create(model, pretrained=pretrained)
-        if checkpoint is not None:
-            load_checkpoint(network, str(checkpoint))
-    with console.status(f"converting {model}"):
+        if checkpoint is not None and is_authors_checkpoint(checkpoint):
+            load_authors_checkpoint(network, checkpoint)
+        elif checkpoint is not None:
+            load_checkpoint(network, str(checkpoint), weights_only=True)
+    with console.status(f"converting {model}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoChangeWarning)  # the summary tells
         apply_plan(network, Plan.from_json(plan_path) if plan_path is not None else _plan(network, options))
     with console.status(f"writing {output}"):
         save_converted(network, output)
@@ -117,20 +129,30 @@ def convert(
 
 
 @app.command()
+@click.argument("number", type=click.IntRange(1, 6))
+@click.option("--time", "timed", is_flag=True, help="Time one forward pass of each, too, side by side.")
+def table(number: int, timed: bool) -> None:
+    """Count the networks of the paper's table NUMBER, and set the paper's figures beside (table 6: extra mmdet)."""
+    from coconv_surgery.zoo.tables import render
+
+    with console.status(f"counting table {number}"):
+        text = render(number, timed=timed)
+    click.echo(text)
+
+
+@app.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("--shape", nargs=2, type=click.IntRange(min=1), required=True, metavar="H W", help="Size of the image.")
 def flops(config: str, shape: tuple[int, int]) -> None:
-    """Count parameters and FLOPs of the detector in an MMDetection CONFIG, without its data set (extra: mmdet).
+    """Count parameters and FLOPs of the network in an MMDetection CONFIG, without its data set (extra: mmdet).
 
     \b
     coconv flops configs/ssd/ssd300_coresnet50_coco.py --shape 300 300
     """
     with console.status(f"counting {config}"):
-        from mmengine import Config
+        from coconv_surgery.mmdet.flops import count_config
 
-        from coconv_surgery.mmdet.flops import count_complexity
-
-        parameters, count = count_complexity(Config.fromfile(config).model, shape)
+        parameters, count = count_config(config, shape)
     click.echo(f"parameters  {parameters:,}")
     click.echo(f"GFLOPs      {count / 1e9:.3f} at {shape[0]}×{shape[1]}, a multiply-add as one")
 
@@ -187,7 +209,7 @@ def _plan(model: nn.Module, options: dict[str, Any]) -> Plan:
             raise ValueError(f"policy {options['policy']} does not take {setting}")
     return plan_conversion(
         model,
-        type(policy)(**settings) if settings else options["policy"],
+        replace(cast(LevelPolicy, policy), **settings) if settings else options["policy"],
         input_size=options["input_size"],
         include=options["include"] or None,
         exclude=options["exclude"] or None,
@@ -198,5 +220,7 @@ def main() -> None:
     """Run the command; a user's mistake ends with one message and exit code 1, a wrong call with 2."""
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except ModuleNotFoundError as error:
+        sys.exit(f"coconv: {error}: pip install 'coconv-surgery[viz,mmdet]'")
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         sys.exit(f"coconv: {error}")

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from mmdet.registry import MODELS
+from mmengine import Config
 from mmengine.analysis import get_model_complexity_info
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
@@ -21,6 +22,19 @@ class Complexity(NamedTuple):
 
     parameters: int
     flops: int
+
+
+def count_config(config: str, image_size: Pair) -> Complexity:
+    """Count the parameters and FLOPs of the network that a config file describes.
+
+    Args:
+        config: Path of the file.
+        image_size: Height and width of the image.
+
+    Returns:
+        Parameters and FLOPs.
+    """
+    return count_complexity(Config.fromfile(config).model, image_size)
 
 
 def count_complexity(model: Any, image_size: Pair) -> Complexity:

@@ -20,7 +20,7 @@ class CoConvPlanHook(Hook):  # type: ignore[misc]
     """Logs the plan, saves it, and refuses checkpoints of a network that is converted in another way.
 
     A contextual convolution has the weights of a plain one, so a checkpoint of a plain network, or of one with other
-    levels, loads without a complaint and detects wrongly. This hook writes the plan to ``coconv_plan.json`` in the
+    levels, loads without a complaint and predicts wrongly. This hook writes the plan to ``coconv_plan.json`` in the
     work dir and into every checkpoint's ``meta``, and compares on loading and resuming. A checkpoint without a plan is
     one of a plain network: it loads, with a warning, as it is what fine-tuning starts from.
 
@@ -61,8 +61,8 @@ class CoConvPlanHook(Hook):  # type: ignore[misc]
         if saved is None:
             if plan.converted:
                 runner.logger.warning(
-                    "the checkpoint has no CoConv plan: its weights come from a plain network. Fine-tune them; "
-                    "used as they are, the converted network detects wrongly"
+                    "the checkpoint has no CoConv plan: weights of a plain network need fine-tuning; used as they "
+                    "are, the converted network predicts wrongly"
                 )
             return
         differences = _differences(Plan.from_json(saved), plan)
@@ -70,7 +70,7 @@ class CoConvPlanHook(Hook):  # type: ignore[misc]
             return
         message = (
             "the network is not converted as the one that the checkpoint is from: it would load these weights and "
-            "detect wrongly:\n" + "\n".join(differences)
+            "predict wrongly:\n" + "\n".join(differences)
         )
         if self.strict:
             raise PlanError(f"{message}\nTo load it all the same, give dict(type='CoConvPlanHook', strict=False)")

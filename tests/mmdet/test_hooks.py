@@ -110,7 +110,7 @@ def test_a_checkpoint_of_a_plain_network_loads_into_a_converted_one(runner, log,
     torch.save(state, tmp_path / "plain.pth")
     converted = runner()
     converted.load_checkpoint(str(tmp_path / "plain.pth"), strict=True)
-    assert "its weights come from a plain network" in log(1)
+    assert "weights of a plain network need fine-tuning" in log(1)
 
 
 def test_fine_tuning_with_other_classes_is_no_difference(checkpoint, runner):
