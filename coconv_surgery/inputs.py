@@ -61,7 +61,8 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
         raise ValueError(f"input_size={input_size!r}: give a side, (height, width) or (channels, height, width)")
     shape = sides if len(sides) == 3 else (_image_channels(model), *sides)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    image = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))  # leaves the global generator alone
+    generator = torch.Generator("cpu").manual_seed(0)  # leaves the global one alone
+    image = torch.rand(1, *shape, generator=generator, device="cpu")
     return Inputs((image.to(parameter.device, parameter.dtype),))
 
 

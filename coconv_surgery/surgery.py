@@ -78,14 +78,16 @@ def plan_conversion(
     _check_model(model)
     decide = get_policy(policy)
     label = policy if isinstance(policy, str) else repr(policy)
-    inputs = infer_inputs(model, input_size, example_inputs)
     included, excluded = as_list("*" if include is None else include), as_list(exclude or ())
     overridden = dict(overrides or {})
     names = [name for name, _, _ in find_convs(model)]
     given = {"include": included if include is not None else (), "exclude": excluded, "overrides": overridden}
     check_patterns(given, names)
+    with torch.inference_mode(False):  # which would hide the dataflow
+        inputs = infer_inputs(model, input_size, example_inputs)
+        traced = trace_convs(model, inputs)
     rows = []
-    for conv in trace_convs(model, inputs):
+    for conv in traced:
         override = first_match(conv.name, overridden)
         if override is not None:
             rows.append(_override_row(conv, override, overridden[override]))

@@ -50,7 +50,8 @@ class Twin:
         Returns:
             The outputs, and the inputs as the twin saw them.
         """
-        with self._mode(), torch.set_grad_enabled(True):
+        devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices), self._mode(), torch.set_grad_enabled(True):
             args, kwargs = tree_map_only(torch.Tensor, self._enter, (args, kwargs))
             return (call or self.model)(*args, **kwargs), (args, kwargs)
 
@@ -65,7 +66,7 @@ class Twin:
         elif self._fake_mode is not None:
             tensor = self._fake_mode.from_tensor(tensor)
         # A clone, because networks may write into their input, and a leaf that requires grad forbids that.
-        return tensor.detach().requires_grad_(True).clone() if tensor.is_floating_point() else tensor
+        return tensor.detach().clone().requires_grad_(True).clone() if tensor.is_floating_point() else tensor
 
     def _copy(self, model: nn.Module) -> nn.Module:
         memo: dict[int, Any] = {}

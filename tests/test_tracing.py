@@ -245,3 +245,26 @@ def test_a_cached_result_in_a_module_does_not_stop_the_trace():
     model = Model(lambda m, x: m.mix(m.conv(x)), conv=conv(), mix=nn.Conv2d(4, 2, 1))
     model.cache = model(torch.ones(1, 4, 16, 16))
     assert cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].converted
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")])
+def test_the_callers_context_makes_no_difference(context):
+    model = Model(lambda m, x: m.predict(m.conv(x).relu()), conv=conv(), predict=conv())
+    plan = cs.plan_conversion(model, input_size=(4, 16, 16))
+    image = torch.ones(1, 4, 16, 16)
+    with context():
+        assert cs.plan_conversion(model, input_size=(4, 16, 16)) == plan
+        assert cs.plan_conversion(model, example_inputs=image).diff(plan) == []
+        assert cs.plan_conversion(model, example_inputs=image.clone()).diff(plan) == []
+    assert [row.converted for row in plan.rows] == [True, False]
+
+
+def test_planning_leaves_the_random_generator_alone():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x) if x.sum() != 0 else x
+
+    model = Model(lambda m, x: m.mix(m.conv(m.noise(x))), noise=Noisy(), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    state = torch.get_rng_state()
+    cs.plan_conversion(model, input_size=(4, 16, 16))
+    assert torch.equal(torch.get_rng_state(), state)
