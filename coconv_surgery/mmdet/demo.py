@@ -14,6 +14,7 @@ import numpy as np
 from mmdet.apis import inference_detector, init_detector
 from pycocotools.coco import COCO
 
+from coconv_surgery.mmdet.paths import config_path
 from coconv_surgery.shapes import CLASSES, write_shapes
 from coconv_surgery.viz.detections import Boxes, save_detections
 
@@ -44,7 +45,7 @@ def train_and_detect(output: Path, progress: Progress) -> str:
     output = output.absolute()
     progress(0.0, "drawing the data set")
     write_shapes(output / "data" / "shapes")
-    config, work_dir = config_folder() / _CONFIG, output / "ssd_coresnet18_shapes"
+    config, work_dir = config_path(_CONFIG), output / "ssd_coresnet18_shapes"
     _train(config, work_dir, output, progress)
     figures = _last_evaluation(work_dir)
     picture = output / "detections.png"
@@ -58,19 +59,6 @@ def train_and_detect(output: Path, progress: Progress) -> str:
             f"detections: {picture}",
         ]
     )
-
-
-def config_folder() -> Path:
-    """Where this project's configs are: inside an installed package, or beside it in a checkout.
-
-    Raises:
-        FileNotFoundError: If they are in neither place.
-    """
-    package = Path(__file__).parents[1]
-    for folder in (package / ".mim" / "configs", package.parent / "configs"):
-        if (folder / _CONFIG).exists():
-            return folder
-    raise FileNotFoundError(f"the configs are missing: neither {package}/.mim nor the folder around it has them")
 
 
 def _train(config: Path, work_dir: Path, output: Path, progress: Progress) -> None:

@@ -79,9 +79,9 @@ def ssd(name: str) -> nn.Module:
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
 
-    from coconv_surgery.mmdet.demo import config_folder
+    from coconv_surgery.mmdet.paths import config_path
 
-    config = Config.fromfile(config_folder() / "ssd" / f"ssd300_{name}_coco.py")
+    config = Config.fromfile(config_path(f"ssd/ssd300_{name}_coco.py"))
     with DefaultScope.overwrite_default_scope("mmdet"):
         model: nn.Module = MODELS.build(config.model)
     return model
