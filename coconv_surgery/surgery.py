@@ -59,8 +59,8 @@ def plan_conversion(
             Default: all. The others stay what they are, plain or contextual.
         exclude: Patterns of convolutions that stay what they are.
         overrides: Levels by pattern, the first match wins: a number, a sequence of dilations,
-            :class:`~coconv_surgery.Levels`, or None to leave alone. An override reaches convolutions that are otherwise
-            left alone by choice, such as 5×5 or prediction layers.
+            :class:`~coconv_surgery.Levels`, or None to leave alone. The exact name of a convolution also reaches one
+            that is otherwise left alone by choice, such as a 5×5 or a prediction layer.
 
     Returns:
         The plan, a row for every convolution.
@@ -89,16 +89,20 @@ def plan_conversion(
     rows = []
     for conv in traced:
         override = first_match(conv.name, overridden)
-        if override is not None:
-            rows.append(_override_row(conv, override, overridden[override]))
-        elif first_match(conv.name, included) is None:
-            rows.append(_untouched_row(conv, "not included"))
-        elif first_match(conv.name, excluded) is not None:
+        answer = None if override is None else overridden[override]
+        source = f"policy {label}" if override is None else f"overrides[{override!r}]"
+        if override is not None and answer is None:
             rows.append(_untouched_row(conv, "excluded"))
-        elif reason := obstacle(conv) or reason_to_leave(conv):
+        elif override is None and first_match(conv.name, included) is None:
+            rows.append(_untouched_row(conv, "not included"))
+        elif override is None and first_match(conv.name, excluded) is not None:
+            rows.append(_untouched_row(conv, "excluded"))
+        elif override == conv.name and (reason := obstacle(conv)):
+            raise ValueError(f"{source} names a conv that cannot be split: {reason}")
+        elif override != conv.name and (reason := obstacle(conv) or reason_to_leave(conv)):
             rows.append(_row(conv, reason=reason))
         else:
-            rows.append(_settled_row(conv, decide(conv), f"policy {label}"))
+            rows.append(_settled_row(conv, decide(conv) if answer is None else answer, source))
     return Plan(tuple(rows), policy=label, input=str(inputs), parameters=_count(model))
 
 
@@ -245,14 +249,6 @@ def _no_change(model: nn.Module, plan: Plan) -> str:
 
 
 # -- Rows ---------------------------------------------------------------------------------------------------------
-
-
-def _override_row(conv: TracedConv, pattern: str, answer: Answer | None) -> PlanRow:
-    if answer is None:
-        return _untouched_row(conv, "excluded")
-    if reason := obstacle(conv):
-        raise ValueError(f"overrides[{pattern!r}] reaches {conv.name}, which cannot be split: {reason}")
-    return _settled_row(conv, answer, f"overrides[{pattern!r}]")
 
 
 def _untouched_row(conv: TracedConv, reason: str) -> PlanRow:

@@ -183,6 +183,15 @@ def test_another_policy_takes_a_converted_network_further(net):
     assert net.stem.dilations == (1, 2, 3, 4)
 
 
+def test_an_override_by_pattern_sets_the_levels_of_what_is_eligible():
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    plan = cs.plan_conversion(model, overrides={"layer2.0.conv2": None, "layer[12]": 2, "conv1": (1, 2)})
+    levels = {row.name: row.levels for row in plan.converted}
+    assert [levels.get(name) for name in ("conv1", "layer1.0.conv2", "layer2.1.conv2", "layer3.0.conv2")] == [2] * 4
+    assert not {"layer2.0.conv2", "layer1.0.conv1"} & levels.keys()
+
+
 def test_what_is_excluded_stays_what_it_is(net):
     cs.convert(net, input_size=32, include="stem")
     assert (type(net.stem), type(net.body[0])) == (cs.CoConv2d, nn.Conv2d)
@@ -275,7 +284,12 @@ def ddp(net):
         (lambda net: net, {"exclude": ["stem", "neck"]}, ValueError, "exclude: no convolution matches 'neck'"),
         (lambda net: net, {"overrides": {"layer9": 2}}, ValueError, "overrides: no convolution matches 'layer9'"),
         (lambda net: net, {"overrides": {"stem": 9}}, ValueError, r"overrides\['stem'\] gave stem.*9 levels"),
-        (lambda net: net, {"overrides": {"body.2": 2}}, ValueError, "body.2, which cannot be split: kernel 1×1"),
+        (
+            lambda net: net,
+            {"overrides": {"body.2": 2}},
+            ValueError,
+            r"overrides\['body.2'\] names a conv that cannot be split: kernel 1×1",
+        ),
         (lambda net: net, {"policy": lambda conv: 99}, ValueError, "gave stem the levels 99"),
         (lambda net: net, {"input_size": None}, ValueError, "give input_size="),
         (lambda net: net, {"input_size": (1, 2, 3, 4)}, ValueError, "input_size=.*height, width"),
