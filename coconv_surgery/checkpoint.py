@@ -18,8 +18,14 @@ def save_converted(model: nn.Module, path: str | Path) -> None:
     Args:
         model: A network, converted or not.
         path: The file, ``.safetensors`` by custom.
+
+    Raises:
+        OSError: If it cannot be written.
     """
-    save_model(model, str(path), metadata={_KEY: get_plan(model).to_json()})
+    try:
+        save_model(model, str(path), metadata={_KEY: get_plan(model).to_json()})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -54,6 +60,10 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         OSError: If the file cannot be read.
     """
     plan = read_plan(path)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, where weights have no place: build it on another"
+        )
     weights = load_file(str(path))
     own = model.state_dict()
     stored = {own[name].data_ptr() for name in own.keys() & weights.keys()}

@@ -20,6 +20,7 @@ _TRACING_ERRORS = (
     AttributeError,
     IndexError,
     KeyError,
+    NameError,
     NotImplementedError,
     RuntimeError,
     TypeError,
@@ -97,8 +98,12 @@ def _record(module: nn.Module, graph: fx.Graph, path: str, graphs: GraphMap) -> 
     for node in graph.nodes:
         if node.op == "call_module":
             graphs.calls.setdefault(_join(path, node.target), []).append(node.name)
-        elif node.op == "get_attr" and node.target.endswith(".weight"):
+        elif node.op == "get_attr" and node.target.endswith(".weight") and not all(map(_reads_metadata, node.users)):
             graphs.weight_reads.setdefault(_join(path, node.target.removesuffix(".weight")), []).append(node.name)
+
+
+def _reads_metadata(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is getattr
 
 
 class _Tracer(fx.Tracer):
@@ -214,4 +219,6 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _numbers(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(value) if len(value) > 1 else value[0]

@@ -87,4 +87,8 @@ def _recorded_inputs(model: fx.GraphModule) -> Inputs | None:
     values = [node.meta.get("val") for node in model.graph.nodes if node.op == "placeholder"]
     if not values or not all(isinstance(value, torch.Tensor) for value in values):
         return None
-    return Inputs(tuple(torch.zeros(tuple(v.shape), dtype=v.dtype, device=v.device) for v in values))
+    # A size that the export left open has the one that it was exported with as a hint.
+    shapes = [[size if isinstance(size, int) else size.node.hint for size in value.shape] for value in values]
+    return Inputs(
+        tuple(torch.zeros(shape, dtype=v.dtype, device=v.device) for shape, v in zip(shapes, values, strict=True))
+    )

@@ -12,13 +12,21 @@ def as_list(patterns: Patterns) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
-def first_match(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that matches a name, where the name of a module stands for all within.
+def first_match(names: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """The first pattern that matches one of a module's names, where the name of a module stands for all within.
 
-    >>> first_match("layer1.0.conv2", ["layer2.*", "layer1", "*.conv2"])
+    A pattern that is one of the names counts before any other.
+
+    >>> first_match(["layer1.0.conv2"], ["layer2.*", "layer1", "*.conv2"])
     'layer1'
+    >>> first_match(["layer1.0.conv2"], ["layer1", "layer1.0.conv2"])
+    'layer1.0.conv2'
     """
-    return next((p for p in patterns if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*")), None)
+    names, patterns = list(names), list(patterns)
+    exact = next((pattern for pattern in patterns if pattern in names), None)
+    if exact is not None:
+        return exact
+    return next((pattern for pattern in patterns if any(_matches(name, pattern) for name in names)), None)
 
 
 def check_patterns(patterns: Mapping[str, Iterable[str]], names: Sequence[str]) -> None:
@@ -34,7 +42,11 @@ def check_patterns(patterns: Mapping[str, Iterable[str]], names: Sequence[str]) 
     modules = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
     for argument, group in patterns.items():
         for pattern in group:
-            if all(first_match(name, [pattern]) is None for name in names):
+            if first_match(names, [pattern]) is None:
                 near = difflib.get_close_matches(pattern, sorted(modules), n=3)
                 hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"names look like {names[:1]}"
                 raise ValueError(f"{argument}: no convolution matches {pattern!r}: {hint}")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")

@@ -179,7 +179,7 @@ class Plan:
             raise PlanError(f"{label} has plan version {version}; this release reads version {VERSION}")
         try:
             return cls(**{**data, "rows": tuple(map(_read_row, data["rows"]))})
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise PlanError(f"{label} is not a complete plan: {error}") from error
 
 
@@ -213,7 +213,15 @@ def _join(values: Iterable[Dilation]) -> str:
 
 def _read_row(data: dict[str, Any]) -> PlanRow:
     signature = Signature(**{name: _tupled(value) for name, value in data["signature"].items()})
-    return PlanRow(**{**{name: _tupled(value) for name, value in data.items()}, "signature": signature})
+    row = PlanRow(**{**{name: _tupled(value) for name, value in data.items()}, "signature": signature})
+    texts = (row.name, *row.aliases, *(text for text in (row.reason, row.untraced) if text is not None))
+    dilations = [side for value in row.dilations for side in (value if isinstance(value, tuple) else (value,))]
+    sizes = [side for size in row.output_sizes for side in size]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"row {row.name!r} has a name or reason that is no text")
+    if not all(type(number) is int for number in (row.calls, *dilations, *row.splits, *sizes)):
+        raise TypeError(f"row {row.name!r} has dilations, splits, calls or sizes that are no whole numbers")
+    return row
 
 
 def _tupled(value: Any) -> Any:

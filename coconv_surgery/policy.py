@@ -192,6 +192,8 @@ def get_policy(policy: str | Policy) -> Policy:
         if len(values) > 1:
             raise ValueError(f"policy {policy!r}: {name} takes one number")
         return POLICIES[name](*values)
+    if isinstance(policy, type):
+        raise TypeError(f"policy must be an object, as {policy.__name__}(), not the class")
     if not callable(policy):
         raise TypeError(f"policy must be a name or a callable, not {type(policy).__name__}")
     return policy

@@ -2,7 +2,10 @@
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -58,7 +61,8 @@ def plan_conversion(
         include: Glob patterns of convolutions to consider, by qualified name; that of a module stands for all within.
             Default: all. The others stay what they are, plain or contextual.
         exclude: Patterns of convolutions that stay what they are.
-        overrides: Levels by pattern, the first match wins: a number, a sequence of dilations,
+        overrides: Levels by pattern; an exact name wins, else the first match, and both win over ``include`` and
+            ``exclude``. A number, a sequence of dilations,
             :class:`~coconv_surgery.Levels`, or None to leave alone. The exact name of a convolution also reaches one
             that is otherwise left alone by choice, such as a 5×5 or a prediction layer.
 
@@ -80,7 +84,7 @@ def plan_conversion(
     label = policy if isinstance(policy, str) else repr(policy)
     included, excluded = as_list("*" if include is None else include), as_list(exclude or ())
     overridden = dict(overrides or {})
-    names = [name for name, _, _ in find_convs(model)]
+    names = [name for first, aliases, _ in find_convs(model) for name in (first, *aliases)]
     given = {"include": included if include is not None else (), "exclude": excluded, "overrides": overridden}
     check_patterns(given, names)
     with torch.inference_mode(False):  # which would hide the dataflow
@@ -88,19 +92,20 @@ def plan_conversion(
         traced = trace_convs(model, inputs)
     rows = []
     for conv in traced:
-        override = first_match(conv.name, overridden)
+        names_of_conv = (conv.name, *conv.aliases)
+        override = first_match(names_of_conv, overridden)
         answer = None if override is None else overridden[override]
         source = f"policy {label}" if override is None else f"overrides[{override!r}]"
         if override is not None and answer is None:
             rows.append(_untouched_row(conv, "excluded"))
-        elif override is None and first_match(conv.name, included) is None:
+        elif override is None and first_match(names_of_conv, included) is None:
             rows.append(_untouched_row(conv, "not included"))
-        elif override is None and first_match(conv.name, excluded) is not None:
+        elif override is None and first_match(names_of_conv, excluded) is not None:
             rows.append(_untouched_row(conv, "excluded"))
-        elif override == conv.name and (reason := obstacle(conv)):
+        elif override in names_of_conv and (reason := obstacle(conv)):
             raise ValueError(f"{source} names a conv that cannot be split: {reason}")
-        elif override != conv.name and (reason := obstacle(conv) or reason_to_leave(conv)):
-            rows.append(_row(conv, reason=reason))
+        elif override not in names_of_conv and (reason := obstacle(conv) or reason_to_leave(conv)):
+            rows.append(_untouched_row(conv, reason))
         else:
             rows.append(_settled_row(conv, decide(conv) if answer is None else answer, source))
     return Plan(tuple(rows), policy=label, input=str(inputs), parameters=_count(model))
@@ -198,7 +203,7 @@ def revert(model: nn.Module) -> nn.Module:
     _check_model(model)
     nodes = dict(function_convs(model)) if isinstance(model, fx.GraphModule) else {}
     for name, _, conv in find_convs(model):
-        if isinstance(conv, CoConv2d):
+        if isinstance(conv, CoConv2d) and not subclass(TracedConv(name, conv)):
             node_to_conv_(nodes[name]) if name in nodes else to_conv_(conv)
     _recompile(model)
     _notes(model).pop(_PLAN, None)
@@ -218,7 +223,9 @@ def get_plan(model: nn.Module) -> Plan:
     rows = tuple(_found_row(name, aliases, conv) for name, aliases, conv in find_convs(model))
     found = Plan(rows, policy="as found", input="unknown", parameters=_count(model))
     remembered = _notes(model).get(_PLAN)
-    return remembered if isinstance(remembered, Plan) and not remembered.diff(found) else found
+    if not isinstance(remembered, Plan) or remembered.diff(found):
+        return found
+    return replace(remembered, parameters=found.parameters)  # a new classifier may have come since
 
 
 # -- Changes ------------------------------------------------------------------------------------------------------
@@ -228,7 +235,7 @@ def _apply(model: nn.Module, plan: Plan) -> bool:
     _check_model(model)
     convs = {name: conv for name, _, conv in find_convs(model)}
     _check_plan(convs, plan)
-    changes = [row for row in plan.rows if _state(convs[row.name]) != (row.dilations, row.splits)]
+    changes = [row for row in plan.rows if _state(convs[row.name]) != _planned_state(row, convs[row.name])]
     nodes = dict(function_convs(model)) if isinstance(model, fx.GraphModule) else {}
     for row in changes:
         if row.name in nodes and row.converted:
@@ -245,7 +252,8 @@ def _apply(model: nn.Module, plan: Plan) -> bool:
 
 
 def _no_change(model: nn.Module, plan: Plan) -> str:
-    return f"{type(model).__name__} was already as planned, nothing changed: {plan.summary()}"
+    what = "was already as planned, nothing changed" if plan.converted else "has no convolution to convert"
+    return f"{type(model).__name__} {what}: {plan.summary()}"
 
 
 # -- Rows ---------------------------------------------------------------------------------------------------------
@@ -290,6 +298,11 @@ def _found_row(name: str, aliases: tuple[str, ...], conv: nn.Conv2d) -> PlanRow:
     return PlanRow(name, Signature.of(conv), dilations, splits, reason, aliases=aliases)
 
 
+def _planned_state(row: PlanRow, conv: nn.Conv2d) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
+    """What a row makes of a convolution; a reason to leave it alone counts more than levels that stand beside it."""
+    return (row.dilations, row.splits) if row.converted else (scale_dilations(conv, [1]), (conv.out_channels,))
+
+
 def _state(conv: nn.Conv2d) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
     if isinstance(conv, CoConv2d):
         return conv.dilations, conv.splits
@@ -332,6 +345,12 @@ def _check_model(model: nn.Module) -> None:
                     f"{path} is wrapped in {type(module).__name__}: convert {path}.{_WRAPPERS[cls.__name__]} instead, "
                     "best before wrapping it"
                 )
+        replaced = isinstance(vars(module).get("forward"), FunctionType)
+        if replaced and any(isinstance(child, nn.Conv2d) for child in module.modules() if child is not module):
+            raise TypeError(
+                f"the forward of {path} was replaced by a function, which a copy of it would share: convert it "
+                "before replacing (or compiling) its forward"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{path} is scripted, its convolutions are compiled in: convert it before torch.jit")
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
@@ -343,6 +362,7 @@ def _check_model(model: nn.Module) -> None:
 def _check_plan(convs: Mapping[str, nn.Conv2d], plan: Plan) -> None:
     rows = {row.name: row for row in plan.rows}
     problems = {
+        "repeated in the plan": [name for name, count in Counter(row.name for row in plan.rows).items() if count > 1],
         "missing in the network": [name for name in rows if name not in convs],
         "unexpected in the network": [name for name in convs if name not in rows],
         "different in the network": [],
@@ -351,7 +371,7 @@ def _check_plan(convs: Mapping[str, nn.Conv2d], plan: Plan) -> None:
         row, conv = rows[name], convs[name]
         if differences := Signature.of(conv).differences(row.signature):
             problems["different in the network"].append(f"{name} ({differences})")
-        elif row.converted:
+        elif row.converted and _state(conv) != (row.dilations, row.splits):
             try:
                 check_levels(conv, row.dilations, row.splits)
             except ValueError as error:

@@ -90,19 +90,9 @@ def trace_convs(model: nn.Module, inputs: Inputs) -> list[TracedConv]:
     Raises:
         ValueError: If the network does not run on these inputs.
     """
-    twin = Twin(model)
-    graphs = map_graphs(twin.model, _constants(twin.model, inputs))
-    try:
-        calls = _observe(twin, inputs)
-    except _FORWARD_ERRORS:
-        try:
-            calls = _observe(Twin(model, fake=False), inputs)
-        except _FORWARD_ERRORS as error:
-            size = " × ".join(map(str, inputs.image_size or ()))
-            raise ValueError(
-                f"{type(model).__name__} does not run on {f'a {size} input' if size else 'these inputs'} "
-                f"({type(error).__name__}: {error}): give input_size= or example_inputs= that suit it"
-            ) from error
+    cuda = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(cuda):
+        graphs, calls = _trace(model, inputs)
     return [
         TracedConv(
             name=name,
@@ -133,6 +123,23 @@ def find_convs(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], nn.Conv
     if isinstance(model, fx.GraphModule):
         for name, node in function_convs(model):
             yield name, (), node_conv(node, _weight(model, node))
+
+
+def _trace(model: nn.Module, inputs: Inputs) -> tuple[GraphMap, dict[str, list[Call]]]:
+    twin = Twin(model)
+    graphs = map_graphs(twin.model, _constants(twin.model, inputs))
+    try:
+        return graphs, _observe(twin, inputs)
+    except _FORWARD_ERRORS:
+        pass
+    try:
+        return graphs, _observe(Twin(model, fake=False), inputs)
+    except _FORWARD_ERRORS as error:
+        size = " × ".join(map(str, inputs.image_size or ()))
+        raise ValueError(
+            f"{type(model).__name__} does not run on {f'a {size} input' if size else 'these inputs'} "
+            f"({type(error).__name__}: {error}): give input_size= or example_inputs= that suit it"
+        ) from error
 
 
 def _nodes(graphs: GraphMap, name: str) -> list[str]:

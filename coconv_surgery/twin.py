@@ -33,9 +33,11 @@ class Twin:
         self.model = self._copy(model)
         for module in self.model.modules():
             module.training = False
-        for parameter in self.model.parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
+            # Old-style normalisations of weights keep the result in a plain attribute.
+            weights = [*module._parameters.values(), vars(module).get("weight")]
+            for weight in weights:
+                if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.is_leaf:
+                    weight.requires_grad_(True)
 
     def run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[..., Any] | None = None
@@ -50,8 +52,7 @@ class Twin:
         Returns:
             The outputs, and the inputs as the twin saw them.
         """
-        devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices), self._mode(), torch.set_grad_enabled(True):
+        with self._mode(), torch.set_grad_enabled(True):
             args, kwargs = tree_map_only(torch.Tensor, self._enter, (args, kwargs))
             return (call or self.model)(*args, **kwargs), (args, kwargs)
 

@@ -60,3 +60,13 @@ def test_weights_of_another_network_are_refused_before_anything_changes(net, sav
         cs.load_converted(wider, saved)
     assert type(wider.stem) is nn.Conv2d
     assert torch.equal(wider.stem.weight, weight)
+
+
+def test_a_network_on_the_meta_device_is_refused(net, saved):
+    with pytest.raises(ValueError, match="on the meta device"):
+        cs.load_converted(type(net)().to("meta"), saved)
+
+
+def test_a_folder_that_does_not_exist_is_an_error_of_the_file_system(net, tmp_path):
+    with pytest.raises(OSError, match="cannot write"):
+        cs.save_converted(net, tmp_path / "none" / "net.safetensors")

@@ -105,3 +105,41 @@ def test_diff_names_what_differs_and_nothing_else(net):
     assert plan.diff(cs.plan_conversion(net, input_size=32, exclude="stem")) == [
         "stem: dilations 1, 2, 3 with 4, 2, 2 channels became dilations 1 with 8 channels"
     ]
+
+
+def edited(net, **changes):
+    data = json.loads(cs.plan_conversion(net, input_size=32).to_json())
+    data["rows"][1] |= changes
+    return json.dumps(data)
+
+
+def test_a_reason_written_into_a_row_leaves_its_conv_plain(net):
+    cs.apply_plan(net, Plan.from_json(edited(net, reason="not this one")))
+    assert (type(net.stem), type(net.body[0])) == (cs.CoConv2d, torch.nn.Conv2d)
+
+
+def test_a_repeated_row_is_refused_before_anything_changes(net):
+    data = json.loads(cs.plan_conversion(net, input_size=32).to_json())
+    data["rows"].append(data["rows"][0] | {"splits": [3, 3, 2]})
+    with pytest.raises(PlanError, match="1 repeated in the plan: stem"):
+        cs.apply_plan(net, Plan.from_json(json.dumps(data)))
+    assert type(net.stem) is type(net.body[0]) is torch.nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"splits": [4.0, 4.0]},
+        {"splits": None},
+        {"dilations": 3},
+        {"dilations": [True, 2]},
+        {"name": 0},
+        {"reason": 5},
+        {"signature": []},
+        {"output_sizes": [3]},
+        {"aliases": 5},
+    ],
+)
+def test_a_row_of_the_wrong_types_is_refused(net, change):
+    with pytest.raises(PlanError, match="not a complete plan"):
+        Plan.from_json(edited(net, **change))

@@ -225,6 +225,32 @@ def test_planning_leaves_the_network_exactly_as_it_was(net, image):
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+def test_an_exact_name_wins_over_patterns_and_an_alias_is_a_name(net):
+    net.again = net.stem
+    net.odd = nn.ModuleDict({"a[0]": nn.Conv2d(3, 3, 3)})
+    plan = cs.plan_conversion(net, input_size=32, include=["odd.a[0]", "again"], overrides={"*": 2, "again": 4})
+    assert [row.levels for row in plan.rows if row.name in ("stem", "body.0")] == [4, 2]
+
+
+def test_what_is_contextual_by_birth_is_left_as_it_is(net):
+    net.body[0] = cs.CoConv2d(8, 8, 5, padding=2, stride=2, bias=False, dilations=(1, 3))
+    cs.convert(net, input_size=32)
+    assert net.body[0].dilations == (1, 3)
+    assert {row.name for row in cs.get_plan(net).converted} == {"stem", "body.0"}
+
+
+def test_a_new_classifier_is_counted(net):
+    cs.convert(net, input_size=32)
+    net.head = nn.Linear(6, 50)
+    assert cs.get_plan(net).parameters == sum(parameter.numel() for parameter in net.parameters())
+
+
+def test_old_spectral_norm_does_not_hide_who_reads_an_output():
+    convs = [torch.nn.utils.spectral_norm(nn.Conv2d(8, 8, 3, padding=1, bias=False)) for _ in range(3)]
+    plan = cs.plan_conversion(nn.Sequential(*convs), input_size=(8, 32, 32))
+    assert [row.converted for row in plan.rows] == [True, True, False]
+
+
 # -- Graph modules ------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +268,13 @@ def test_function_calls_of_an_exported_graph_are_rewritten(net, image, converted
     torch.testing.assert_close(copy.deepcopy(exported)(image), converted(image))
     torch.testing.assert_close(torch.export.export(exported, (image,)).module()(image), converted(image))
     assert torch.equal(cs.revert(exported)(image), before)
+
+
+def test_a_graph_exported_with_an_open_batch_size_converts(net, image, converted):
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(net, (image,), dynamic_shapes=({0: batch},)).module()
+    cs.convert(exported)
+    torch.testing.assert_close(exported(image), converted(image))
 
 
 def test_modules_called_by_a_symbolic_trace_are_converted(net, image, converted):
@@ -279,6 +312,7 @@ def ddp(net):
     [
         (lambda net: "resnet50", {}, TypeError, "must be a torch.nn.Module, not str"),
         (lambda net: net, {"policy": "resolutoin"}, ValueError, "did you mean 'resolution'"),
+        (lambda net: net, {"policy": cs.ResolutionPolicy}, TypeError, r"as ResolutionPolicy\(\), not the class"),
         (lambda net: net, {"policy": 3}, TypeError, "a name or a callable, not int"),
         (lambda net: net, {"include": "bdoy.*"}, ValueError, "include: no convolution matches 'bdoy.*'.*'body.0'"),
         (lambda net: net, {"exclude": ["stem", "neck"]}, ValueError, "exclude: no convolution matches 'neck'"),
@@ -309,6 +343,14 @@ def test_bad_input_is_one_clear_error_and_no_change(net, image, change, argument
         cs.convert(change(net), **{"input_size": 32, **arguments})
     assert same(snapshot(net), modules)
     assert torch.equal(net(image), before)
+
+
+def test_a_forward_that_was_replaced_by_a_function_is_named(net):
+    original = net.body.forward
+    net.body.forward = lambda x: original(x)
+    with pytest.raises(TypeError, match=r"forward of model\.body was replaced by a function"):
+        cs.convert(net, input_size=32)
+    assert type(net.stem) is nn.Conv2d
 
 
 def test_an_input_too_small_for_the_network_is_named():

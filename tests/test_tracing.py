@@ -175,6 +175,11 @@ def test_a_weight_that_is_read_outside_its_conv_leaves_it_alone():
     assert plan.rows[0].reason == "its weight is also used outside its own forward"
 
 
+def test_a_weight_whose_type_is_asked_for_is_no_obstacle():
+    model = Model(lambda m, x: m.mix(m.conv(x.to(m.conv.weight.dtype))), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    assert cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].converted
+
+
 @pytest.mark.parametrize("pad", [nn.ReflectionPad2d(1), nn.ReplicationPad2d(1)])
 def test_padding_by_another_layer_leaves_a_conv_alone(pad):
     model = Model(lambda m, x: m.mix(m.conv(m.pad(x))), pad=pad, conv=nn.Conv2d(4, 4, 3), mix=nn.Conv2d(4, 2, 1))
