@@ -106,6 +106,11 @@ class Plan:
         """The rows that stay plain convolutions."""
         return tuple(row for row in self.rows if not row.converted)
 
+    @property
+    def in_question(self) -> tuple[PlanRow, ...]:
+        """The rows that a reader looks for: 3×3 convolutions, and whatever else becomes a CoConv."""
+        return tuple(row for row in self.rows if row.converted or row.signature.kernel_size == (3, 3))
+
     def reasons(self) -> dict[str, int]:
         """How many convolutions are left alone for each reason, the most frequent first."""
         return dict(Counter(row.reason for row in self.left_alone if row.reason).most_common())
@@ -122,9 +127,9 @@ class Plan:
         """Lay the plan out as an aligned table.
 
         Args:
-            every_conv: Show 1×1 convolutions and the like as well; by default the summary just counts them.
+            every_conv: Show 1×1 convolutions and the like as well, which the summary just counts.
         """
-        shown = [row for row in self.rows if every_conv or row.converted or not (row.reason or "").startswith("kernel")]
+        shown = self.rows if every_conv else self.in_question
         header = ("conv", "channels", "map", "levels", "dilations", "splits", "left alone because")
         return align([header, *map(_cells, shown)])
 

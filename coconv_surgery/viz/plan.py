@@ -15,7 +15,7 @@ from coconv_surgery.plan import Plan, PlanRow
 def draw_plan(plan: Plan, path: str | Path, title: str = "") -> None:
     """Draw how the output channels of each convolution are shared out over dilations, next to the map sizes.
 
-    Kernels that are left alone for their size are not drawn, as in the plan's table.
+    Other kernels than 3×3 that are left alone are not drawn, as in the plan's table.
 
     Args:
         plan: The plan.
@@ -25,9 +25,9 @@ def draw_plan(plan: Plan, path: str | Path, title: str = "") -> None:
     Raises:
         ValueError: If there is nothing to draw.
     """
-    rows = [row for row in plan.rows if row.converted or not (row.reason or "").startswith("kernel")]
+    rows = plan.in_question
     if not rows:
-        raise ValueError("the plan has no convolution to draw: all are left alone for their kernel")
+        raise ValueError("the plan has no convolution to draw: none is 3×3 or converted")
     highest = max(max(pair(dilation)) for row in rows for dilation in row.dilations)
     figure = Figure(figsize=(max(7.0, 1.5 + 0.28 * len(rows)), 6.0), layout="constrained")
     shares, sizes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
