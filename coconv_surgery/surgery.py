@@ -277,7 +277,7 @@ def _settled_row(conv: TracedConv, answer: Answer, source: str) -> PlanRow:
 
 def _row(conv: TracedConv, levels: Levels | None = None, reason: str | None = None) -> PlanRow:
     signature = Signature.of(conv.conv)
-    dilations, splits = levels or settle(conv.conv, Levels(scale_dilations(conv.conv, [1])))
+    dilations, splits = levels or _plain_state(conv.conv)
     assert not isinstance(splits, str)
     return PlanRow(
         conv.name,
@@ -300,12 +300,16 @@ def _found_row(name: str, aliases: tuple[str, ...], conv: nn.Conv2d) -> PlanRow:
 
 def _planned_state(row: PlanRow, conv: nn.Conv2d) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
     """What a row makes of a convolution; a reason to leave it alone counts more than levels that stand beside it."""
-    return (row.dilations, row.splits) if row.converted else (scale_dilations(conv, [1]), (conv.out_channels,))
+    return (row.dilations, row.splits) if row.converted else _plain_state(conv)
 
 
 def _state(conv: nn.Conv2d) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
     if isinstance(conv, CoConv2d):
         return conv.dilations, conv.splits
+    return _plain_state(conv)
+
+
+def _plain_state(conv: nn.Conv2d) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
     return scale_dilations(conv, [1]), (conv.out_channels,)
 
 

@@ -11,8 +11,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 
 from coconv_surgery.conv import default_levels, to_coconv_
 from coconv_surgery.zoo.authors import merge_levels
-
-TABLE_1 = (4, 3, 2, 1)
+from coconv_surgery.zoo.coresnet import TABLE_1
 
 
 class NormAfterAddBottleneck(Bottleneck):  # type: ignore[misc]
