@@ -1,7 +1,9 @@
 """Contextual convolution (CoConv) for the networks you already have."""
 
+import coconv_surgery.variants  # noqa: F401  registers them
 from coconv_surgery.checkpoint import load_converted, read_plan, save_converted
-from coconv_surgery.conv import CoConv2d, coconv2d, split_channels
+from coconv_surgery.conv import CoConv2d, coconv2d, register_coconv, split_channels
+from coconv_surgery.inputs import Inputs
 from coconv_surgery.plan import Plan, PlanError, PlanRow
 from coconv_surgery.policy import Levels, Policy, ResolutionPolicy, StagePolicy, TopPolicy, UniformPolicy
 from coconv_surgery.surgery import NoChangeWarning, apply_plan, convert, get_plan, plan_conversion, revert
@@ -10,6 +12,7 @@ from coconv_surgery.zoo import CoResNet, export_authors_state_dict, load_authors
 __all__ = [
     "CoConv2d",
     "CoResNet",
+    "Inputs",
     "Levels",
     "NoChangeWarning",
     "Plan",
@@ -29,6 +32,7 @@ __all__ = [
     "load_converted",
     "plan_conversion",
     "read_plan",
+    "register_coconv",
     "revert",
     "save_converted",
     "split_channels",

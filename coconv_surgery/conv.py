@@ -8,7 +8,7 @@ convolution (Eqs. 1 to 3).
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 import torch.fx
@@ -212,7 +212,7 @@ def default_levels(
         assert levels is not None
         if levels < 1:
             raise ValueError(f"levels={levels} must be at least 1")
-        dilations = scale_dilations(conv, range(1, levels + 1))
+        dilations = scale_dilations(conv.dilation, range(1, levels + 1))
     chosen = tuple(_squeeze(dilation) for dilation in dilations)
     if isinstance(splits, str):
         units, size = level_units(conv)
@@ -224,13 +224,13 @@ def default_levels(
     return chosen, tuple(splits)
 
 
-def scale_dilations(conv: nn.Conv2d, factors: Iterable[int]) -> tuple[Dilation, ...]:
+def scale_dilations(dilation: int | Sequence[int], factors: Iterable[int]) -> tuple[Dilation, ...]:
     """Multiples of a convolution's own dilation.
 
-    >>> scale_dilations(nn.Conv2d(8, 8, 3, dilation=2), (1, 2, 3))
+    >>> scale_dilations((2, 2), (1, 2, 3))
     (2, 4, 6)
     """
-    height, width = pair(conv.dilation)
+    height, width = pair(dilation)
     return tuple(_squeeze((factor * height, factor * width)) for factor in factors)
 
 
@@ -334,6 +334,8 @@ class CoConv2d(nn.Conv2d):
             raise ValueError(
                 "the weight is computed from other parameters, as by weight_norm: use to_coconv_() instead"
             )
+        if type(conv) not in (nn.Conv2d, CoConv2d):
+            raise ValueError(f"a {type(conv).__name__} does more than an nn.Conv2d: use to_coconv_() instead")
         chosen, shares = default_levels(conv, levels, dilations, splits)
         coconv = cls(
             conv.in_channels,
@@ -381,6 +383,82 @@ class CoConv2d(nn.Conv2d):
         return f"{plain}, dilations={self.dilations}, splits={self.splits}"
 
 
+# The contextual class of every convolution class that has one.
+_COCONVS: dict[type[nn.Conv2d], type[CoConv2d]] = {nn.Conv2d: CoConv2d}
+_FORWARD = ("__call__", "forward", "_conv_forward")
+_CoConvClass = TypeVar("_CoConvClass", bound=type[CoConv2d])
+
+
+def register_coconv(cls: _CoConvClass) -> _CoConvClass:
+    """Make a subclass of ``nn.Conv2d`` that has a forward of its own eligible for conversion; a class decorator.
+
+    The decorated class derives from :class:`CoConv2d` and from the class it stands for, in this order. It does what
+    that class does, but convolves by ``self._conv_forward(input, weight, bias)``, which applies the levels. A
+    conversion switches a module from the one class to the other, without calling ``__init__``. Subclasses that inherit
+    all of their forward from ``nn.Conv2d`` or from a registered class need no registration.
+
+    Args:
+        cls: The contextual class. If the class that it stands for has one already, it replaces that.
+
+    Returns:
+        The same class.
+
+    Raises:
+        TypeError: If it does not derive from :class:`CoConv2d` and one other convolution class.
+
+    >>> class HalvedConv2d(nn.Conv2d):
+    ...     def forward(self, input):
+    ...         return F.conv2d(input, self.weight / 2, self.bias, self.stride, self.padding)
+    >>> @register_coconv
+    ... class CoHalvedConv2d(CoConv2d, HalvedConv2d):
+    ...     def forward(self, input):
+    ...         return self._conv_forward(input, self.weight / 2, self.bias)
+    >>> conv = HalvedConv2d(8, 8, 3, padding=1)
+    >>> to_coconv_(conv, (1, 2), (4, 4))
+    >>> type(conv).__name__
+    'CoHalvedConv2d'
+    """
+    if not (isinstance(cls, type) and issubclass(cls, CoConv2d)) or plain_class(cls) is nn.Conv2d:
+        raise TypeError(
+            f"{getattr(cls, '__name__', cls)} must derive from CoConv2d and then from the convolution class it stands "
+            "for: class CoMyConv2d(CoConv2d, MyConv2d)"
+        )
+    _COCONVS[plain_class(cls)] = cls
+    return cls
+
+
+def plain_class(cls: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    """The class that a contextual class stands for; any other class is its own.
+
+    >>> plain_class(CoConv2d).__name__
+    'Conv2d'
+    """
+    if not issubclass(cls, CoConv2d):
+        return cls
+    order = cls.__mro__
+    return cast(type[nn.Conv2d], order[order.index(CoConv2d) + 1])
+
+
+def contextual_class(cls: type[nn.Conv2d]) -> type[CoConv2d] | None:
+    """The class that a convolution of some class is switched to, or None where it has a forward that none is known for.
+
+    A class that inherits its forward gets the contextual class of the one that it inherits from, mixed with itself.
+    """
+    base = next((base for base in cls.__mro__ if base in _COCONVS), None)
+    if base is None or any(getattr(cls, name) is not getattr(base, name) for name in _FORWARD):
+        return None
+    if base is not cls:
+        members = {"__module__": cls.__module__, "__reduce_ex__": _reduce_ex}
+        _COCONVS[cls] = type(f"Co{cls.__name__}", (_COCONVS[base], cls), members)
+    return _COCONVS[cls]
+
+
+def is_switchable(conv: nn.Conv2d) -> bool:
+    """Whether a convolution's class, plain or contextual, can be switched to the other one."""
+    cls = _class_of(conv)
+    return contextual_class(plain_class(cls)) is cls if issubclass(cls, CoConv2d) else contextual_class(cls) is not None
+
+
 def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int]) -> None:
     """Turn a convolution into a :class:`CoConv2d` in place, or give a contextual one new levels.
 
@@ -388,12 +466,14 @@ def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[
     stay what they are. :func:`to_conv_` is the inverse.
 
     Args:
-        conv: An ``nn.Conv2d`` (its parameters may be parametrized) or a :class:`CoConv2d`.
+        conv: An ``nn.Conv2d`` (its parameters may be parametrized), one of a subclass that inherits its forward or is
+            known by :func:`register_coconv`, or a :class:`CoConv2d`.
         dilations: Dilation of each level.
         splits: Output channels of each level.
 
     Raises:
-        ValueError: If the convolution cannot be split this way; it is left as it was.
+        TypeError: If it is of a subclass with a forward of its own that none is registered for.
+        ValueError: If the convolution cannot be split this way. In either case it is left as it was.
 
     >>> conv = nn.Conv2d(8, 8, 3, padding=1)
     >>> to_coconv_(conv, (1, 2), (4, 4))
@@ -402,30 +482,48 @@ def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[
     """
     check_levels(conv, dilations, splits)
     if not isinstance(conv, CoConv2d):
-        _switch_class(conv, CoConv2d)
+        cls = contextual_class(_class_of(conv))
+        if cls is None:
+            raise TypeError(f"{type(conv).__name__} has a forward of its own: tell its levels with register_coconv()")
+        _switch_class(conv, cls)
     coconv = cast(CoConv2d, conv)
     coconv.dilations, coconv.splits = tuple(dilations), tuple(splits)
 
 
 def to_conv_(coconv: CoConv2d) -> None:
-    """Turn a contextual convolution into the plain ``nn.Conv2d`` it replaces, in place.
+    """Turn a contextual convolution into the plain one it replaces, in place.
 
     Raises:
         TypeError: If it is no contextual convolution.
     """
     if not isinstance(coconv, CoConv2d):
         raise TypeError(f"to_conv_ takes a CoConv2d, not a {type(coconv).__name__}")
-    _switch_class(coconv, nn.Conv2d)
+    _switch_class(coconv, plain_class(type(coconv)))
     del coconv.dilations, coconv.splits
+
+
+def _class_of(conv: nn.Conv2d) -> type[nn.Conv2d]:
+    # torch gives each parametrized module a class of its own, derived from the class it had.
+    return cast(type[nn.Conv2d], type(conv).__base__) if is_parametrized(conv) else type(conv)
 
 
 def _switch_class(module: nn.Conv2d, cls: type[nn.Conv2d]) -> None:
     if is_parametrized(module):
-        # torch gives each parametrized module a class of its own, derived from the class it had.
         own = type(module)
         members = {name: value for name, value in vars(own).items() if name not in ("__dict__", "__weakref__")}
         cls = type(f"Parametrized{cls.__name__}", (cls,), members)
     module.__class__ = cls
+
+
+def _reduce_ex(self: CoConv2d, protocol: Any) -> tuple[Any, ...]:
+    # A class that contextual_class() made has no name that it could be unpickled by.
+    return _new_instance, (plain_class(type(self)),), self.__dict__
+
+
+def _new_instance(plain: type[nn.Conv2d]) -> CoConv2d:
+    cls = contextual_class(plain)
+    assert cls is not None
+    return cls.__new__(cls)
 
 
 def pair(value: int | Sequence[int]) -> Pair:

@@ -5,18 +5,22 @@ which an override may overrule.
 """
 
 import torch.nn as nn
-from torch.nn.utils.parametrize import is_parametrized
 
-from coconv_surgery.conv import CoConv2d
+from coconv_surgery.conv import is_switchable
 from coconv_surgery.dataflow import Reader
 from coconv_surgery.tracing import TracedConv
 
 
+def other_operation(conv: TracedConv) -> str | None:
+    """Deformable, transposed, conditional or quantised convolutions compute something else."""
+    return None if isinstance(conv.conv, nn.Conv2d) else f"{type(conv.conv).__name__} is no nn.Conv2d"
+
+
 def subclass(conv: TracedConv) -> str | None:
     """A subclass may do more than convolve, and a change of class would drop that."""
-    cls = type(conv.conv).__base__ if is_parametrized(conv.conv) else type(conv.conv)
-    assert cls is not None
-    return None if cls in (nn.Conv2d, CoConv2d) else f"{cls.__name__} has a forward of its own"
+    if is_switchable(conv.conv):
+        return None
+    return f"{type(conv.conv).__name__} has a forward of its own that register_coconv() does not know"
 
 
 def replaced_forward(conv: TracedConv) -> str | None:
@@ -26,7 +30,7 @@ def replaced_forward(conv: TracedConv) -> str | None:
 
 def weight_read_elsewhere(conv: TracedConv) -> str | None:
     """Code that takes the weight and convolves by itself would not see the levels."""
-    return "its weight is also used outside its own forward" if conv.weight_reads else None
+    return "its weight is also used outside its own forward" if conv.weight_read else None
 
 
 def dilatable_kernel(conv: TracedConv) -> str | None:
@@ -58,7 +62,7 @@ def padded_outside(conv: TracedConv) -> str | None:
     return f"{modes[0].lower()} padding by another layer is too narrow for larger dilations" if modes else None
 
 
-OBSTACLES = (subclass, replaced_forward, dilatable_kernel, weight_read_elsewhere, never_called)
+OBSTACLES = (other_operation, subclass, replaced_forward, dilatable_kernel, weight_read_elsewhere, never_called)
 CHOICES = (other_kernel, read_by_position, padded_outside)
 
 

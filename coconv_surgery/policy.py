@@ -131,7 +131,7 @@ class TopPolicy(StagePolicy):
 
     def __call__(self, conv: TracedConv) -> Levels:
         """Choose the one level of a convolution."""
-        return Levels(scale_dilations(conv.conv, [self.levels(conv)]))
+        return Levels(scale_dilations(conv.conv.dilation, [self.levels(conv)]))
 
 
 @dataclass(frozen=True)
@@ -210,5 +210,5 @@ def settle(conv: nn.Conv2d, answer: Answer) -> Levels:
     elif isinstance(answer, int):
         dilations, splits = default_levels(conv, answer)
     else:
-        dilations, splits = default_levels(conv, dilations=scale_dilations(conv, answer))
+        dilations, splits = default_levels(conv, dilations=scale_dilations(conv.dilation, answer))
     return Levels(dilations, splits)

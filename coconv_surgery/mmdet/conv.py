@@ -1,15 +1,21 @@
-"""CoConv as a conv layer of mmcv, for ``conv_cfg`` and ``dcn``."""
+"""CoConv as a conv layer of mmcv, for ``conv_cfg`` and ``dcn``, and the contextual forms of mmcv's conv layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import mmcv.cnn
+import mmcv.cnn.bricks
+import torch
 import torch.nn as nn
+from timm.layers import pad_same
 
 from coconv_surgery.conv import (
+    CoConv2d,
     SplitRule,
     default_levels,
     is_plain,
     level_units,
+    register_coconv,
     scale_dilations,
     to_coconv_,
 )
@@ -60,7 +66,44 @@ def build_coconv(
     factors = range(1, levels + 1) if levels is not None else dilations
     assert factors is not None
     units, _ = level_units(conv)
-    chosen, shares = default_levels(conv, dilations=scale_dilations(conv, factors[:units]), splits=splits)
+    chosen, shares = default_levels(conv, dilations=scale_dilations(conv.dilation, factors[:units]), splits=splits)
     if not is_plain(conv, chosen):
         to_coconv_(conv, chosen, shares)
     return conv
+
+
+@register_coconv
+class CoConv2dWrapper(CoConv2d, mmcv.cnn.bricks.Conv2d):  # type: ignore[misc]
+    """mmcv's Conv2d, which convolves as torch's does on any torch since 1.5."""
+
+
+@register_coconv
+class CoConv2dAdaptivePadding(CoConv2d, mmcv.cnn.bricks.Conv2dAdaptivePadding):  # type: ignore[misc]
+    """Dynamic "same" padding: the plain convolution's, to which every level adds what its dilation needs more."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pad and convolve ``(N, C, H, W)``."""
+        return self._conv_forward(pad_same(x, self.kernel_size, self.stride, self.dilation), self.weight, self.bias)
+
+
+@register_coconv
+class CoConvWS2d(CoConv2d, mmcv.cnn.ConvWS2d):  # type: ignore[misc]
+    """Weight standardisation (Qiao et al., 2019), for each output channel by itself."""
+
+    eps: float
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve ``(N, C, H, W)`` with standardised weights."""
+        variance, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) / (variance.sqrt() + self.eps), self.bias)
+
+
+@register_coconv
+class CoConvAWS2d(CoConv2d, mmcv.cnn.ConvAWS2d):  # type: ignore[misc]
+    """Adaptive weight standardisation (DetectoRS), for each output channel by itself."""
+
+    _get_weight: Callable[[torch.Tensor], torch.Tensor]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve ``(N, C, H, W)`` with standardised and rescaled weights."""
+        return self._conv_forward(x, self._get_weight(self.weight), self.bias)

@@ -135,7 +135,7 @@ dilations=(1, 2, 3), splits=(64, 32, 32))
         for number, (stage, count) in enumerate(zip(stages, levels, strict=True), start=1):
             for conv in _block_convs(stage):
                 factors = range(1, count + 1)
-                dilations = scale_dilations(conv, factors) if base_dilation == "multiply" else tuple(factors)
+                dilations = scale_dilations(conv.dilation, factors) if base_dilation == "multiply" else tuple(factors)
                 try:
                     chosen, splits = default_levels(conv, dilations=dilations)
                 except ValueError as error:
