@@ -24,13 +24,14 @@ from coconv_surgery.conv import (
     to_coconv_,
     to_conv_,
 )
-from coconv_surgery.eligibility import obstacle, reason_to_leave, replaced_forward, subclass
+from coconv_surgery.eligibility import obstacle, other_operation, reason_to_leave, replaced_forward, subclass
 from coconv_surgery.graphs import function_convs, node_to_coconv_, node_to_conv_
 from coconv_surgery.inputs import InputSize, infer_inputs
+from coconv_surgery.merging import keep_levels_in_merges
 from coconv_surgery.patterns import Patterns, as_list, check_patterns, first_match
-from coconv_surgery.plan import Plan, PlanError, PlanRow, Signature
+from coconv_surgery.plan import ONE_LEVEL, Plan, PlanError, PlanRow, Signature
 from coconv_surgery.policy import Answer, Levels, Policy, get_policy, settle
-from coconv_surgery.tracing import TracedConv, find_convs, trace_convs
+from coconv_surgery.tracing import TracedConv, find_convs, trace_network
 
 _PLAN = "_coconv_plan"
 
@@ -56,8 +57,8 @@ def plan_conversion(
         policy: A policy, or the name of one: ``"resolution"``, ``"stage"``, ``"top"`` or ``"uniform"``.
         input_size: Side, (height, width) or (channels, height, width) of the input. Default: what timm says of the
             network.
-        example_inputs: What to call the network with instead: a tensor, a tuple of arguments, or a dict of them by
-            name.
+        example_inputs: What to call the network with instead: a tensor, a tuple of arguments, a dict of them by name,
+            or :class:`~coconv_surgery.Inputs`.
         include: Glob patterns of convolutions to consider, by qualified name; that of a module stands for all within.
             Default: all. The others stay what they are, plain or contextual.
         exclude: Patterns of convolutions that stay what they are.
@@ -89,9 +90,9 @@ def plan_conversion(
     check_patterns(given, names)
     with torch.inference_mode(False):  # which would hide the dataflow
         inputs = infer_inputs(model, input_size, example_inputs)
-        traced = trace_convs(model, inputs)
+        trace = trace_network(model, inputs)
     rows = []
-    for conv in traced:
+    for conv in trace.convs:
         names_of_conv = (conv.name, *conv.aliases)
         override = first_match(names_of_conv, overridden)
         answer = None if override is None else overridden[override]
@@ -108,7 +109,7 @@ def plan_conversion(
             rows.append(_untouched_row(conv, reason))
         else:
             rows.append(_settled_row(conv, decide(conv) if answer is None else answer, source))
-    return Plan(tuple(rows), policy=label, input=str(inputs), parameters=_count(model))
+    return Plan(tuple(rows), policy=label, input=str(inputs), parameters=_count(model), traced=trace.how)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -247,6 +248,7 @@ def _apply(model: nn.Module, plan: Plan) -> bool:
         else:
             to_conv_(cast(CoConv2d, convs[row.name]))
     _recompile(model)
+    keep_levels_in_merges(model)
     _notes(model)[_PLAN] = plan
     return bool(changes)
 
@@ -271,7 +273,7 @@ def _settled_row(conv: TracedConv, answer: Answer, source: str) -> PlanRow:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} gave {conv.name} the levels {answer!r}: {error}") from error
     if is_plain(conv.conv, levels.dilations):
-        return _row(conv, reason="one level: the conv itself")
+        return _row(conv, reason=ONE_LEVEL)
     return _row(conv, levels)
 
 
@@ -310,7 +312,8 @@ def _state(conv: nn.Conv2d) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
 
 
 def _plain_state(conv: nn.Conv2d) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
-    return scale_dilations(conv, [1]), (conv.out_channels,)
+    signature = Signature.of(conv)
+    return scale_dilations(signature.dilation, [1]), (signature.out_channels,)
 
 
 def _check_maps(conv: TracedConv, levels: Levels) -> None:
@@ -377,10 +380,13 @@ def _check_plan(convs: Mapping[str, nn.Conv2d], plan: Plan) -> None:
             problems["different in the network"].append(f"{name} ({differences})")
         elif row.converted and _state(conv) != (row.dilations, row.splits):
             try:
-                check_levels(conv, row.dilations, row.splits)
+                found = TracedConv(name, conv)
+                reason = other_operation(found) or subclass(found) or replaced_forward(found)
+                if reason is None:
+                    check_levels(conv, row.dilations, row.splits)
             except ValueError as error:
-                problems["different in the network"].append(f"{name} ({error})")
-            if reason := subclass(TracedConv(name, conv)) or replaced_forward(TracedConv(name, conv)):
+                reason = str(error)
+            if reason is not None:
                 problems["different in the network"].append(f"{name} ({reason})")
     lines = [f"{len(names)} {problem}: {_shorten(sorted(names))}" for problem, names in problems.items() if names]
     if lines:
