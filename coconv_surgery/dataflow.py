@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.autograd.function import BackwardCFunction
 
 Node = Any  # torch.autograd.graph.Node, whose concrete classes torch generates
 
@@ -71,7 +72,8 @@ def _reader(output: Node, consumers: dict[Node, list[tuple[Node, int]]], learned
 
 
 def _data_input(node: Node, index: int) -> int:
-    if "DeformConv" in node.name():
+    # Operations from outside torch (deformable convolution, CARAFE, RoI align, ...) read their first input as data.
+    if isinstance(node, BackwardCFunction) or "DeformConv" in node.name():
         return 0
     return _DATA_INPUT.get(node.name(), index)
 

@@ -34,13 +34,11 @@ class GraphMap:
 
     Attributes:
         calls: For every module by name, the names of the graph nodes that call it.
-        weight_reads: For every convolution by name, the nodes that read its weight without calling it.
         failures: For every module that could not be traced by name (``""`` is the network), the reason. Such a module
             is one node of its parent's graph, and its children are traced apart.
     """
 
     calls: dict[str, list[str]] = field(default_factory=dict)
-    weight_reads: dict[str, list[str]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     def why_unseen(self, name: str) -> str | None:
@@ -67,7 +65,6 @@ def map_graphs(model: nn.Module, concrete_args: dict[str, Any] | None = None) ->
         _record(model, model.graph, "", graphs)
         for name, node in function_convs(model):
             graphs.calls[name] = [node.name]
-            graphs.weight_reads.pop(name, None)
     else:
         _map_module(model, "", concrete_args, graphs)
     return graphs
@@ -98,12 +95,6 @@ def _record(module: nn.Module, graph: fx.Graph, path: str, graphs: GraphMap) -> 
     for node in graph.nodes:
         if node.op == "call_module":
             graphs.calls.setdefault(_join(path, node.target), []).append(node.name)
-        elif node.op == "get_attr" and node.target.endswith(".weight") and not all(map(_reads_metadata, node.users)):
-            graphs.weight_reads.setdefault(_join(path, node.target.removesuffix(".weight")), []).append(node.name)
-
-
-def _reads_metadata(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is getattr
 
 
 class _Tracer(fx.Tracer):

@@ -1,7 +1,7 @@
 """What a network is called with while it is traced."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,21 +16,31 @@ InputSize = int | Sequence[int]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of a network's ``forward``."""
+    """What to call a network with.
+
+    Attributes:
+        args: Inputs by position.
+        kwargs: Inputs by name.
+        call: What to call instead of the network, with the network before the inputs: for one that needs more than a
+            call, or for a copy of it some preparation, which the trace gives it.
+        needs_numbers: Whether the network's control flow is known to need numbers, so that shapes alone do not do.
+    """
 
     args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    call: Callable[..., Any] | None = None
+    needs_numbers: bool = False
 
     @property
     def image_size(self) -> Pair | None:
         """Height and width of the first image batch among the inputs."""
-        for leaf in tree_leaves((self.args, self.kwargs or {})):
+        for leaf in tree_leaves((self.args, self.kwargs)):
             if isinstance(leaf, torch.Tensor) and leaf.dim() in (3, 4):
                 return leaf.shape[-2], leaf.shape[-1]
         return None
 
     def __str__(self) -> str:
-        tensors = [leaf for leaf in tree_leaves((self.args, self.kwargs or {})) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
         return ", ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
 
 
@@ -41,7 +51,8 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
         model: The network.
         input_size: Side, (height, width) or (channels, height, width) of an image. Default: what timm says of the
             network, or what a graph of ``torch.export`` has recorded.
-        example_inputs: The inputs themselves: a tensor, a tuple of arguments, or a dict of them by name.
+        example_inputs: The inputs themselves: a tensor, a tuple of arguments, a dict of them by name, or
+            :class:`Inputs`.
 
     Raises:
         ValueError: If nothing tells, if both are given, or if ``input_size`` is no size.
@@ -49,6 +60,8 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
     if example_inputs is not None:
         if input_size is not None:
             raise ValueError("give either input_size= or example_inputs=, not both")
+        if isinstance(example_inputs, Inputs):
+            return example_inputs
         if isinstance(example_inputs, Mapping):
             return Inputs(kwargs=dict(example_inputs))
         return Inputs((example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs))

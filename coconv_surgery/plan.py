@@ -9,10 +9,12 @@ from typing import Any
 
 import torch.nn as nn
 
-from coconv_surgery.conv import Dilation, Pair
+from coconv_surgery.conv import Dilation, Pair, pair
 
 FORMAT = "coconv-plan"
 VERSION = 1
+ONE_LEVEL = "one level: the conv itself"
+_PLAIN: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
 
 
 class PlanError(ValueError):
@@ -33,9 +35,13 @@ class Signature:
     padding_mode: str
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> "Signature":
-        """Read the signature off a module."""
-        return cls(**{field.name: getattr(conv, field.name) for field in fields(cls)})
+    def of(cls, conv: nn.Module) -> "Signature":
+        """Read the signature off a module; what other kinds of convolution do not have is as in a plain one."""
+        found: dict[str, Any] = {field.name: getattr(conv, field.name, _PLAIN.get(field.name)) for field in fields(cls)}
+        for name in ("kernel_size", "stride", "padding", "dilation"):
+            if not isinstance(found[name], str):
+                found[name] = pair(found[name])
+        return cls(**found)
 
     def differences(self, planned: "Signature") -> str:
         """Say in words where a plan means another convolution."""
@@ -89,12 +95,14 @@ class Plan:
         policy: The policy that decided, as text.
         input: The input that the map sizes belong to, as text.
         parameters: Parameters of the network, the same before and after.
+        traced: How the convolutions and their map sizes were found, as text.
     """
 
     rows: tuple[PlanRow, ...]
     policy: str
     input: str
     parameters: int
+    traced: str = "not traced"
 
     @property
     def converted(self) -> tuple[PlanRow, ...]:
@@ -111,9 +119,14 @@ class Plan:
         """The rows that a reader looks for: 3×3 convolutions, and whatever else becomes a CoConv."""
         return tuple(row for row in self.rows if row.converted or row.signature.kernel_size == (3, 3))
 
-    def reasons(self) -> dict[str, int]:
-        """How many convolutions are left alone for each reason, the most frequent first."""
-        return dict(Counter(row.reason for row in self.left_alone if row.reason).most_common())
+    def reasons(self, rows: Iterable[PlanRow] | None = None) -> dict[str, int]:
+        """How many convolutions are left alone for each reason, the most frequent first.
+
+        Args:
+            rows: Count among these. Default: all.
+        """
+        counted = Counter(row.reason for row in (self.rows if rows is None else rows) if row.reason)
+        return dict(counted.most_common())
 
     def summary(self) -> str:
         """Sum the plan up in one line."""
@@ -134,7 +147,7 @@ class Plan:
         return align([header, *map(_cells, shown)])
 
     def __str__(self) -> str:
-        return f"{self.table()}\npolicy: {self.policy}\ninput: {self.input}\n{self.summary()}"
+        return f"{self.table()}\npolicy: {self.policy}\ninput: {self.input}\ntraced: {self.traced}\n{self.summary()}"
 
     def diff(self, other: "Plan") -> list[str]:
         """Say in words where another plan decides differently; map sizes and reasons are no difference."""

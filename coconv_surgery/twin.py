@@ -24,11 +24,16 @@ class Twin:
     Args:
         model: The network to copy.
         fake: Whether tensors carry a shape but no data. A network on the meta device has none to begin with.
+
+    Attributes:
+        model (nn.Module): The copy.
+        fake (bool): Whether its tensors have no data.
     """
 
     def __init__(self, model: nn.Module, *, fake: bool = True) -> None:
         on_meta = any(parameter.is_meta for parameter in model.parameters())
         self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if fake and not on_meta else None
+        self.fake = fake or on_meta
         self._default_device = torch.device("meta") if on_meta else None
         self.model = self._copy(model)
         for module in self.model.modules():
@@ -74,6 +79,8 @@ class Twin:
         for tensor in _own_tensors(model):
             if self._fake_mode is not None:
                 memo[id(tensor)] = self._fake_mode.from_tensor(tensor)
+            elif isinstance(tensor, nn.Parameter):  # only read, so the numbers need no copy
+                memo[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
             elif not tensor.is_leaf:  # a cached result, which deepcopy refuses
                 memo[id(tensor)] = tensor.detach().clone()
         tables = [(module, name) for module in model.modules() for name in _HOOK_TABLES]

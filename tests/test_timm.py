@@ -56,7 +56,7 @@ FAMILIES = [
     "vovnet39a",
     "xception41",
 ]
-WITHOUT_PLAIN_3X3 = {"convnext_atto", "dm_nfnet_f0", "nf_resnet26"}
+WITHOUT_3X3 = {"convnext_atto"}
 
 
 @pytest.mark.filterwarnings("ignore::coconv_surgery.NoChangeWarning")
@@ -69,7 +69,7 @@ def test_a_timm_family_converts_with_weights_keys_and_shapes_kept(name):
     kinds = {path: type(module) for path, module in model.named_modules()}
     cs.convert(model)
     plan = cs.get_plan(model)
-    assert bool(plan.converted) == (name not in WITHOUT_PLAIN_3X3)
+    assert bool(plan.converted) == (name not in WITHOUT_3X3)
     assert model(image).shape == shape
     assert list(model.state_dict()) == keys
     assert all(parameter is parameters[path] for path, parameter in model.named_parameters())

@@ -9,7 +9,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 
 from coconv_surgery.conv import Pair
-from coconv_surgery.mmdet.surgery import example_inputs
+from coconv_surgery.mmdet.inputs import example_inputs
 
 
 class Complexity(NamedTuple):
@@ -49,9 +49,9 @@ def count_complexity(model: Any, image_size: Pair) -> Complexity:
     """
     with DefaultScope.overwrite_default_scope("mmdet"):
         detector = revert_sync_batchnorm(MODELS.build(model)).eval()
-    inputs = example_inputs(detector, image_size)
+    inputs = dict(example_inputs(detector, image_size).kwargs)
     image = inputs.pop("inputs")
     forward = detector.forward
-    detector.forward = lambda image: forward(image, **inputs)
+    detector.forward = lambda image: forward(image, **inputs, mode="tensor")
     info = get_model_complexity_info(detector, inputs=image, show_table=False, show_arch=False)
     return Complexity(info["params"], int(info["flops"]))

@@ -1,16 +1,14 @@
 """A detector that is converted while its config builds it."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn as nn
 from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
 
-from coconv_surgery.conv import Pair
+from coconv_surgery.mmdet.inputs import example_inputs
 from coconv_surgery.mmdet.options import SurgeryOptions
 from coconv_surgery.plan import Plan, PlanRow
 from coconv_surgery.surgery import apply_plan, get_plan, plan_conversion
@@ -77,38 +75,3 @@ def _keep_contextual(plan: Plan, model: nn.Module) -> Plan:
         return row if own is None else replace(row, dilations=own.dilations, splits=own.splits, reason=None)
 
     return replace(plan, rows=tuple(map(keep, plan.rows)))
-
-
-def example_inputs(detector: nn.Module, image_size: Sequence[int]) -> dict[str, Any]:
-    """What to call a detector with to run it without its data.
-
-    Args:
-        detector: An mmdet detector.
-        image_size: Height and width of the image, before the data preprocessor pads it.
-
-    Returns:
-        Keyword arguments of ``forward``: one blank image that fills its padded size.
-    """
-    height, width = padded(image_size, getattr(detector.data_preprocessor, "pad_size_divisor", 1))
-    shape = (height, width)
-    sample = DetDataSample(
-        metainfo={
-            "img_id": 0,
-            "ori_shape": shape,
-            "img_shape": shape,
-            "pad_shape": shape,
-            "batch_input_shape": shape,
-            "scale_factor": (1.0, 1.0),
-        }
-    )
-    return {"inputs": torch.zeros(1, 3, height, width), "data_samples": [sample], "mode": "tensor"}
-
-
-def padded(size: Sequence[int], divisor: int) -> Pair:
-    """Round a size up to multiples.
-
-    >>> padded((800, 1333), 32)
-    (800, 1344)
-    """
-    height, width = (-(-side // divisor) * divisor for side in size)
-    return height, width

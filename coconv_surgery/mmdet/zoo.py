@@ -1,0 +1,47 @@
+"""The configs that mmdet's wheel brings, as a collection to try a conversion on."""
+
+import os
+from pathlib import Path
+
+import mmdet
+import torch.nn as nn
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+from coconv_surgery.inputs import Inputs
+from coconv_surgery.mmdet.inputs import example_inputs
+from coconv_surgery.sweep.zoo import Zoo
+
+CONFIGS = Path(mmdet.__file__).parent / ".mim" / "configs"
+# Small, but with room for the 900 queries of a DETR.
+IMAGE_SIZE = (256, 256)
+
+
+def _names() -> list[str]:
+    paths = sorted(path for path in CONFIGS.rglob("*.py") if "_base_" not in path.parts)
+    return [str(path.relative_to(CONFIGS).with_suffix("")) for path in paths if _describes_a_model(path)]
+
+
+def _describes_a_model(path: Path) -> bool:
+    """Whether a config is one of a model, not a part for others to inherit; one that cannot be read counts."""
+    try:
+        return "model" in Config.fromfile(path, import_custom_modules=False)
+    except (ImportError, OSError):
+        return True
+
+
+def _family(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _build(name: str) -> tuple[nn.Module, Inputs]:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # language models are to be downloaded; say so at once
+    config = Config.fromfile(CONFIGS / f"{name}.py")
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        detector: nn.Module = MODELS.build(config.model)
+    detector.eval()
+    return detector, example_inputs(detector, IMAGE_SIZE)
+
+
+ZOO = Zoo("MMDetection", "mmdet", _names, _family, _build)
