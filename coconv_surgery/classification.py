@@ -22,7 +22,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, METRICS, MODELS
 from timm.data import create_transform
-from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
+from torchvision.datasets import ImageFolder
 
 import coconv_surgery.zoo  # noqa: F401
 

@@ -1,10 +1,12 @@
 """The ``coconv`` command."""
 
 import difflib
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +19,13 @@ from coconv_surgery.plan import Plan
 from coconv_surgery.policy import POLICIES, LevelPolicy, get_policy
 from coconv_surgery.shapes import write_shapes
 from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan, plan_conversion
+from coconv_surgery.sweep.zoo import ZOOS, Zoo
 from coconv_surgery.zoo.authors import is_authors_checkpoint, load_authors_checkpoint
 
 try:
     import click
     from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 except ImportError as error:
     sys.exit(f"coconv: {error.name} is not installed: pip install 'coconv-surgery[cli]'")
 
@@ -158,6 +161,57 @@ def flops(config: str, shape: tuple[int, int]) -> None:
 
 
 @app.command()
+@click.argument("zoo", type=click.Choice([*ZOOS, "mmdet"]))
+@click.option("--only", multiple=True, metavar="GLOB", help="Only networks of this name. Repeatable.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Processes.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds for one network.")
+@click.option("--fresh", is_flag=True, help="Start anew instead of going on where the last sweep was.")
+@click.option(
+    "-o", "--output", default="docs/coverage", show_default=True, type=click.Path(file_okay=False, path_type=Path)
+)
+def sweep(zoo: str, only: tuple[str, ...], jobs: int, timeout: float, fresh: bool, output: Path) -> None:
+    """Convert every network of a ZOO, and write what happened to ZOO.csv and ZOO.md.
+
+    \b
+    coconv sweep timm --jobs 2
+    coconv sweep mmdet --only 'retinanet/*' -o /tmp/coverage
+    """
+    from coconv_surgery.sweep.check import NOT_BUILT
+    from coconv_surgery.sweep.report import render
+    from coconv_surgery.sweep.walk import walk
+
+    table, page = output / f"{zoo}.csv", output / f"{zoo}.md"
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes: each would repeat those of every import
+    with console.status(f"listing {zoo}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        collection = _zoo(zoo)
+        names = [name for name in collection.names() if any(fnmatchcase(name, pattern) for pattern in only or "*")]
+    if not names:
+        raise ValueError(f"{collection.title} has no network that matches {' or '.join(map(repr, only))}")
+    if fresh:
+        table.unlink(missing_ok=True)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(zoo, total=len(names))
+        rows = walk(
+            collection,
+            names,
+            table,
+            jobs=jobs,
+            timeout=timeout,
+            progress=lambda row: bar.update(task, advance=1, description=row.name),
+        )
+    chosen = "".join(f" --only '{pattern}'" for pattern in only)
+    page.write_text(render(collection, rows, f"coconv sweep {zoo}{chosen} --jobs {jobs}"), encoding="utf-8")
+    unsound = [row for row in rows if row.status != NOT_BUILT and not row.sound]
+    for row in unsound:
+        click.echo(f"{row.name}: {row.status} {row.error or 'but not the same before and after'}")
+    click.echo(f"{len(rows)} networks, {len(unsound)} with a problem: {table}, {page}")
+    if unsound:
+        sys.exit(1)
+
+
+@app.command()
 @click.argument("root", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--train", default=512, show_default=True, help="Images to train on.")
 @click.option("--val", default=128, show_default=True, help="Images to validate on.")
@@ -190,6 +244,14 @@ def demo(output: Path, detection: bool) -> None:
             task = bar.add_task("", total=1.0)
             report = train_and_detect(output, lambda done, what: bar.update(task, completed=done, description=what))
         click.echo(report)
+
+
+def _zoo(name: str) -> Zoo:
+    if name == "mmdet":
+        from coconv_surgery.mmdet.zoo import ZOO
+
+        return ZOO
+    return ZOOS[name]
 
 
 def _create(name: str, *, pretrained: bool = False) -> nn.Module:

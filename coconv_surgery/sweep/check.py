@@ -1,0 +1,186 @@
+"""One network, planned, converted, run and reverted."""
+
+import json
+import logging
+import re
+import time
+import traceback
+import warnings
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils._pytree import tree_leaves
+
+from coconv_surgery.inputs import Inputs
+from coconv_surgery.plan import ONE_LEVEL, Plan
+from coconv_surgery.surgery import apply_plan, plan_conversion, revert
+from coconv_surgery.sweep.zoo import Zoo
+
+_FOLDERS = re.compile(r"/(?:[\w.+-]+/)+")  # of this machine
+CONVERTED, NOT_BUILT, FAILED, CRASHED = "converted", "not built", "failed", "crashed"
+
+
+@dataclass(kw_only=True)
+class Row:
+    """What a conversion did to one network.
+
+    Attributes:
+        name: The network.
+        family: Its family.
+        status: ``"converted"``, ``"not built"`` (the collection itself cannot build it here), ``"failed"`` (an
+            exception in planning, converting, running or reverting) or ``"crashed"`` (its process died or took too
+            long).
+        error: The exception, if any.
+        convs: 2D convolutions.
+        convs_3x3: Those with a 3×3 kernel.
+        converted: Convolutions converted.
+        one_level: 3×3 convolutions that stay what they are because their map has room for one level only.
+        left_alone: Other 3×3 convolutions that are left alone, by reason, as JSON.
+        traced: How convolutions and map sizes were found.
+        parameters_before: Parameters of the network.
+        parameters_after: The same, converted.
+        keys_before: Keys of its state dict.
+        keys_after: The same, converted; names and shapes are compared, too.
+        same_state: Whether all keys and shapes are the same.
+        outputs_before: Shapes of the outputs, as JSON; empty if the forward does not run.
+        outputs_after: The same, converted.
+        reverted: Whether every module has its class back in the end.
+        seconds: What planning, converting and reverting took.
+        seconds_in_all: The same with building the network and running it twice.
+    """
+
+    name: str
+    family: str
+    status: str = CONVERTED
+    error: str = ""
+    convs: int = 0
+    convs_3x3: int = 0
+    converted: int = 0
+    one_level: int = 0
+    left_alone: str = "{}"
+    traced: str = ""
+    parameters_before: int = 0
+    parameters_after: int = 0
+    keys_before: int = 0
+    keys_after: int = 0
+    same_state: bool = False
+    outputs_before: str = ""
+    outputs_after: str = ""
+    reverted: bool = False
+    seconds: float = 0.0
+    seconds_in_all: float = 0.0
+
+    @classmethod
+    def read(cls, record: dict[str, str]) -> "Row":
+        """Read what a CSV file has of a row."""
+        kinds = {field.name: field.type for field in fields(cls)}
+        read = {int: int, float: float, bool: "True".__eq__, str: str}
+        return cls(**{name: read[kinds[name]](value) for name, value in record.items()})  # type: ignore[index,operator]
+
+    def record(self) -> dict[str, Any]:
+        """The row as a CSV file has it."""
+        return asdict(self)
+
+    @property
+    def sound(self) -> bool:
+        """Whether the conversion kept all it promises to keep."""
+        same = (self.parameters_before, self.outputs_before) == (self.parameters_after, self.outputs_after)
+        return self.status == CONVERTED and same and self.same_state and self.reverted
+
+
+def check(zoo: Zoo, name: str) -> Row:
+    """Build a network, convert it, compare it with what it was, and revert it.
+
+    Args:
+        zoo: The collection.
+        name: The network.
+
+    Returns:
+        What happened; an exception is part of it.
+    """
+    logging.disable(logging.WARNING)
+    row = Row(name=name, family=zoo.family(name))
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model, inputs = zoo.build(name)
+        except Exception as error:  # whatever a collection raises is its answer, and goes into the row
+            row.status, row.error = NOT_BUILT, _message(_cause(error))
+        else:
+            try:
+                _convert_and_compare(model, inputs, row)
+            except Exception as error:  # a sweep is there to find these
+                row.status, row.error = FAILED, _message(error) + _place(error)
+    row.seconds_in_all = round(time.perf_counter() - start, 3)
+    return row
+
+
+def _convert_and_compare(model: nn.Module, inputs: Inputs, row: Row) -> None:
+    classes, state = _classes(model), _state(model)
+    row.parameters_before, row.keys_before = _count(model), len(state)
+    row.outputs_before = _outputs(model, inputs)
+    start = time.perf_counter()
+    plan = plan_conversion(model, example_inputs=inputs)
+    _describe(plan, row)
+    apply_plan(model, plan)
+    row.seconds = time.perf_counter() - start
+    row.parameters_after, row.keys_after = _count(model), len(_state(model))
+    row.same_state = _state(model) == state
+    row.outputs_after = _outputs(model, inputs) if row.outputs_before else ""
+    start = time.perf_counter()
+    revert(model)
+    row.seconds = round(row.seconds + time.perf_counter() - start, 3)
+    row.reverted = _classes(model) == classes
+
+
+def _describe(plan: Plan, row: Row) -> None:
+    rows_3x3 = [each for each in plan.rows if each.signature.kernel_size == (3, 3)]
+    row.convs, row.convs_3x3, row.converted = len(plan.rows), len(rows_3x3), len(plan.converted)
+    row.traced = plan.traced
+    reasons = plan.reasons(rows_3x3)
+    row.one_level = reasons.pop(ONE_LEVEL, 0)
+    row.left_alone = json.dumps(reasons, ensure_ascii=False)
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> str:
+    """Shapes of a network's outputs; nothing where its forward needs numbers that a network without data lacks."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with torch.no_grad(), torch.device(device):
+        try:
+            outputs = (inputs.call or nn.Module.__call__)(model, *inputs.args, **inputs.kwargs)
+        except Exception:
+            if device.type == "meta":
+                return ""
+            raise
+    shapes = [list(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    return json.dumps(shapes)
+
+
+def _classes(model: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def _state(model: nn.Module) -> dict[str, torch.Size | None]:
+    return {key: getattr(value, "shape", None) for key, value in model.state_dict().items()}
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _cause(error: BaseException) -> BaseException:
+    deeper = error.__cause__ or error.__context__
+    return error if deeper is None else _cause(deeper)
+
+
+def _message(error: BaseException) -> str:
+    text = _FOLDERS.sub("…/", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _place(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f" (in {frame.name})"
