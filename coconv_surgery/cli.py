@@ -181,7 +181,8 @@ def sweep(zoo: str, only: tuple[str, ...], jobs: int, timeout: float, fresh: boo
     from coconv_surgery.sweep.walk import walk
 
     table, page = output / f"{zoo}.csv", output / f"{zoo}.md"
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes: each would repeat those of every import
+    # For the processes: warnings would come from each of them, and what has to be downloaded is not built.
+    os.environ.update(PYTHONWARNINGS="ignore", HF_HUB_OFFLINE="1")
     with console.status(f"listing {zoo}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         collection = _zoo(zoo)

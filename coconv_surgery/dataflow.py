@@ -2,7 +2,8 @@
 
 import enum
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ class Reader(enum.Enum):
     """What becomes of a convolution's output channels."""
 
     LAYER = "a learned layer mixes its output"
-    NOBODY = "prediction layer: no learned layer reads its output"
+    NOBODY = "prediction layer: no learned layer makes features of its output"
     POSITION = "its output is read by position, as the offsets, mask or kernel of another operation"
 
 
@@ -53,22 +54,43 @@ def find_readers(outputs: Iterable[Node], ends: Iterable[Node], activations: Ite
             parameter_size[node] = variable.numel()
         else:
             parameter_size[node] = size
-    return {output: _reader(output, consumers, learned) for output in outputs}
+    network = _Network(consumers, learned, set(ends))
+    return {output: network.reader(output) for output in outputs}
 
 
-def _reader(output: Node, consumers: dict[Node, list[tuple[Node, int]]], learned: set[Node]) -> Reader:
-    reader = Reader.NOBODY
-    seen, stack = {output}, [output]
-    while stack:
-        for consumer, index in consumers[stack.pop()]:
-            if index != _data_input(consumer, index):
-                reader = Reader.POSITION
-            elif consumer in learned:
-                return Reader.LAYER
-            elif consumer not in seen:
-                seen.add(consumer)
-                stack.append(consumer)
-    return reader
+@dataclass(frozen=True)
+class _Network:
+    consumers: Mapping[Node, list[tuple[Node, int]]]
+    learned: set[Node]
+    ends: set[Node]
+
+    def reader(self, output: Node) -> Reader:
+        layers, by_position, at_an_end = self._readers(output)
+        # A prediction that also steers something, through a layer that makes offsets of it, is a prediction still.
+        if layers and not (at_an_end and all(self._steers(layer) for layer in layers)):
+            return Reader.LAYER
+        return Reader.POSITION if by_position else Reader.NOBODY
+
+    def _steers(self, layer: Node) -> bool:
+        layers, by_position, _ = self._readers(layer)
+        return by_position and not layers
+
+    def _readers(self, output: Node) -> tuple[list[Node], bool, bool]:
+        """The learned layers that read an output; whether an operation reads it by position; whether it comes out."""
+        layers, by_position, at_an_end = [], False, False
+        seen, stack = {output}, [output]
+        while stack:
+            node = stack.pop()
+            at_an_end |= node in self.ends
+            for consumer, index in self.consumers[node]:
+                if index != _data_input(consumer, index):
+                    by_position = True
+                elif consumer in self.learned:
+                    layers.append(consumer)
+                elif consumer not in seen:
+                    seen.add(consumer)
+                    stack.append(consumer)
+        return layers, by_position, at_an_end
 
 
 def _data_input(node: Node, index: int) -> int:

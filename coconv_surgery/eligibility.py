@@ -13,14 +13,19 @@ from coconv_surgery.tracing import TracedConv
 
 def other_operation(conv: TracedConv) -> str | None:
     """Deformable, transposed, conditional or quantised convolutions compute something else."""
-    return None if isinstance(conv.conv, nn.Conv2d) else f"{type(conv.conv).__name__} is no nn.Conv2d"
+    return None if isinstance(conv.conv, nn.Conv2d) else f"{_kind(conv)} is no nn.Conv2d"
 
 
 def subclass(conv: TracedConv) -> str | None:
     """A subclass may do more than convolve, and a change of class would drop that."""
     if is_switchable(conv.conv):
         return None
-    return f"{type(conv.conv).__name__} has a forward of its own that register_coconv() does not know"
+    return f"{_kind(conv)} has a forward of its own that register_coconv() does not know"
+
+
+def _kind(conv: TracedConv) -> str:
+    cls = type(conv.conv)
+    return cls.__name__ if cls.__name__ != nn.Conv2d.__name__ else f"{cls.__module__}.{cls.__name__}"
 
 
 def replaced_forward(conv: TracedConv) -> str | None:

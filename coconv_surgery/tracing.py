@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.fx as fx
 import torch.nn as nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -242,6 +243,8 @@ class _Observer(TorchFunctionMode):
         self._owners: dict[int, list[str]] = defaultdict(list)
         self._running = 0
         self._handles: list[Any] = []
+        # A function written in Python is part of the graph as long as its output is.
+        self._alive: list[torch.Tensor] = []
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d):
                 self._owners[_weight_id(module)].append(name)
@@ -262,9 +265,15 @@ class _Observer(TorchFunctionMode):
                 self._running -= 1
             if is_conv and isinstance(output, torch.Tensor):
                 self.record(name, args[0] if args else next(iter(kwargs.values())), output)
-            self.activations.extend(_grad_nodes(output))
+            self._activate(output)
 
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def _activate(self, output: Any) -> None:
+        for tensor in _tensors_with_history(output):
+            self.activations.append(tensor.grad_fn)
+            if isinstance(tensor.grad_fn, BackwardCFunction):
+                self._alive.append(tensor)
 
     def _enter_conv(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._running += 1
@@ -319,4 +328,8 @@ def _padding_operation(input: torch.Tensor) -> str | None:
 
 
 def _grad_nodes(tree: Any) -> list[Any]:
-    return [leaf.grad_fn for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None]
+    return [tensor.grad_fn for tensor in _tensors_with_history(tree)]
+
+
+def _tensors_with_history(tree: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None)

@@ -1,16 +1,24 @@
 """The trace: where each convolution runs, how large its map is, and who reads it."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
+import torch.ao.nn.qat as qat
+import torch.ao.nn.quantized as quantized
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import CondConv2d
+from torch.ao.quantization import get_default_qat_qconfig
 from torchvision.ops import DeformConv2d
 
 import coconv_surgery as cs
 from coconv_surgery.dataflow import Reader
 from coconv_surgery.inputs import Inputs
 from coconv_surgery.tracing import trace_network
+
+QCONFIG = get_default_qat_qconfig()
 
 
 def conv(inputs=4, outputs=4):
@@ -194,6 +202,123 @@ def test_a_replaced_forward_is_left_alone():
     )
 
 
+# -- What is no plain convolution ---------------------------------------------------------------------------------
+
+
+class Partial(nn.Conv2d):
+    """A partial convolution: renormalises by the share of its input that is not masked."""
+
+    def forward(self, input):
+        seen = (input != 0).float().mean(1, keepdim=True)
+        return super().forward(input) / (seen + 1)
+
+
+class Conditional(nn.Module):
+    """Calls timm's conditional convolution with routing weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.route = CondConv2d(4, 4, 3, padding="same", num_experts=2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.conv(x, self.route(x.mean((2, 3))).sigmoid())
+
+
+class Deformable(nn.Module):
+    """Calls a deformable convolution with offsets of nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = DeformConv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x, x.new_zeros(x.shape[0], 18, *x.shape[2:]))
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "reason"),
+    [
+        (Deformable, "part.conv", "DeformConv2d is no nn.Conv2d"),
+        (Conditional, "part.conv", "CondConv2d is no nn.Conv2d"),
+        (lambda: nn.ConvTranspose2d(4, 4, 3, padding=1), "part", "ConvTranspose2d is no nn.Conv2d"),
+        (lambda: Partial(4, 4, 3, padding=1), "part", "Partial has a forward of its own"),
+        (lambda: qat.Conv2d(4, 4, 3, padding=1, qconfig=QCONFIG), "part", "torch.ao.nn.qat.modules.conv.Conv2d has a"),
+    ],
+    ids=["deformable", "conditional", "transposed", "partial", "quantisation-aware"],
+)
+def test_another_kind_of_convolution_is_in_the_plan_with_its_reason(build, name, reason):
+    model = Model(lambda m, x: m.mix(m.part(x)), part=build(), mix=nn.Conv2d(4, 2, 1))
+    classes = [type(module) for module in model.modules()]
+    rows = {row.name: row for row in cs.plan_conversion(model, input_size=(4, 16, 16)).rows}
+    assert rows[name].reason.startswith(reason)
+    assert (rows[name].signature.kernel_size, rows[name].output_sizes) == ((3, 3), ((16, 16),))
+    with pytest.warns(cs.NoChangeWarning):
+        cs.convert(model, input_size=(4, 16, 16))
+    assert [type(module) for module in model.modules()] == classes
+    with pytest.raises(ValueError, match=f"overrides.*cannot be split: {reason}"):
+        cs.convert(model, input_size=(4, 16, 16), overrides={name: 2})
+
+
+def test_a_quantised_conv_is_in_the_plan_with_its_reason():
+    model = Model(
+        lambda m, x: m.mix(m.part(torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)).dequantize()),
+        part=quantized.Conv2d(4, 4, 3, padding=1),
+        mix=nn.Conv2d(4, 2, 1),
+    )
+    row = cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0]
+    assert (row.name, row.reason) == ("part", "torch.ao.nn.quantized.modules.conv.Conv2d is no nn.Conv2d")
+
+
+def test_a_plan_with_other_convolutions_replays_from_its_file(tmp_path):
+    model = Model(lambda m, x: m.mix(m.conv(m.part(x))), part=Deformable(), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    plan = cs.plan_conversion(model, input_size=(4, 16, 16))
+    plan.to_json(tmp_path / "plan.json")
+    assert cs.Plan.from_json(tmp_path / "plan.json") == plan
+    cs.apply_plan(model, cs.Plan.from_json(tmp_path / "plan.json"))
+    assert cs.get_plan(model).diff(plan) == []
+    forced = cs.Plan.from_json(plan.to_json().replace('"reason": "DeformConv2d is no nn.Conv2d"', '"reason": null'))
+    forced = replace(
+        forced, rows=tuple(replace(r, dilations=(1, 2), splits=(2, 2)) for r in forced.rows[:1]) + forced.rows[1:]
+    )
+    with pytest.raises(cs.PlanError, match=r"part.conv \(DeformConv2d is no nn.Conv2d\)"):
+        cs.apply_plan(model, forced)
+
+
+def test_a_weight_that_an_untraceable_block_reads_leaves_its_conv_alone():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, x):
+            scale = 2 if x.sum() != 0 else 1
+            return self.conv(x) + F.conv2d(x, self.conv.weight * scale, padding=1)
+
+    model = Model(lambda m, x: m.mix(m.block(x)), block=Block(), mix=nn.Conv2d(4, 2, 1))
+    row = cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0]
+    assert row.reason == "its weight is also used outside its own forward"
+
+
+def test_a_conv_whose_module_is_never_called_but_whose_weight_is_says_so():
+    model = Model(lambda m, x: m.mix(F.conv2d(x, m.conv.weight, padding=1)), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    row = cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0]
+    assert row.reason == "its weight is also used outside its own forward"
+
+
+def test_convs_that_share_a_weight_get_the_same_levels():
+    model = Model(
+        lambda m, x: m.mix(m.second(F.max_pool2d(m.first(x), 2))), first=conv(), second=conv(), mix=nn.Conv2d(4, 2, 1)
+    )
+    model.second.weight = model.first.weight
+    cs.convert(model, input_size=(4, 16, 16))
+    assert model.first.dilations == model.second.dilations == (1, 2)
+    assert model.first.weight is model.second.weight
+    assert type(cs.revert(model).first) is nn.Conv2d
+
+
+# -- Padding that is not the conv's ---------------------------------------------------------------------------------
+
+
 def test_reflect_padding_wider_than_the_map_is_an_error_before_anything_changes():
     model = Model(
         lambda m, x: m.mix(m.conv(x)),
@@ -221,6 +346,57 @@ def test_the_number_of_image_channels_is_read_off_the_stem(name, channels):
     with torch.device("meta"):
         plan = cs.plan_conversion(timm.create_model(name, in_chans=channels))
     assert plan.input.startswith(f"1×{channels}×")
+
+
+def test_inputs_may_say_how_to_call_the_network():
+    class TwoStage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.mix = conv(), conv(), nn.Conv2d(4, 2, 1)
+            self.proposals = 1000
+
+        def propose(self, x):
+            return self.first(x).expand(self.proposals, -1, -1, -1)
+
+        def refine(self, x):
+            return self.mix(self.second(x))
+
+    def call(model, x):
+        model.proposals = 2
+        return model.refine(model.propose(x))
+
+    model = TwoStage()
+    inputs = cs.Inputs((torch.ones(1, 4, 16, 16),), call=call)
+    assert [row.converted for row in cs.plan_conversion(model, example_inputs=inputs).rows] == [True, True, False]
+    assert model.proposals == 1000, "what is called is a copy"
+
+
+@pytest.mark.parametrize(("needs_numbers", "sizes"), [(False, "shapes alone"), (True, "a real forward pass")])
+def test_a_plan_says_how_it_was_found(needs_numbers, sizes):
+    model = Model(lambda m, x: m.mix(m.conv(x)), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    inputs = cs.Inputs((torch.ones(1, 4, 16, 16),), needs_numbers=needs_numbers)
+    plan = cs.plan_conversion(model, example_inputs=inputs)
+    assert plan.traced == f"torch.fx, whole; sizes from {sizes}"
+    assert plan.traced in str(plan)
+
+
+def test_a_real_forward_pass_shares_the_weights_and_leaves_gradients_and_buffers_alone():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x if x.sum() != 0 else -x
+
+    model = Model(lambda m, x: m.mix(m.conv(m.count(x))), count=Counting(), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    model.conv.weight.requires_grad_(False)
+    plan = cs.plan_conversion(model, input_size=(4, 16, 16))
+    assert plan.traced.endswith("a real forward pass")
+    assert model.count.calls == 0
+    assert not model.conv.weight.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_inputs_may_be_arguments_by_name():

@@ -1,6 +1,5 @@
 """The configs that mmdet's wheel brings, as a collection to try a conversion on."""
 
-import os
 from pathlib import Path
 
 import mmdet
@@ -9,12 +8,14 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from coconv_surgery.conv import Pair
 from coconv_surgery.inputs import Inputs
 from coconv_surgery.mmdet.inputs import example_inputs
+from coconv_surgery.mmdet.options import resized_to
 from coconv_surgery.sweep.zoo import Zoo
 
 CONFIGS = Path(mmdet.__file__).parent / ".mim" / "configs"
-# Small, but with room for the 900 queries of a DETR.
+# Small, but with room for the 900 queries of a DETR; for detectors that are not built for one size.
 IMAGE_SIZE = (256, 256)
 
 
@@ -36,12 +37,21 @@ def _family(name: str) -> str:
 
 
 def _build(name: str) -> tuple[nn.Module, Inputs]:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # language models are to be downloaded; say so at once
     config = Config.fromfile(CONFIGS / f"{name}.py")
     with DefaultScope.overwrite_default_scope("mmdet"):
         detector: nn.Module = MODELS.build(config.model)
     detector.eval()
-    return detector, example_inputs(detector, IMAGE_SIZE)
+    return detector, example_inputs(detector, _fixed_size(config) or IMAGE_SIZE)
+
+
+def _fixed_size(config: Config) -> Pair | None:
+    """The one size that a detector is built for, if its anchors or its images have one."""
+    side = config.model.get("bbox_head", {}).get("anchor_generator", {}).get("input_size")
+    if isinstance(side, int):
+        return side, side
+    pipeline = config.get("test_pipeline", [])
+    resizes = [transform for transform in pipeline if transform.get("scale") and not transform.get("keep_ratio")]
+    return resized_to(pipeline) if resizes else None
 
 
 ZOO = Zoo("MMDetection", "mmdet", _names, _family, _build)

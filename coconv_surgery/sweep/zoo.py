@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -73,8 +74,9 @@ def _build_torchvision(name: str) -> tuple[nn.Module, Inputs]:
 
     kind, _, model_name = name.partition("/")
     options = {} if kind == "classification" else {"weights_backbone": None}
-    model: nn.Module = get_model(model_name, weights=None, **options).eval()
+    model: Any = get_model(model_name, weights=None, **options).eval()
     if kind == "detection":
+        model.transform.min_size, model.transform.max_size = (128,), 160  # unless it is built for one size
         return model, Inputs(([torch.zeros(3, 128, 160)],), call=_detect, needs_numbers=True)
     side = 299 if "inception" in model_name else 256 if model_name.startswith("swin_v2") else 224
     return model.to("meta"), Inputs((torch.zeros(1, 3, side, side, device="meta"),))
