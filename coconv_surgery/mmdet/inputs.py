@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 from mmcv.utils import ext_loader
-from mmdet.structures import DetDataSample
+from mmdet.models.detectors import SemiBaseDetector
+from mmdet.models.mot import BaseMOTModel
+from mmdet.structures import DetDataSample, TrackDataSample
 from mmengine.structures import InstanceData
 
 from coconv_surgery.conv import Pair
@@ -34,8 +36,9 @@ def example_inputs(detector: nn.Module, image_size: Sequence[int]) -> Inputs:
         image_size: Height and width of the image, before the data preprocessor pads it.
 
     Returns:
-        One blank image that fills its padded size, for a forward pass in mode ``"tensor"``. Of a copy of the detector,
-        as a trace has, it runs few proposals, and operations of mmcv that have no kernel for the tensors at hand leave
+        One blank image that fills its padded size, for a forward pass in mode ``"tensor"`` (of both networks where a
+        teacher is the average of a student), or ``"predict"`` for a tracker. It is meant for a copy of the detector, as
+        a trace has: it runs few proposals, and operations of mmcv that have no kernel for the tensors at hand leave
         their output blank.
     """
     height, width = padded(image_size, getattr(detector.data_preprocessor, "pad_size_divisor", 1))
@@ -49,6 +52,7 @@ def example_inputs(detector: nn.Module, image_size: Sequence[int]) -> Inputs:
             "pad_shape": shape,
             "batch_input_shape": shape,
             "scale_factor": (1.0, 1.0),
+            "frame_id": 0,
         },
         proposals=boxes,
         gt_instances=boxes,
@@ -84,7 +88,18 @@ def _run(detector: nn.Module, inputs: torch.Tensor, data_samples: list[DetDataSa
         if rpn_head is not None:
             rpn_head.predict = partial(_predict_some, type(rpn_head).predict, rpn_head, data_samples[0].proposals)
     with _blank_without_kernel():
-        return detector(inputs, data_samples, mode="tensor")
+        return _forward(detector, inputs, [sample.new() for sample in data_samples])
+
+
+def _forward(detector: nn.Module, inputs: torch.Tensor, data_samples: list[DetDataSample]) -> Any:
+    if isinstance(detector, SemiBaseDetector):
+        # The one is trained and the other, the average of it, is tested.
+        return [_forward(part, inputs, data_samples) for part in (detector.student, detector.teacher)]
+    if isinstance(detector, BaseMOTModel):  # has no mode "tensor"
+        video = TrackDataSample(metainfo={"ori_length": 1})
+        video.video_data_samples = data_samples
+        return detector(inputs.unsqueeze(0), [video], mode="predict")
+    return detector(inputs, data_samples, mode="tensor")
 
 
 def _predict_some(

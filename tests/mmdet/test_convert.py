@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmcv.utils import ext_loader
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -15,8 +16,9 @@ from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from mmengine.runner import load_checkpoint
 from torch.utils._pytree import tree_leaves
 
-from coconv_surgery import CoConv2d, ResolutionPolicy, get_plan
+from coconv_surgery import CoConv2d, PlanRow, ResolutionPolicy, get_plan, plan_conversion
 from coconv_surgery.mmdet.options import SurgeryOptions, resized_to
+from coconv_surgery.mmdet.zoo import ZOO
 
 CONVERT = Path(__file__).parents[2] / "configs" / "convert"
 NAMES = sorted(path.stem for path in CONVERT.glob("*.py"))
@@ -261,3 +263,32 @@ def test_folding_norms_gives_the_same_outputs(speed_up, lively):
     speed_up(detector)
     for mine, theirs in zip(tree_leaves(detector(image)), tree_leaves(expected), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-4)
+
+
+def traced(name: str) -> dict[str, PlanRow]:
+    detector, inputs = ZOO.build(name)
+    return {row.name: row for row in plan_conversion(detector, example_inputs=inputs).rows}
+
+
+def test_a_student_and_the_teacher_that_averages_it_are_converted_alike():
+    rows = traced("soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco")
+    levels = {name: (row.dilations, row.reason) for name, row in rows.items()}
+    student = {name.removeprefix("student."): found for name, found in levels.items() if name.startswith("student.")}
+    teacher = {name.removeprefix("teacher."): found for name, found in levels.items() if name.startswith("teacher.")}
+    assert student == teacher
+    assert rows["student.backbone.layer1.0.conv2"].converted
+
+
+def test_the_heads_of_a_tracker_are_seen():
+    rows = traced("qdtrack/qdtrack_faster-rcnn_r50_fpn_4e_base")
+    assert rows["detector.backbone.layer1.0.conv2"].converted
+    assert rows["track_head.embed_head.convs.0.conv"].output_sizes == ((7, 7),)
+    assert {row.reason for row in rows.values()} <= {None, "kernel 1×1", "kernel 7×7", "one level: the conv itself"}
+
+
+def test_planning_leaves_proposals_and_mmcvs_kernels_as_they_were():
+    detector, inputs = ZOO.build("faster_rcnn/faster-rcnn_r50_fpn_1x_coco")
+    extension = ext_loader.load_ext("_ext", ["nms"])
+    before = copy.deepcopy(detector.test_cfg), detector.rpn_head.predict, dict(vars(extension))
+    plan_conversion(detector, example_inputs=inputs)
+    assert (detector.test_cfg, detector.rpn_head.predict, dict(vars(extension))) == before
