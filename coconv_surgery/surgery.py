@@ -24,6 +24,7 @@ from coconv_surgery.conv import (
     to_coconv_,
     to_conv_,
 )
+from coconv_surgery.convs import find_convs
 from coconv_surgery.eligibility import obstacle, other_operation, reason_to_leave, replaced_forward, subclass
 from coconv_surgery.graphs import function_convs, node_to_coconv_, node_to_conv_
 from coconv_surgery.inputs import InputSize, infer_inputs
@@ -31,7 +32,7 @@ from coconv_surgery.merging import keep_levels_in_merges
 from coconv_surgery.patterns import Patterns, as_list, check_patterns, first_match
 from coconv_surgery.plan import ONE_LEVEL, Plan, PlanError, PlanRow, Signature
 from coconv_surgery.policy import Answer, Levels, Policy, get_policy, settle
-from coconv_surgery.tracing import TracedConv, find_convs, trace_network
+from coconv_surgery.tracing import TracedConv, trace_network
 
 _PLAN = "_coconv_plan"
 

@@ -8,10 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+# Torch may be built without it.
+_PROCESS_GROUP: Any = getattr(torch.distributed, "ProcessGroup", ())
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -83,6 +86,10 @@ class Twin:
                 memo[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
             elif not tensor.is_leaf:  # a cached result, which deepcopy refuses
                 memo[id(tensor)] = tensor.detach().clone()
+        for module in model.modules():
+            # Norms that synchronise hold a group of processes, of which there is one.
+            groups = (value for value in vars(module).values() if isinstance(value, _PROCESS_GROUP))
+            memo.update((id(group), group) for group in groups)
         tables = [(module, name) for module in model.modules() for name in _HOOK_TABLES]
         for module, name in tables:
             memo[id(getattr(module, name))] = OrderedDict()

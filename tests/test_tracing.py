@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.ao.nn.qat as qat
 import torch.ao.nn.quantized as quantized
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import CondConv2d
@@ -420,6 +421,42 @@ def test_a_cached_result_in_a_module_does_not_stop_the_trace():
     model = Model(lambda m, x: m.mix(m.conv(x)), conv=conv(), mix=nn.Conv2d(4, 2, 1))
     model.cache = model(torch.ones(1, 4, 16, 16))
     assert cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].converted
+
+
+def test_a_norm_that_holds_a_process_group_does_not_stop_the_trace():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        norm = nn.SyncBatchNorm(4, process_group=dist.new_group())
+        model = Model(lambda m, x: m.mix(m.norm(m.conv(x))), conv=conv(), norm=norm, mix=nn.Conv2d(4, 2, 1))
+        assert cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].converted
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_function_written_in_python_whose_output_nobody_keeps_does_not_stop_the_trace():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    class Doubling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return Double.apply(x)
+
+    def forward(m, x):
+        m.twice(m.conv(x))
+        return m.mix(m.conv(x))
+
+    model = Model(forward, conv=conv(), twice=Doubling(), mix=nn.Conv2d(4, 2, 1))
+    assert [row.converted for row in cs.plan_conversion(model, input_size=(4, 16, 16)).rows] == [False, False]
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import mmdet
+import torch.distributed as distributed
 import torch.nn as nn
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -38,6 +39,9 @@ def _family(name: str) -> str:
 
 def _build(name: str) -> tuple[nn.Module, Inputs]:
     config = Config.fromfile(CONFIGS / f"{name}.py")
+    if "MMSyncBN" in str(config.model) and not distributed.is_initialized():
+        # It asks for the group of its processes when it is built: here, this one.
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     with DefaultScope.overwrite_default_scope("mmdet"):
         detector: nn.Module = MODELS.build(config.model)
     detector.eval()

@@ -18,7 +18,7 @@ from coconv_surgery.plan import ONE_LEVEL, Plan
 from coconv_surgery.surgery import apply_plan, plan_conversion, revert
 from coconv_surgery.sweep.zoo import Zoo
 
-_FOLDERS = re.compile(r"/(?:[\w.+-]+/)+")  # of this machine
+_PLACES = re.compile(r"https?://[^\s'\"]+|/(?:[\w.+-]+/)+")  # folders of this machine, and what it asks elsewhere
 CONVERTED, NOT_BUILT, FAILED, CRASHED = "converted", "not built", "failed", "crashed"
 
 
@@ -108,7 +108,7 @@ def check(zoo: Zoo, name: str) -> Row:
         try:
             model, inputs = zoo.build(name)
         except Exception as error:  # whatever a collection raises is its answer, and goes into the row
-            row.status, row.error = NOT_BUILT, _message(_cause(error))
+            row.status, row.error = NOT_BUILT, _message(error)
         else:
             try:
                 _convert_and_compare(model, inputs, row)
@@ -171,14 +171,15 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _cause(error: BaseException) -> BaseException:
-    deeper = error.__cause__ or error.__context__
-    return error if deeper is None else _cause(deeper)
-
-
 def _message(error: BaseException) -> str:
-    text = _FOLDERS.sub("…/", " ".join(str(error).split()))
-    return f"{type(error).__name__}: {text}"[:300]
+    """What went wrong and what is behind it, without the places it was looked for."""
+    root: BaseException = error
+    while (deeper := root.__cause__ or root.__context__) is not None:
+        root = deeper
+    causes = [error] if root is error else [error, root]
+    return ", for ".join(
+        f"{type(cause).__name__}: {_PLACES.sub('…/', ' '.join(str(cause).split()))}"[:200] for cause in causes
+    )
 
 
 def _place(error: Exception) -> str:

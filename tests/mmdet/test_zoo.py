@@ -40,7 +40,8 @@ def test_a_detector_keeps_its_weights_keys_and_shapes(name):
 
 def test_a_config_whose_parts_are_missing_says_which():
     row = check(ZOO, "convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco")
-    assert (row.status, row.error) == (NOT_BUILT, "ModuleNotFoundError: No module named 'mmpretrain'")
+    assert row.status == NOT_BUILT
+    assert row.error.endswith(", for ModuleNotFoundError: No module named 'mmpretrain'")
 
 
 def test_configs_that_only_others_inherit_are_no_members(monkeypatch):
