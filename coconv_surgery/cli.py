@@ -170,15 +170,15 @@ def flops(config: str, shape: tuple[int, int]) -> None:
     "-o", "--output", default="docs/coverage", show_default=True, type=click.Path(file_okay=False, path_type=Path)
 )
 def sweep(zoo: str, only: tuple[str, ...], jobs: int, timeout: float, fresh: bool, output: Path) -> None:
-    """Convert every network of a ZOO, and write what happened to ZOO.csv and ZOO.md.
+    """Convert every network of a ZOO, and write what happened to ZOO.csv and ZOO.md (extra: sweep).
 
     \b
     coconv sweep timm --jobs 2
     coconv sweep mmdet --only 'retinanet/*' -o /tmp/coverage
     """
     from coconv_surgery.sweep.check import NOT_BUILT
-    from coconv_surgery.sweep.report import render
-    from coconv_surgery.sweep.walk import walk
+    from coconv_surgery.sweep.report import render, render_index
+    from coconv_surgery.sweep.walk import read_rows, walk
 
     table, page = output / f"{zoo}.csv", output / f"{zoo}.md"
     # For the processes: warnings would come from each of them, and what has to be downloaded is not built.
@@ -204,6 +204,8 @@ def sweep(zoo: str, only: tuple[str, ...], jobs: int, timeout: float, fresh: boo
         )
     chosen = "".join(f" --only '{pattern}'" for pattern in only)
     page.write_text(render(collection, rows, f"coconv sweep {zoo}{chosen} --jobs {jobs}"), encoding="utf-8")
+    tables = {path.stem: read_rows(path) for path in output.glob("*.csv")}
+    (output / "README.md").write_text(render_index(tables), encoding="utf-8")
     unsound = [row for row in rows if row.status != NOT_BUILT and not row.sound]
     for row in unsound:
         click.echo(f"{row.name}: {row.status} {row.error or 'but not the same before and after'}")
@@ -284,6 +286,6 @@ def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        sys.exit(f"coconv: {error}: pip install 'coconv-surgery[viz,mmdet]'")
+        sys.exit(f"coconv: {error}: pip install 'coconv-surgery[viz,mmdet,sweep]'")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         sys.exit(f"coconv: {error}")

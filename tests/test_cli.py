@@ -12,6 +12,7 @@ from PIL import Image
 
 import coconv_surgery as cs
 from coconv_surgery.cli import main
+from coconv_surgery.sweep.walk import read_rows
 
 
 class Done(NamedTuple):
@@ -111,3 +112,19 @@ def test_a_mistake_is_one_message(coconv, monkeypatch, tmp_path, arguments, code
     assert (done.code, done.out) == (code, "")
     assert message in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_writes_rows_a_page_and_the_table_of_collections(coconv, tmp_path):
+    done = coconv("sweep", "timm", "--only", "resnet1[08]t", "--only", "resnet18", "--jobs", 2, "-o", tmp_path)
+    assert done.code == 0, done.err
+    assert done.out == f"2 networks, 0 with a problem: {tmp_path / 'timm.csv'}, {tmp_path / 'timm.md'}\n"
+    assert [row.name for row in read_rows(tmp_path / "timm.csv")] == ["resnet10t", "resnet18"]
+    page = (tmp_path / "timm.md").read_text()
+    assert "Made by `coconv sweep timm --only 'resnet1[08]t' --only 'resnet18' --jobs 2` with timm" in page
+    assert "| [timm](timm.md) | 2 | 2 | 0 | 0 |" in (tmp_path / "README.md").read_text()
+
+
+def test_sweep_of_nothing_is_one_clear_error(coconv, tmp_path):
+    done = coconv("sweep", "timm", "--only", "rsnet*", "-o", tmp_path)
+    assert done.code == 1
+    assert "timm has no network that matches 'rsnet*'" in done.err

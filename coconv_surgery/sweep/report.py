@@ -4,7 +4,7 @@ import json
 import platform
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 import torch
@@ -54,6 +54,31 @@ def render(zoo: Zoo, rows: Sequence[Row], command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def render_index(zoos: Mapping[str, Sequence[Row]]) -> str:
+    """Write the table of all collections.
+
+    Args:
+        zoos: The rows of each by its name, which is also that of its page.
+    """
+    header = ("collection", "networks", "converted", "not built", "failed or changed", "3×3", "contextual", "median s")
+    lines = []
+    for name, rows in sorted(zoos.items()):
+        statuses = Counter(row.status for row in rows)
+        unsound = sum(not row.sound for row in rows if row.status != NOT_BUILT)
+        counts = (len(rows), statuses[CONVERTED], statuses[NOT_BUILT], unsound)
+        convs = (sum(row.convs_3x3 for row in rows), sum(row.converted for row in rows))
+        seconds = statistics.median([row.seconds for row in rows if row.status == CONVERTED] or [0.0])
+        cells = (f"{count:,}" for count in (*counts, *convs))
+        lines.append((f"[{name}]({name}.md)", *cells, f"{seconds:.2f}"))
+    return f"# Coverage\n\n{_INDEX}\n\n{_table(header, lines)}\n"
+
+
+_INDEX = (
+    "What conversion does to whole collections of networks. *not built*: what the collection itself cannot build in "
+    "this environment. *failed or changed*: an exception, or parameters, state-dict keys or output shapes that are "
+    "not what they were. *3×3* and *contextual* count 3×3 convolutions of every kind, and convolutions converted. "
+    "`coconv sweep` makes a page and this table."
+)
 _COUNTS = ("3×3", "converted", "one level", "left alone")
 _HEADER = ("network", *_COUNTS, "million parameters", "outputs", "s")
 _LEGEND = (
