@@ -1,6 +1,7 @@
 """Collections of networks to try a conversion on: timm's, torchvision's and transformers'."""
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,18 +91,28 @@ def _detect(model: nn.Module, images: list[torch.Tensor]) -> list[dict[str, torc
 # -- transformers -----------------------------------------------------------------------------------------------------
 
 
-def _transformers_names() -> list[str]:
+def _transformers_classes() -> dict[str, tuple[type, type]]:
+    """Config and class of the image classifiers that take one image batch, by model type."""
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-    return sorted(config.model_type for config in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)
+    found = {}
+    for config, classes in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.items():
+        cls = classes[0] if isinstance(classes, tuple | list) else classes
+        # Some want pixels as tokens, or the images cut into patches of any number.
+        if cls.main_input_name == "pixel_values" and "spatial_shapes" not in inspect.signature(cls.forward).parameters:
+            found[config.model_type] = config, cls
+    return found
+
+
+def _transformers_names() -> list[str]:
+    return sorted(_transformers_classes())
 
 
 def _build_transformers(name: str) -> tuple[nn.Module, Inputs]:
-    from transformers import AutoConfig, AutoModelForImageClassification
-
-    config = AutoConfig.for_model(name)
+    config_class, model_class = _transformers_classes()[name]
+    config = config_class()
     with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(config).eval()
+        model: nn.Module = model_class(config).eval()
         size = getattr(config, "image_size", 224)
         sides = (size, size) if isinstance(size, int) else tuple(size)
         return model, Inputs(kwargs={"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), *sides)})
