@@ -170,7 +170,7 @@ def flops(config: str, shape: tuple[int, int]) -> None:
     "-o", "--output", default="docs/coverage", show_default=True, type=click.Path(file_okay=False, path_type=Path)
 )
 def sweep(zoo: str, only: tuple[str, ...], jobs: int, timeout: float, fresh: bool, output: Path) -> None:
-    """Convert every network of a ZOO, and write what happened to ZOO.csv and ZOO.md (extra: sweep).
+    """Convert every network of a ZOO, and write what happened to ZOO.csv, ZOO.md and index.md (extra: sweep).
 
     \b
     coconv sweep timm --jobs 2
@@ -204,14 +204,60 @@ def sweep(zoo: str, only: tuple[str, ...], jobs: int, timeout: float, fresh: boo
         )
     chosen = "".join(f" --only '{pattern}'" for pattern in only)
     page.write_text(render(collection, rows, f"coconv sweep {zoo}{chosen} --jobs {jobs}"), encoding="utf-8")
-    tables = {path.stem: read_rows(path) for path in output.glob("*.csv")}
-    (output / "README.md").write_text(render_index(tables), encoding="utf-8")
+    tables = {known: read_rows(output / f"{known}.csv") for known in (*ZOOS, "mmdet")}
+    index = render_index({known: found for known, found in tables.items() if found})
+    (output / "index.md").write_text(index, encoding="utf-8")
+    rows = [row for row in rows if row.name in set(names)]
     unsound = [row for row in rows if row.status != NOT_BUILT and not row.sound]
     for row in unsound:
         click.echo(f"{row.name}: {row.status} {row.error or 'but not the same before and after'}")
     click.echo(f"{len(rows)} networks, {len(unsound)} with a problem: {table}, {page}")
     if unsound:
         sys.exit(1)
+
+
+@app.command()
+@click.argument("target", type=click.Choice(["layers", "networks", "surgery"]))
+@click.option("--only", default="*", metavar="GLOB", help="Only layers or networks of this name.")
+@click.option("--engine", "engines", multiple=True, type=click.Choice(["eager", "compile"]), help="Default: both.")
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=2), help="How often each is timed.")
+@click.option(
+    "-o", "--output", default="benchmarks", show_default=True, type=click.Path(file_okay=False, path_type=Path)
+)
+def bench(target: str, only: str, engines: tuple[str, ...], rounds: int, output: Path) -> None:
+    """Time contextual beside plain LAYERS or NETWORKS, or what SURGERY costs, on the GPU if there is one.
+
+    \b
+    coconv bench layers --engine eager
+    coconv bench networks --only 'resnet50*'
+    """
+    import torch
+
+    from coconv_surgery.bench.memory import measure_memory
+    from coconv_surgery.bench.report import save
+    from coconv_surgery.bench.speed import LAYERS, NETWORKS, cases, measure
+    from coconv_surgery.bench.surgery import MODELS
+    from coconv_surgery.bench.surgery import measure as measure_surgery
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subjects = LAYERS if target == "layers" else NETWORKS
+    chosen = [name for name in (MODELS if target == "surgery" else subjects) if fnmatchcase(name, only)]
+    if not chosen:
+        raise ValueError(f"no benchmark of {target} matches {only!r}")
+    command = f"coconv bench {target}" + "".join(f" --engine {engine}" for engine in engines)
+    command += "" if only == "*" else f" --only '{only}'"
+    name = target if device.type == "cpu" else f"{target}-gpu"
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
+        if target == "surgery":
+            costs = [measure_surgery(model, rounds) for model in bar.track(chosen, description=target)]
+            paths = save(output, name, device, command, costs=costs)
+        else:
+            todo = list(cases(chosen, engines or ("eager", "compile")))
+            timings = [measure(case, device, rounds) for case in bar.track(todo, description=target)]
+            memory = measure_memory(chosen, device) if target == "networks" else []
+            paths = save(output, name, device, command, timings=timings, memory=memory)
+    click.echo(paths[1].read_text(encoding="utf-8"))
+    click.echo("\n".join(map(str, paths)))
 
 
 @app.command()

@@ -383,8 +383,11 @@ class CoConv2d(nn.Conv2d):
         return f"{plain}, dilations={self.dilations}, splits={self.splits}"
 
 
-# The contextual class of every convolution class that has one.
-_COCONVS: dict[type[nn.Conv2d], type[CoConv2d]] = {nn.Conv2d: CoConv2d}
+# The contextual class of every convolution class that has one: registered, and made for those that inherit a forward.
+_REGISTERED: dict[type[nn.Conv2d], type[CoConv2d]] = {nn.Conv2d: CoConv2d}
+_INHERITED: dict[type[nn.Conv2d], type[CoConv2d]] = {}
+# All that were ever in use: what one of them replaced can come back, even where another was registered since.
+_CONTEXTUAL: set[type[CoConv2d]] = {CoConv2d}
 _FORWARD = ("__call__", "forward", "_conv_forward")
 _CoConvClass = TypeVar("_CoConvClass", bound=type[CoConv2d])
 
@@ -423,7 +426,8 @@ def register_coconv(cls: _CoConvClass) -> _CoConvClass:
             f"{getattr(cls, '__name__', cls)} must derive from CoConv2d and then from the convolution class it stands "
             "for: class CoMyConv2d(CoConv2d, MyConv2d)"
         )
-    _COCONVS[plain_class(cls)] = cls
+    _REGISTERED[plain_class(cls)] = cls
+    _CONTEXTUAL.add(cls)
     return cls
 
 
@@ -435,8 +439,8 @@ def plain_class(cls: type[nn.Conv2d]) -> type[nn.Conv2d]:
     """
     if not issubclass(cls, CoConv2d):
         return cls
-    order = cls.__mro__
-    return cast(type[nn.Conv2d], order[order.index(CoConv2d) + 1])
+    behind = cls.__mro__[cls.__mro__.index(CoConv2d) + 1 :]
+    return next(base for base in behind if issubclass(base, nn.Conv2d))
 
 
 def contextual_class(cls: type[nn.Conv2d]) -> type[CoConv2d] | None:
@@ -444,19 +448,23 @@ def contextual_class(cls: type[nn.Conv2d]) -> type[CoConv2d] | None:
 
     A class that inherits its forward gets the contextual class of the one that it inherits from, mixed with itself.
     """
-    base = next((base for base in cls.__mro__ if base in _COCONVS), None)
-    if base is None or any(getattr(cls, name) is not getattr(base, name) for name in _FORWARD):
-        return None
-    if base is not cls:
+    if cls in _REGISTERED:
+        return _REGISTERED[cls]
+    if cls not in _INHERITED:
+        bases = (base for base in cls.__mro__ if base in _REGISTERED)
+        base = next((base for base in bases if all(getattr(cls, n) is getattr(base, n) for n in _FORWARD)), None)
+        if base is None:
+            return None
         members = {"__module__": cls.__module__, "__reduce_ex__": _reduce_ex}
-        _COCONVS[cls] = type(f"Co{cls.__name__}", (_COCONVS[base], cls), members)
-    return _COCONVS[cls]
+        _INHERITED[cls] = type(f"Co{cls.__name__}", (_REGISTERED[base], cls), members)
+        _CONTEXTUAL.add(_INHERITED[cls])
+    return _INHERITED[cls]
 
 
 def is_switchable(conv: nn.Conv2d) -> bool:
     """Whether a convolution's class, plain or contextual, can be switched to the other one."""
     cls = _class_of(conv)
-    return contextual_class(plain_class(cls)) is cls if issubclass(cls, CoConv2d) else contextual_class(cls) is not None
+    return cls in _CONTEXTUAL if issubclass(cls, CoConv2d) else contextual_class(cls) is not None
 
 
 def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int]) -> None:
@@ -517,7 +525,8 @@ def _switch_class(module: nn.Conv2d, cls: type[nn.Conv2d]) -> None:
 
 def _reduce_ex(self: CoConv2d, protocol: Any) -> tuple[Any, ...]:
     # A class that contextual_class() made has no name that it could be unpickled by.
-    return _new_instance, (plain_class(type(self)),), self.__dict__
+    state: Any = cast(Any, self).__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _new_instance, (plain_class(type(self)),), state
 
 
 def _new_instance(plain: type[nn.Conv2d]) -> CoConv2d:

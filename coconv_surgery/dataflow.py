@@ -37,7 +37,7 @@ def find_readers(outputs: Iterable[Node], ends: Iterable[Node], activations: Ite
             outputs.
     """
     depends_on_input: set[Node] = set(activations)
-    order = _upstream_first([*ends, *depends_on_input, *outputs])
+    order = upstream_first([*ends, *depends_on_input, *outputs])
     parameter_size: dict[Node, int] = {}
     consumers: dict[Node, list[tuple[Node, int]]] = defaultdict(list)
     learned: set[Node] = set()
@@ -66,14 +66,26 @@ class _Network:
 
     def reader(self, output: Node) -> Reader:
         layers, by_position, at_an_end = self._readers(output)
-        # A prediction that also steers something, through a layer that makes offsets of it, is a prediction still.
+        # A prediction that also steers something, through layers that make offsets of it, is a prediction still.
         if layers and not (at_an_end and all(self._steers(layer) for layer in layers)):
             return Reader.LAYER
         return Reader.POSITION if by_position else Reader.NOBODY
 
     def _steers(self, layer: Node) -> bool:
-        layers, by_position, _ = self._readers(layer)
-        return by_position and not layers
+        """Whether all that becomes of a layer's output is read by position in the end."""
+        by_position = False
+        seen, stack = {layer}, [layer]
+        while stack:
+            node = stack.pop()
+            if node in self.ends or not self.consumers[node]:
+                return False
+            for consumer, index in self.consumers[node]:
+                if index != _data_input(consumer, index):
+                    by_position = True
+                elif consumer not in seen:
+                    seen.add(consumer)
+                    stack.append(consumer)
+        return by_position
 
     def _readers(self, output: Node) -> tuple[list[Node], bool, bool]:
         """The learned layers that read an output; whether an operation reads it by position; whether it comes out."""
@@ -100,7 +112,8 @@ def _data_input(node: Node, index: int) -> int:
     return _DATA_INPUT.get(node.name(), index)
 
 
-def _upstream_first(roots: list[Node]) -> list[Node]:
+def upstream_first(roots: list[Node]) -> list[Node]:
+    """All nodes that some nodes depend on, each after those that it depends on itself."""
     order: list[Node] = []
     seen: set[Node] = set()
     stack = [(root, False) for root in roots]

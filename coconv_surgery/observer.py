@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from coconv_surgery.conv import Pair
-from coconv_surgery.convs import is_conv, weight_id
-from coconv_surgery.dataflow import Reader, find_readers
+from coconv_surgery.convs import is_conv
+from coconv_surgery.dataflow import Reader, find_readers, upstream_first
 from coconv_surgery.graphs import function_convs
 from coconv_surgery.inputs import Inputs
 from coconv_surgery.twin import Twin
@@ -45,7 +45,7 @@ class Observation:
 
     Attributes:
         calls: The calls of each convolution by name, in order.
-        weight_reads: Convolutions whose weight took part in the pass outside their own forward.
+        weight_reads: Convolutions whose weight took part in what came of the pass, outside their own forward.
         fake: Whether tensors had shapes but no data.
     """
 
@@ -83,7 +83,8 @@ def observe(twin: Twin, inputs: Inputs) -> Observation:
     for output in observer.outputs:
         reader = Reader.LAYER if output.node is None else readers[output.node]
         calls[output.name].append(Call(output.input_size, output.output_size, reader, output.padded_by))
-    return Observation(calls, observer.weight_reads, twin.fake)
+    used = set(upstream_first([*_grad_nodes(ends), *activations])) if observer.reads else set()
+    return Observation(calls, {name for node, name in observer.reads if node in used}, twin.fake)
 
 
 class _Observer(TorchFunctionMode):
@@ -93,35 +94,40 @@ class _Observer(TorchFunctionMode):
         super().__init__()
         self.outputs: list[_Output] = []
         self.activations: list[Any] = []
-        self.weight_reads: set[str] = set()
-        self._owners: dict[int, list[str]] = defaultdict(list)
+        # Where a weight enters an operation that is not its convolution's own.
+        self.reads: list[tuple[Any, str]] = []
+        self._names: dict[int, list[str]] = defaultdict(list)
         self._running = 0
         self._handles: list[Any] = []
         # A function written in Python is part of the graph as long as its output is.
         self._alive: list[torch.Tensor] = []
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d):
-                self._owners[weight_id(module)].append(name)
-                self._handles.append(module.register_forward_pre_hook(self._enter_conv))
-            if module._parameters and not isinstance(module, ParametrizationList):
-                self._watch(name, module)
+                for weight in _weights(module):
+                    self._names[id(weight)].append(name)
+            if is_conv(module):
+                self._watch_conv(name, module)
+            elif module._parameters and not isinstance(module, ParametrizationList):
+                self._handles.append(module.register_forward_hook(lambda module, args, output: self._activate(output)))
 
-    def record(self, name: str, input: torch.Tensor, output: torch.Tensor) -> None:
-        """Take note of a convolution's call."""
-        size, output_size = (input.shape[-2], input.shape[-1]), (output.shape[-2], output.shape[-1])
-        self.outputs.append(_Output(name, size, output_size, output.grad_fn, _padding_operation(input)))
+    def record(self, name: str, input: Any, output: Any) -> None:
+        """Take note of a convolution's call; other kinds may take and return what is no map."""
+        if all(isinstance(value, torch.Tensor) and value.dim() >= 3 for value in (input, output)):
+            size, output_size = (input.shape[-2], input.shape[-1]), (output.shape[-2], output.shape[-1])
+            self.outputs.append(_Output(name, size, output_size, output.grad_fn, _padding_operation(input)))
 
-    def _watch(self, name: str, module: nn.Module) -> None:
-        convolves = is_conv(module)
+    def _watch_conv(self, name: str, module: nn.Module) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._running += 1
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if isinstance(module, nn.Conv2d):
-                self._running -= 1
-            if convolves and isinstance(output, torch.Tensor):
-                self.record(name, args[0] if args else next(iter(kwargs.values())), output)
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._running -= 1
+            self.record(name, next(iter((*args, *kwargs.values())), None), output)
             self._activate(output)
 
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self._handles.append(module.register_forward_pre_hook(enter))
+        # A model may catch what its convolution raises.
+        self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
 
     def _activate(self, output: Any) -> None:
         for tensor in _tensors_with_history(output):
@@ -129,20 +135,27 @@ class _Observer(TorchFunctionMode):
             if isinstance(tensor.grad_fn, BackwardCFunction):
                 self._alive.append(tensor)
 
-    def _enter_conv(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._running += 1
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self._running and isinstance(result, torch.Tensor) and result.grad_fn is not None:
-            for argument in (*args, *(kwargs or {}).values()):
-                self.weight_reads.update(self._owners.get(id(argument), ()))
+            for source, _ in result.grad_fn.next_functions:
+                for name in self._names.get(id(getattr(source, "variable", None)), ()):
+                    self.reads.append((result.grad_fn, name))
         return result
 
     def __exit__(self, *exception: Any) -> None:
         for handle in self._handles:
             handle.remove()
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+
+def _weights(conv: nn.Conv2d) -> list[torch.Tensor]:
+    """The parameters that a convolution's weight is made of."""
+    parametrization = getattr(conv, "parametrizations", {})
+    held = [conv._parameters.get("weight")]
+    if "weight" in parametrization:
+        held += parametrization["weight"].parameters(recurse=False)
+    return [weight for weight in held if weight is not None]
 
 
 class _FunctionConvs(fx.Interpreter):

@@ -9,12 +9,19 @@ from typing import Any
 
 import torch.nn as nn
 
-from coconv_surgery.conv import Dilation, Pair, pair
+from coconv_surgery.conv import Dilation, Pair
 
 FORMAT = "coconv-plan"
 VERSION = 1
 ONE_LEVEL = "one level: the conv itself"
-_PLAIN: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
+_PLAIN: dict[str, Any] = {
+    "kernel_size": (1, 1),
+    "stride": (1, 1),
+    "padding": (0, 0),
+    "dilation": (1, 1),
+    "groups": 1,
+    "padding_mode": "zeros",
+}
 
 
 class PlanError(ValueError):
@@ -36,11 +43,16 @@ class Signature:
 
     @classmethod
     def of(cls, conv: nn.Module) -> "Signature":
-        """Read the signature off a module; what other kinds of convolution do not have is as in a plain one."""
-        found: dict[str, Any] = {field.name: getattr(conv, field.name, _PLAIN.get(field.name)) for field in fields(cls)}
-        for name in ("kernel_size", "stride", "padding", "dilation"):
-            if not isinstance(found[name], str):
-                found[name] = pair(found[name])
+        """Read the signature off a module; what other kinds of convolution lack is as in a plain one."""
+        found: dict[str, Any] = {field.name: getattr(conv, field.name, None) for field in fields(cls)}
+        for name, plain in _PLAIN.items():
+            value = found[name]
+            if isinstance(plain, tuple) and not isinstance(value, str):
+                found[name] = (value, value) if isinstance(value, int) else tuple(value or plain)
+                if len(found[name]) != 2 or not all(isinstance(side, int) for side in found[name]):
+                    found[name] = plain
+            elif value is None:
+                found[name] = plain
         return cls(**found)
 
     def differences(self, planned: "Signature") -> str:

@@ -14,19 +14,7 @@ from coconv_surgery.convs import find_convs, weight_id
 from coconv_surgery.graphs import GraphMap, map_graphs
 from coconv_surgery.inputs import Inputs
 from coconv_surgery.observer import Call, Observation, observe
-from coconv_surgery.twin import Twin
-
-# What a network is known to raise when its input does not suit it, or when it needs numbers and the twin has none.
-_FORWARD_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+from coconv_surgery.twin import FORWARD_ERRORS, Twin
 
 
 @dataclass(frozen=True)
@@ -114,11 +102,11 @@ def _trace(model: nn.Module, inputs: Inputs) -> tuple[GraphMap, Observation]:
     if not inputs.needs_numbers:
         try:
             return graphs, observe(twin, inputs)
-        except _FORWARD_ERRORS:
+        except FORWARD_ERRORS:
             pass
     try:
         return graphs, observe(Twin(model, fake=False), inputs)
-    except _FORWARD_ERRORS as error:
+    except FORWARD_ERRORS as error:
         size = " × ".join(map(str, inputs.image_size or ()))
         raise ValueError(
             f"{type(model).__name__} does not run on {f'a {size} input' if size else 'these inputs'} "

@@ -1,6 +1,7 @@
 """A collection of networks that go wrong, for other processes to build."""
 
 import os
+import sys
 import time
 
 import torch
@@ -10,7 +11,7 @@ import coconv_surgery as cs
 from coconv_surgery.inputs import Inputs
 from coconv_surgery.sweep.zoo import Zoo
 
-NAMES = ["first", "not built", "killed", "raises", "wrong shape", "last"]
+NAMES = ["exits", "first", "killed", "last", "not built", "raises", "wrong shape"]
 
 
 class Net(nn.Sequential):
@@ -36,6 +37,8 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
         raise ImportError("/some/where/on/this/machine.py wants a package")
     if name == "killed":
         os.kill(os.getpid(), 9)
+    if name == "exits":
+        sys.exit("enough")
     if name == "slow":
         time.sleep(60)
     return Net(name).eval(), Inputs((torch.zeros(1, 3, 16, 16),))

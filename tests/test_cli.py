@@ -121,7 +121,7 @@ def test_sweep_writes_rows_a_page_and_the_table_of_collections(coconv, tmp_path)
     assert [row.name for row in read_rows(tmp_path / "timm.csv")] == ["resnet10t", "resnet18"]
     page = (tmp_path / "timm.md").read_text()
     assert "Made by `coconv sweep timm --only 'resnet1[08]t' --only 'resnet18' --jobs 2` with timm" in page
-    assert "| [timm](timm.md) | 2 | 2 | 0 | 0 |" in (tmp_path / "README.md").read_text()
+    assert "| [timm](timm.md) | 2 | 2 | 0 | 0 |" in (tmp_path / "index.md").read_text()
 
 
 def test_sweep_of_nothing_is_one_clear_error(coconv, tmp_path):

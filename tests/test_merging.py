@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import coconv_surgery as cs
 
@@ -66,22 +68,63 @@ def test_a_plain_network_reparameterizes_as_before():
 
 
 class Branches(nn.Module):
-    """Two branches that merge into one convolution."""
+    """Two branches that merge into one convolution, in one way or another."""
 
-    def __init__(self):
+    def __init__(self, way="new", second=None):
         super().__init__()
-        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
-        self.merged = None
+        self.first = nn.Conv2d(4, 4, 3, padding=1)
+        self.second = second or nn.Conv2d(4, 4, 3, padding=1)
+        self.way, self.merged = way, None
 
     def forward(self, x):
         return self.merged(x) if self.merged is not None else self.first(x) + self.second(x)
 
     def reparameterize(self):
-        self.merged = nn.Conv2d(4, 4, 3, padding=1)
-        with torch.no_grad():
-            self.merged.weight.copy_(self.first.weight + self.second.weight)
-            self.merged.bias.copy_(self.first.bias + self.second.bias)
-        del self.first, self.second
+        weight, bias = self.first.weight + self.second.weight, self.first.bias + self.second.bias
+        merged = self.first if self.way == "in place" else nn.Conv2d(4, 4, 3, padding=1)
+        merged.weight.data, merged.bias.data, self.merged = weight, bias, merged
+        if self.way != "branches kept":
+            del self.first, self.second
+
+
+class Pooled(nn.Conv2d):
+    """A branch that is no convolution, with the weights that stand for it."""
+
+    def __init__(self):
+        super().__init__(4, 4, 3, padding=1)
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.weight)
+        self.weight[range(4), range(4)] = 1 / 9
+
+    def forward(self, x):
+        return F.avg_pool2d(x, 3, 1, 1)
+
+
+class TwoPairs(nn.Module):
+    """Two convolutions in a row, each merged with the norm that follows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x))
+        return x
+
+    def fuse(self):
+        for index in range(2):
+            self.convs[index] = fuse_conv_bn_weights_into(self.convs[index], self.norms[index])
+            self.norms[index] = nn.Identity()
+        return self
+
+
+def fuse_conv_bn_weights_into(conv, norm):
+    merged = nn.Conv2d(4, 4, 3, padding=1)
+    weights = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    merged.weight, merged.bias = fuse_conv_bn_weights(*weights)
+    return merged
 
 
 def test_branches_of_different_levels_are_refused_and_left_as_they_were():
@@ -89,7 +132,7 @@ def test_branches_of_different_levels_are_refused_and_left_as_they_were():
     cs.convert(model, input_size=(4, 16, 16), overrides={"0.second": (1, 3)})
     image = torch.randn(1, 4, 16, 16)
     expected = model(image)
-    with pytest.raises(ValueError, match="a Branches cannot be merged into one convolution: its 2 branches"):
+    with pytest.raises(ValueError, match="merged, this Branches would not compute the same"):
         reparameterize_model(model, inplace=True)
     assert torch.equal(model(image), expected)
 
@@ -107,7 +150,7 @@ def test_branches_of_one_plan_merge_with_their_levels():
 def test_a_large_kernel_that_holds_a_contextual_one_is_refused():
     model = cs.convert(timm.create_model("fastvit_t8"))
     before = copy.deepcopy(cs.get_plan(model))
-    with pytest.raises(ValueError, match="a ReparamLargeKernelConv cannot be merged"):
+    with pytest.raises(ValueError, match="merged, this ReparamLargeKernelConv would not compute the same"):
         reparameterize_model(model)
     assert cs.get_plan(model) == before
 
@@ -120,3 +163,66 @@ def test_a_fastvit_without_its_large_kernels_merges():
     merged = reparameterize_model(model)
     assert cs.get_plan(merged).converted
     torch.testing.assert_close(merged(image), expected, atol=1e-3 * float(expected.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["in place", "branches kept"])
+def test_a_merge_that_would_lose_levels_in_another_way_is_refused(way):
+    model = nn.Sequential(Branches(way), nn.Conv2d(4, 2, 1))
+    cs.convert(model, input_size=(4, 16, 16), exclude=["0.second"])
+    image = torch.randn(1, 4, 16, 16)
+    expected = model(image)
+    with pytest.raises(ValueError, match="merged, this Branches would not compute the same"):
+        reparameterize_model(model, inplace=True)
+    assert torch.equal(model(image), expected)
+
+
+def test_a_pool_that_is_folded_into_a_contextual_branch_is_refused():
+    model = nn.Sequential(Branches(second=Pooled()), nn.Conv2d(4, 2, 1))
+    cs.convert(model, input_size=(4, 16, 16))
+    with pytest.raises(ValueError, match="merged, this Branches would not compute the same"):
+        reparameterize_model(model)
+
+
+def test_branches_of_one_plan_may_merge_in_place():
+    model = nn.Sequential(Branches("in place"), nn.Conv2d(4, 2, 1))
+    cs.convert(model, input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    torch.testing.assert_close(reparameterize_model(model)(image), model(image))
+
+
+def test_pairs_of_different_levels_keep_their_own():
+    model = lively(nn.Sequential(TwoPairs(), nn.Conv2d(4, 2, 1)))
+    cs.convert(model, input_size=(4, 16, 16), overrides={"0.convs.1": (1, 3)})
+    image = torch.randn(1, 4, 16, 16)
+    merged = reparameterize_model(model)
+    assert [conv.dilations for conv in merged[0].convs] == [(1, 2, 3), (1, 3)]
+    torch.testing.assert_close(merged(image), model(image))
+
+
+def test_methods_of_that_name_that_are_no_merges_are_not_touched():
+    class Other(nn.Module):
+        fuse = False
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def reparameterize(self, x):
+            return self.conv(x)
+
+        @staticmethod
+        def switch_to_deploy():
+            return "static"
+
+        def forward(self, x):
+            return self.reparameterize(x)
+
+    before = dict(vars(Other))
+    cs.convert(nn.Sequential(Other(), nn.Conv2d(4, 2, 1)), input_size=(4, 16, 16))
+    assert dict(vars(Other)) == before
+
+
+def test_a_network_on_the_meta_device_merges():
+    with torch.device("meta"):
+        model = cs.convert(timm.create_model("repvgg_a0").eval())
+        assert len(cs.get_plan(reparameterize_model(model)).converted) == 21

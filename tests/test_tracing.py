@@ -1,5 +1,6 @@
 """The trace: where each convolution runs, how large its map is, and who reads it."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import CondConv2d
 from torch.ao.quantization import get_default_qat_qconfig
+from torch.nn.utils import parametrizations
 from torchvision.ops import DeformConv2d
 
 import coconv_surgery as cs
@@ -304,6 +306,100 @@ def test_a_conv_whose_module_is_never_called_but_whose_weight_is_says_so():
     model = Model(lambda m, x: m.mix(F.conv2d(x, m.conv.weight, padding=1)), conv=conv(), mix=nn.Conv2d(4, 2, 1))
     row = cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0]
     assert row.reason == "its weight is also used outside its own forward"
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda m, x: F.conv2d(x, torch.cat([m.conv.weight[:2], m.conv.weight[2:]]), padding=1),
+        lambda m, x: F.conv2d(x, torch.cat([m.conv.weight]), padding=1),
+        lambda m, x: x * m.conv.weight.mean(),
+    ],
+)
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_a_weight_that_takes_part_outside_its_conv_leaves_it_alone(reads, parametrized):
+    model = Model(lambda m, x: m.mix(m.conv(x) + reads(m, x)), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    if parametrized:
+        parametrizations.weight_norm(model.conv)
+    row = cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0]
+    assert row.reason == "its weight is also used outside its own forward"
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        lambda m, x: x.type_as(m.conv.weight),
+        lambda m, x: x.to(m.conv.weight),
+        lambda m, x: x + 0 * float(m.conv.weight.detach().sum() > 9),
+        lambda m, x: (m.conv.weight.norm(), x)[1],
+    ],
+)
+def test_a_weight_that_is_looked_at_is_no_obstacle(looks):
+    model = Model(lambda m, x: m.mix(m.conv(looks(m, x))), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    assert cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].converted
+
+
+def test_a_conv_whose_exception_is_caught_hides_no_read():
+    def forward(m, x):
+        with contextlib.suppress(RuntimeError):
+            m.conv(x[:, :3])
+        return m.mix(F.conv2d(x, m.other.weight, padding=1) + m.other(x))
+
+    model = Model(forward, conv=conv(), other=conv(), mix=nn.Conv2d(4, 2, 1))
+    rows = {row.name: row.reason for row in cs.plan_conversion(model, input_size=(4, 16, 16)).rows}
+    assert rows["other"] == "its weight is also used outside its own forward"
+
+
+class Odd(nn.Module):
+    """Something that describes itself in a convolution's words, and means other things by them."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        self.in_channels = self.out_channels = 4
+        self.kernel_size, self.weight = (3, 3), nn.Parameter(torch.ones(4))
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, pair, scale=1.0):
+        return pair[0] * self.weight[:, None, None] * scale, None
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"stride": None},
+        {"padding": (1, 1, 1, 1)},
+        {"padding": [[1, 1], [1, 1]]},
+        {"stride": (1,)},
+        {"groups": None},
+    ],
+    ids=str,
+)
+def test_a_module_that_is_odd_stops_no_plan(attributes):
+    model = Model(lambda m, x: m.mix(m.conv(m.odd(pair=(x, x))[0])), odd=Odd(**attributes), conv=conv(), mix=conv(4, 2))
+    plan = cs.plan_conversion(model, input_size=(4, 16, 16))
+    assert [(row.name, row.converted) for row in plan.rows][:2] == [("odd", False), ("conv", True)]
+    assert plan.rows[0].reason == "Odd is no nn.Conv2d"
+    assert cs.Plan.from_json(plan.to_json()) == plan
+    cs.apply_plan(model, plan)
+
+
+def test_a_prediction_that_steers_offsets_through_two_layers_is_a_prediction():
+    def forward(m, x):
+        boxes = m.predict(x)
+        return boxes, m.mix(m.deform(x, m.offset(m.hidden(boxes).relu())))
+
+    model = Model(
+        forward,
+        predict=conv(4, 4),
+        hidden=conv(4, 4),
+        offset=nn.Conv2d(4, 18, 1),
+        deform=DeformConv2d(4, 4, 3, padding=1),
+        mix=nn.Conv2d(4, 2, 1),
+    )
+    rows = {row.name: row.converted for row in cs.plan_conversion(model, input_size=(4, 16, 16)).rows}
+    assert (rows["predict"], rows["hidden"]) == (False, True)
 
 
 def test_convs_that_share_a_weight_get_the_same_levels():

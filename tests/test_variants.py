@@ -191,3 +191,46 @@ def test_an_unknown_forward_cannot_be_switched_by_hand_or_by_a_plan():
 def test_from_conv_refuses_a_subclass_whose_forward_it_would_drop():
     with pytest.raises(ValueError, match="a StdConv2d does more than"):
         cs.CoConv2d.from_conv(StdConv2d(4, 8, 3), 2)
+
+
+class Mixin:
+    """Something to stand between."""
+
+
+def test_what_stands_between_is_no_class_to_register_for():
+    class Quartered(nn.Conv2d):
+        def forward(self, input):
+            return super().forward(input) / 4
+
+    @register_coconv
+    class CoQuartered(cs.CoConv2d, Mixin, Quartered):
+        pass
+
+    conv = Quartered(4, 8, 3)
+    to_coconv_(conv, (1, 2), (4, 4))
+    assert type(conv) is CoQuartered
+    to_conv_(conv)
+    assert type(conv) is Quartered
+
+
+def test_what_was_converted_comes_back_after_another_class_was_registered():
+    model = two(Halved(4, 8, 3, padding=1))
+
+    def register():
+        @register_coconv
+        class CoHalved(cs.CoConv2d, Halved):
+            def forward(self, input):
+                return self._conv_forward(input, self.weight / 2, self.bias)
+
+    register()
+    cs.convert(model, input_size=(4, 16, 16))
+    register()
+    cs.revert(model)
+    assert type(model[0]) is Halved
+
+
+def test_a_parametrized_conv_of_a_subclass_refuses_to_be_pickled_as_torchs_does():
+    conv = parametrizations.weight_norm(Renamed(4, 8, 3))
+    to_coconv_(conv, (1, 2), (4, 4))
+    with pytest.raises(RuntimeError, match="parametrized modules is only supported through state_dict"):
+        pickle.dumps(conv)

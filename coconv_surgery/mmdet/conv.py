@@ -94,8 +94,8 @@ class CoConvWS2d(CoConv2d, mmcv.cnn.ConvWS2d):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve ``(N, C, H, W)`` with standardised weights."""
-        variance, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True)
-        return self._conv_forward(x, (self.weight - mean) / (variance.sqrt() + self.eps), self.bias)
+        deviation, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) / (deviation + self.eps), self.bias)
 
 
 @register_coconv

@@ -43,7 +43,9 @@ def example_inputs(detector: nn.Module, image_size: Sequence[int]) -> Inputs:
     """
     height, width = padded(image_size, getattr(detector.data_preprocessor, "pad_size_divisor", 1))
     shape = (height, width)
-    boxes = _boxes(height, width)
+    parameter = next(detector.parameters(), torch.empty(0))
+    device = torch.device("cpu") if parameter.is_meta else parameter.device
+    boxes = _boxes(height, width).to(device)
     sample = DetDataSample(
         metainfo={
             "img_id": 0,
@@ -58,7 +60,7 @@ def example_inputs(detector: nn.Module, image_size: Sequence[int]) -> Inputs:
         gt_instances=boxes,
     )
     return Inputs(
-        kwargs={"inputs": torch.zeros(1, 3, height, width), "data_samples": [sample]},
+        kwargs={"inputs": torch.zeros(1, 3, height, width, device=device), "data_samples": [sample]},
         call=_run,
         needs_numbers=any(hasattr(module, "roi_head") for module in detector.modules()),
     )

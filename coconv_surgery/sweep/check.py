@@ -1,12 +1,16 @@
 """One network, planned, converted, run and reverted."""
 
+import contextlib
+import copy
 import json
 import logging
 import re
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,10 +104,9 @@ def check(zoo: Zoo, name: str) -> Row:
     Returns:
         What happened; an exception is part of it.
     """
-    logging.disable(logging.WARNING)
     row = Row(name=name, family=zoo.family(name))
     start = time.perf_counter()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet_log():
         warnings.simplefilter("ignore")
         try:
             model, inputs = zoo.build(name)
@@ -116,6 +119,16 @@ def check(zoo: Zoo, name: str) -> Row:
                 row.status, row.error = FAILED, _message(error) + _place(error)
     row.seconds_in_all = round(time.perf_counter() - start, 3)
     return row
+
+
+@contextlib.contextmanager
+def _quiet_log() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _convert_and_compare(model: nn.Module, inputs: Inputs, row: Row) -> None:
@@ -150,7 +163,9 @@ def _outputs(model: nn.Module, inputs: Inputs) -> str:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with torch.no_grad(), torch.device(device):
         try:
-            outputs = (inputs.call or nn.Module.__call__)(model, *inputs.args, **inputs.kwargs)
+            # What is called instead of the network may change it, as it is given a copy by the trace.
+            call = partial(inputs.call, copy.deepcopy(model)) if inputs.call else model
+            outputs = call(*inputs.args, **inputs.kwargs)
         except Exception:
             if device.type == "meta":
                 return ""

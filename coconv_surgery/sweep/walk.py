@@ -2,13 +2,13 @@
 
 import csv
 import multiprocessing
-from collections.abc import Callable, Sequence
-from concurrent.futures import TimeoutError
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, TimeoutError, as_completed
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessExpired, ProcessPool
 
 from coconv_surgery.sweep.check import CONVERTED, CRASHED, NOT_BUILT, Row, check
 from coconv_surgery.sweep.zoo import Zoo
@@ -30,7 +30,7 @@ def walk(
     """Check networks of a collection, and write a CSV file with a row for each.
 
     Rows are appended as they come, so an interrupted walk goes on where it was: what the file says was converted, or
-    could not be built, is not done again. In the end the rows are in the order of ``names``.
+    could not be built, is not done again. Rows of other networks stay in the file.
 
     Args:
         zoo: The collection.
@@ -38,15 +38,19 @@ def walk(
         path: The file.
         jobs: Number of processes, of one thread each.
         timeout: Seconds after which a network is given up.
-        progress: Called with each row that is done, also with those that the file had.
+        progress: Called with each row of ``names`` that is done, also with those that the file had.
 
     Returns:
-        A row for each name. Where a process dies or a network takes too long, that row says so.
+        All rows of the file, by family. Where a process dies or a network takes too long, its row says so.
+
+    Raises:
+        ValueError: If the file is another one.
     """
-    done = {row.name: row for row in read_rows(path) if row.status in (CONVERTED, NOT_BUILT) and row.name in set(names)}
-    for row in done.values():
-        progress(row)
-    _write(path, list(done.values()))
+    rows = {row.name: row for row in read_rows(path)}
+    todo = [name for name in names if name not in rows or rows[name].status not in (CONVERTED, NOT_BUILT)]
+    for name in set(names) - set(todo):
+        progress(rows[name])
+    _write(path, rows.values())
     with ProcessPool(
         max_workers=jobs,
         max_tasks=_NETWORKS_A_PROCESS,
@@ -54,43 +58,54 @@ def walk(
         initargs=[1],
         context=multiprocessing.get_context("spawn"),
     ) as pool:
-        futures = {name: pool.schedule(check, args=[zoo, name], timeout=timeout) for name in names if name not in done}
-        for name, future in futures.items():
-            done[name] = row = _result(zoo, name, future)
+        futures = {pool.schedule(check, args=[zoo, name], timeout=timeout): name for name in todo}
+        for future in as_completed(futures):
+            row = _result(zoo, futures[future], future)
+            rows[row.name] = row
             _append(path, row)
             progress(row)
-    rows = [done[name] for name in names]
-    _write(path, rows)
-    return rows
+    in_order = sorted(rows.values(), key=lambda row: (row.family, row.name))
+    _write(path, in_order)
+    return in_order
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a CSV file; none if there is no such file, or if its columns are of another release."""
+    """Read the rows of a CSV file, but for a last line that was not written to its end; none if there is no file.
+
+    Raises:
+        ValueError: If it has the columns of something else.
+    """
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        return [Row.read(record) for record in reader] if reader.fieldnames == _COLUMNS else []
+        if reader.fieldnames != _COLUMNS:
+            raise ValueError(f"{path} is not of this release's sweeps: move it away, or start with --fresh")
+        return [Row.read(record) for record in reader if None not in record.values()]
 
 
-def _result(zoo: Zoo, name: str, future: "ProcessFuture[Row]") -> Row:
+def _result(zoo: Zoo, name: str, future: Future[Row]) -> Row:
     try:
         return future.result()
     except ProcessExpired as error:
         problem = f"its process died with exit code {error.exitcode}"
     except TimeoutError:
         problem = "it took too long"
+    except SystemExit as error:
+        problem = f"it ended its process with exit code {error.code}"
     return Row(name=name, family=zoo.family(name), status=CRASHED, error=problem)
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
+def _write(path: Path, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    fresh = path.with_suffix(".new")
+    with open(fresh, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(row.record() for row in rows)
+    fresh.replace(path)
 
 
 def _append(path: Path, row: Row) -> None:
-    with open(path, "a", newline="", encoding="utf-8") as file:
+    with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.DictWriter(file, _COLUMNS, lineterminator="\n").writerow(row.record())

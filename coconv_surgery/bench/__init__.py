@@ -1,0 +1,1 @@
+"""How fast contextual convolution is beside the plain one, and what surgery costs."""

@@ -1,0 +1,54 @@
+"""Peak memory of a training step."""
+
+import multiprocessing
+import resource
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from coconv_surgery.bench.speed import CONTENDERS, SUBJECTS, Case, cases, contender, prepare
+
+
+def measure_memory(subjects: Iterable[str], device: torch.device) -> list[tuple[str, float, float]]:
+    """Peak memory of a training step in single precision, the contextual network's and the authors' over the plain's.
+
+    Args:
+        subjects: Names of networks.
+        device: Where to compute.
+
+    Returns:
+        For each layout of each network its name and the two ratios.
+    """
+    rows = []
+    for case in cases(subjects, ("eager",)):
+        if case.mode == "train" and case.precision == "fp32":
+            plain, coconv, authors = (peak_mib(case, which, device) for which in CONTENDERS)
+            rows.append((f"{case.subject}, {case.layout}", coconv / plain, authors / plain))
+    return rows
+
+
+def peak_mib(case: Case, which: str, device: torch.device) -> float:
+    """Peak memory of building a model and of two steps, in MiB, in a process of its own.
+
+    Args:
+        case: The case.
+        which: ``"plain"``, ``"coconv"`` or ``"authors"``.
+        device: Where to compute; on the CPU it is what the process grows by, on CUDA what torch allocates.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(_peak_mib, case, which, device.type, torch.get_num_threads()).result()
+
+
+def _peak_mib(case: Case, which: str, device_type: str, threads: int) -> float:
+    torch.set_num_threads(threads)
+    device = torch.device(device_type)
+    torch.nn.functional.conv2d(torch.zeros(1, 1, 3, 3, device=device), torch.zeros(1, 1, 3, 3, device=device))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    subject = SUBJECTS[case.subject]
+    call = prepare(contender(subject, which), subject, case, device)
+    call()
+    call()
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before

@@ -1,0 +1,207 @@
+"""Layers and networks, plain and contextual, side by side."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn as nn
+
+from coconv_surgery.bench.authors import use_authors_layout
+from coconv_surgery.bench.timing import Ratio, interleave
+from coconv_surgery.conv import default_levels, to_coconv_
+
+Mode = Literal["eval", "train"]
+Layout = Literal["NCHW", "channels_last"]
+Precision = Literal["fp32", "bf16"]
+Engine = Literal["eager", "compile"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time.
+
+    Attributes:
+        subject: Name of the layer or network.
+        mode: A forward pass in evaluation mode, or a training step: forward, backward and, for a network, SGD.
+        layout: Memory format of images and weights.
+        precision: Single precision, or bfloat16 autocast.
+        engine: Eager, or ``torch.compile``.
+    """
+
+    subject: str
+    mode: Mode
+    layout: Layout
+    precision: Precision
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a case took.
+
+    Attributes:
+        case: The case.
+        plain_ms: Median milliseconds of the plain convolution or network.
+        coconv: The contextual one over the plain one.
+        authors: The authors' layout over the plain one.
+    """
+
+    case: Case
+    plain_ms: float
+    coconv: Ratio
+    authors: Ratio
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A layer or a network, and its input.
+
+    Attributes:
+        plain: Builds the plain one.
+        contextual: Builds the contextual one.
+        shape: Shape of the input.
+        loss: What a training step minimises, a function of the model and its input.
+    """
+
+    plain: Callable[[], nn.Module]
+    contextual: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+
+def _layer(channels: int, side: int, levels: int, groups: int = 1) -> Subject:
+    def plain() -> nn.Module:
+        return nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
+
+    def contextual() -> nn.Module:
+        conv = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
+        to_coconv_(conv, *default_levels(conv, levels))
+        return conv
+
+    return Subject(plain, contextual, (8, channels, side, side), lambda model, x: model(x).sum())
+
+
+# The three shapes of Table 1, those of SSD at 300×300, and a depthwise one.
+LAYERS = {
+    "64 at 56×56, 4 levels": _layer(64, 56, 4),
+    "128 at 28×28, 3 levels": _layer(128, 28, 3),
+    "256 at 14×14, 2 levels": _layer(256, 14, 2),
+    "64 at 75×75, 4 levels": _layer(64, 75, 4),
+    "128 at 38×38, 4 levels": _layer(128, 38, 4),
+    "256 at 38×38, 4 levels": _layer(256, 38, 4),
+    "96 depthwise at 56×56, 4 levels": _layer(96, 56, 4, groups=96),
+}
+
+
+def _ssd(backbone: str) -> nn.Module:
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+
+    import coconv_surgery.mmdet  # noqa: F401
+    from coconv_surgery.mmdet.paths import config_path
+
+    config = Config.fromfile(config_path(f"ssd/ssd300_{backbone}_coco.py"))
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model: nn.Module = MODELS.build(config.model)
+    return model
+
+
+def _sum_of_maps(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    return torch.stack([scores.float().sum() for maps in model(image) for scores in maps]).sum()
+
+
+NETWORKS = {
+    "resnet50, 4×224×224": Subject(
+        lambda: timm.create_model("resnet50"),
+        lambda: timm.create_model("coresnet50"),
+        (4, 3, 224, 224),
+        lambda model, x: model(x).float().logsumexp(1).sum(),
+    ),
+    "SSD300-ResNet50, 2×300×300": Subject(
+        lambda: _ssd("r50"), lambda: _ssd("coresnet50"), (2, 3, 300, 300), _sum_of_maps
+    ),
+}
+SUBJECTS = {**LAYERS, **NETWORKS}
+CONTENDERS = ("plain", "coconv", "authors")
+
+
+def cases(subjects: Iterable[str], engines: Iterable[str]) -> Iterator[Case]:
+    """All cases of some subjects."""
+    choices: Any = product(subjects, ("eval", "train"), ("NCHW", "channels_last"), ("fp32", "bf16"), engines)
+    return (Case(*choice) for choice in choices)
+
+
+def measure(case: Case, device: torch.device, rounds: int) -> Timing:
+    """Time a case.
+
+    Args:
+        case: The case.
+        device: Where to compute.
+        rounds: How often each contender is timed.
+    """
+    subject = SUBJECTS[case.subject]
+    with _flushed_denormals():
+        calls = {name: prepare(contender(subject, name), subject, case, device) for name in CONTENDERS}
+        times = interleave(calls, rounds=rounds, device=device)
+    ratios = {name: Ratio.of(times[name], times["plain"]) for name in ("coconv", "authors")}
+    return Timing(case, 1000 * sorted(times["plain"])[rounds // 2], **ratios)
+
+
+def contender(subject: Subject, which: str) -> nn.Module:
+    """Build one of the three: the same weights in each, as the same seed draws them."""
+    torch.manual_seed(0)
+    if which == "plain":
+        return subject.plain()
+    model = subject.contextual()
+    return use_authors_layout(model) if which == "authors" else model
+
+
+def prepare(model: nn.Module, subject: Subject, case: Case, device: torch.device) -> Callable[[], Any]:
+    """Make a model ready for a case.
+
+    Returns:
+        What runs it once: a forward pass, or a training step.
+    """
+    memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
+    model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]
+    model.train(case.mode == "train")
+    image = torch.randn(subject.shape, device=device).contiguous(memory_format=memory_format)
+    if case.engine == "compile":
+        torch._dynamo.reset()
+        model.compile()  # type: ignore[no-untyped-call]
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16")
+    if case.mode == "eval":
+
+        def evaluate() -> None:
+            with torch.no_grad(), autocast:
+                model(image)
+
+        return evaluate
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    image.requires_grad_(case.subject in LAYERS)  # as a layer in the middle of a network has it
+
+    def train() -> None:
+        optimizer.zero_grad()
+        image.grad = None
+        with autocast:
+            loss = subject.loss(model, image)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if case.subject in NETWORKS:
+            optimizer.step()
+
+    return train
+
+
+@contextlib.contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """Numbers too small to matter would slow random networks down at random."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

@@ -1,0 +1,127 @@
+"""What surgery costs: seconds to plan and to convert, peak memory, and how both grow with the network."""
+
+import multiprocessing
+import resource
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+
+from coconv_surgery.inputs import Inputs, infer_inputs
+from coconv_surgery.surgery import convert, plan_conversion, revert
+
+MODELS = (
+    "resnet18",
+    "resnet26",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "efficientnet_b0",
+    "hrnet_w48",
+    "Faster R-CNN R50 FPN, 800×1333",
+    "SSD300 VGG16",
+    "100 convs in a row",
+    "1000 convs in a row",
+)
+_CONFIGS = {
+    "Faster R-CNN R50 FPN, 800×1333": ("faster_rcnn/faster-rcnn_r50_fpn_1x_coco", (800, 1333)),
+    "SSD300 VGG16": ("ssd/ssd300_coco", (300, 300)),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What surgery on one network costs.
+
+    Attributes:
+        model: The network.
+        convs: Its convolutions.
+        plan_s: Median seconds to plan a conversion.
+        convert_s: Median seconds to plan and apply it.
+        weights_mib: What its weights take, in MiB.
+        memory: Peak memory of planning and converting, over that of the weights.
+    """
+
+    model: str
+    convs: int
+    plan_s: float
+    convert_s: float
+    weights_mib: float
+    memory: float
+
+
+def measure(name: str, repeats: int) -> Cost:
+    """Measure a network in a process of its own, because peak memory never falls."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as executor:
+        return executor.submit(_measure, name, repeats, torch.get_num_threads()).result()
+
+
+def growth(costs: list[Cost]) -> float:
+    """Seconds a convolution in a network of 1,000 over those in one of 100: 1 where cost is linear."""
+    short, long = (next(cost for cost in costs if cost.model == f"{count} convs in a row") for count in (100, 1000))
+    return (long.convert_s / long.convs) / (short.convert_s / short.convs)
+
+
+def _measure(name: str, repeats: int, threads: int) -> Cost:
+    torch.set_num_threads(threads)
+    with torch.device("meta"):
+        plan_conversion(timm.create_model("resnet18"))  # imports and caches of torch
+    model, inputs = _build(name)
+    before = _peak_mib()
+    revert(convert(model, example_inputs=inputs))
+    after = _peak_mib()
+    plan_seconds, convert_seconds = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        plan = plan_conversion(model, example_inputs=inputs)
+        plan_seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        convert(model, example_inputs=inputs)
+        convert_seconds.append(time.perf_counter() - start)
+        revert(model)
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
+    return Cost(
+        name,
+        len(plan.rows),
+        statistics.median(plan_seconds),
+        statistics.median(convert_seconds),
+        weights,
+        1 + (after - before) / weights,
+    )
+
+
+def _build(name: str) -> tuple[nn.Module, Inputs]:
+    if name in _CONFIGS:
+        from mmdet.registry import MODELS as DETECTORS
+        from mmengine.config import Config
+        from mmengine.registry import DefaultScope
+
+        from coconv_surgery.mmdet.inputs import example_inputs
+        from coconv_surgery.mmdet.zoo import CONFIGS
+
+        path, size = _CONFIGS[name]
+        config: Any = Config.fromfile(CONFIGS / f"{path}.py")
+        with DefaultScope.overwrite_default_scope("mmdet"):
+            detector: nn.Module = DETECTORS.build(config.model)
+        return detector, example_inputs(detector, size)
+    if name.endswith("in a row"):
+        count = int(name.split()[0])
+        channels = (3, *[8] * (count - 1))
+        blocks = [
+            nn.Sequential(nn.Conv2d(inputs, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+            for inputs in channels
+        ]
+        model = nn.Sequential(*blocks)
+        return model, infer_inputs(model, 32)
+    model = timm.create_model(name)
+    return model, infer_inputs(model)
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

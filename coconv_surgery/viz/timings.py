@@ -1,0 +1,37 @@
+"""A picture of times side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from coconv_surgery.bench.speed import Timing
+
+
+def draw_timings(timings: Sequence[Timing], path: str | Path, title: str = "") -> None:
+    """Draw each case's ratio to the plain convolution, with its quartiles: CoConv and the authors' layout.
+
+    Args:
+        timings: What to draw, a row each.
+        path: The picture's file; the suffix says which format.
+        title: A heading, such as the machine.
+    """
+    figure = Figure(figsize=(9.0, 1.2 + 0.24 * len(timings)), layout="constrained")
+    axes = figure.subplots()
+    for offset, name, colour in ((-0.15, "authors", "0.6"), (0.15, "coconv", "C0")):
+        ratios = [getattr(timing, name) for timing in timings]
+        middles = [ratio.median for ratio in ratios]
+        spread = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
+        rows = [index + offset for index in range(len(timings))]
+        label = "CoConv" if name == "coconv" else "authors' layout"
+        axes.errorbar(middles, rows, xerr=spread, fmt="o", markersize=4, color=colour, label=label)
+    axes.axvline(1.0, color="0.3", linewidth=0.8)
+    names = (timing.case for timing in timings)
+    labels = [f"{c.subject} · {c.mode} · {c.layout} · {c.precision} · {c.engine}" for c in names]
+    axes.set_yticks(range(len(timings)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("time over that of the plain convolution")
+    axes.set_title(title)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
