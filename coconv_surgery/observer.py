@@ -83,8 +83,10 @@ def observe(twin: Twin, inputs: Inputs) -> Observation:
     for output in observer.outputs:
         reader = Reader.LAYER if output.node is None else readers[output.node]
         calls[output.name].append(Call(output.input_size, output.output_size, reader, output.padded_by))
-    used = set(upstream_first([*_grad_nodes(ends), *activations])) if observer.reads else set()
-    return Observation(calls, {name for node, name in observer.reads if node in used}, twin.fake)
+    # What leaves a convolution's output as it is comes with the convolution's own node.
+    reads = [(node, name) for node, name in observer.reads if node not in readers]
+    used = set(upstream_first([*_grad_nodes(ends), *activations])) if reads else set()
+    return Observation(calls, {name for node, name in reads if node in used}, twin.fake)
 
 
 class _Observer(TorchFunctionMode):

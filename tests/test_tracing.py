@@ -339,6 +339,11 @@ def test_a_weight_that_is_looked_at_is_no_obstacle(looks):
     assert cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].converted
 
 
+def test_an_output_that_is_handed_on_as_it_is_is_no_read():
+    model = Model(lambda m, x: m.mix(m.conv(x).type_as(x).contiguous()), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    assert cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].converted
+
+
 def test_a_conv_whose_exception_is_caught_hides_no_read():
     def forward(m, x):
         with contextlib.suppress(RuntimeError):

@@ -58,7 +58,9 @@ def walk(
         initargs=[1],
         context=multiprocessing.get_context("spawn"),
     ) as pool:
-        futures = {pool.schedule(check, args=[zoo, name], timeout=timeout): name for name in todo}
+        futures: dict[Future[Row], str] = {
+            pool.schedule(check, args=[zoo, name], timeout=timeout): name for name in todo
+        }
         for future in as_completed(futures):
             row = _result(zoo, futures[future], future)
             rows[row.name] = row
