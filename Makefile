@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lock clean
+.PHONY: setup demo test bench lock clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,12 @@ test: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# On an idle machine; an hour on two cores.
+bench: setup
+	$(BIN)/coconv bench surgery
+	$(BIN)/coconv bench layers
+	$(BIN)/coconv bench networks
 
 # Resolve the pins anew, for every Python version at once.
 lock:

@@ -23,6 +23,7 @@ from mmdet.registry import HOOKS, MODELS  # noqa: E402
 from coconv_surgery.mmdet import compat  # noqa: E402
 from coconv_surgery.mmdet.conv import build_coconv  # noqa: E402
 from coconv_surgery.mmdet.hooks import CoConvPlanHook  # noqa: E402
+from coconv_surgery.mmdet.inputs import example_inputs  # noqa: E402
 from coconv_surgery.mmdet.options import SurgeryOptions  # noqa: E402
 from coconv_surgery.mmdet.resnet import CoResNet, CoResNeXt  # noqa: E402
 from coconv_surgery.mmdet.surgery import build_converted  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "TIMMFeatures",
     "build_coconv",
     "build_converted",
+    "example_inputs",
 ]
 
 compat.apply()
