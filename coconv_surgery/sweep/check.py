@@ -1,7 +1,6 @@
 """One network, planned, converted, run and reverted."""
 
 import contextlib
-import copy
 import json
 import logging
 import re
@@ -21,6 +20,7 @@ from coconv_surgery.inputs import Inputs
 from coconv_surgery.plan import ONE_LEVEL, Plan
 from coconv_surgery.surgery import apply_plan, plan_conversion, revert
 from coconv_surgery.sweep.zoo import Zoo
+from coconv_surgery.twin import Twin
 
 _PLACES = re.compile(r"https?://[^\s'\"]+|/(?:[\w.+-]+/)+")  # folders of this machine, and what it asks elsewhere
 CONVERTED, NOT_BUILT, FAILED, CRASHED = "converted", "not built", "failed", "crashed"
@@ -164,7 +164,7 @@ def _outputs(model: nn.Module, inputs: Inputs) -> str:
     with torch.no_grad(), torch.device(device):
         try:
             # What is called instead of the network may change it, as it is given a copy by the trace.
-            call = partial(inputs.call, copy.deepcopy(model)) if inputs.call else model
+            call = partial(inputs.call, Twin(model, fake=False).model) if inputs.call else model
             outputs = call(*inputs.args, **inputs.kwargs)
         except Exception:
             if device.type == "meta":

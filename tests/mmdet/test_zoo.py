@@ -25,6 +25,7 @@ SAMPLE = [
     "res2net/faster-rcnn_res2net-101_fpn_2x_coco",
     "soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco",
     "sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco",
+    "strong_baselines/mask-rcnn_r50_fpn_rpn-2conv_4conv1fc_syncbn-all_lsj-50e_coco",
     "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco",
     "tridentnet/tridentnet_r50-caffe_1x_coco",
 ]
