@@ -11,6 +11,7 @@ from PIL import Image
 import coconv_surgery as cs
 from coconv_surgery.bench import speed, surgery
 from coconv_surgery.bench.authors import LevelConvs, use_authors_layout
+from coconv_surgery.bench.memory import peak_mib
 from coconv_surgery.bench.report import save
 from coconv_surgery.bench.speed import LAYERS, SUBJECTS, Case, contender, measure, prepare
 from coconv_surgery.bench.surgery import Cost, growth
@@ -112,6 +113,13 @@ def test_surgery_is_measured_in_a_process_of_its_own(tmp_path):
     assert cost.plan_s > 0
     paths = save(tmp_path, "surgery", CPU, "coconv bench surgery", costs=[cost])
     assert "| 100 convs in a row | 100 |" in paths[1].read_text()
+
+
+def test_peak_memory_of_a_step_is_that_of_the_step_alone(tiny):
+    ballast = torch.ones(2**26)  # 256 MiB that are not the step's
+    peak = peak_mib(Case("128 at 28×28, 3 levels", "train", "NCHW", "fp32", "eager"), "coconv", CPU)
+    assert ballast.numel()
+    assert 8 * 128 * 28 * 28 * 4 / 2**20 < peak < 200
 
 
 def test_linear_growth_is_one():

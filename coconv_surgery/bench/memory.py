@@ -1,9 +1,9 @@
 """Peak memory of a training step."""
 
 import multiprocessing
-import resource
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -44,11 +44,18 @@ def _peak_mib(case: Case, which: str, device_type: str, threads: int) -> float:
     torch.set_num_threads(threads)
     device = torch.device(device_type)
     torch.nn.functional.conv2d(torch.zeros(1, 1, 3, 3, device=device), torch.zeros(1, 1, 3, 3, device=device))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = high_water_mib()
     subject = SUBJECTS[case.subject]
     call = prepare(contender(subject, which), subject, case, device)
     call()
     call()
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return high_water_mib() - before
+
+
+def high_water_mib() -> float:
+    """Peak resident memory of this process so far, in MiB."""
+    # Not what getrusage() says: a process starts with the peak of the one that started it there.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) / 1024

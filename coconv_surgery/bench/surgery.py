@@ -1,7 +1,6 @@
 """What surgery costs: seconds to plan and to convert, peak memory, and how both grow with the network."""
 
 import multiprocessing
-import resource
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 
+from coconv_surgery.bench.memory import high_water_mib
 from coconv_surgery.inputs import Inputs, infer_inputs
 from coconv_surgery.surgery import convert, plan_conversion, revert
 
@@ -73,9 +73,9 @@ def _measure(name: str, repeats: int, threads: int) -> Cost:
     with torch.device("meta"):
         plan_conversion(timm.create_model("resnet18"))  # imports and caches of torch
     model, inputs = _build(name)
-    before = _peak_mib()
+    before = high_water_mib()
     revert(convert(model, example_inputs=inputs))
-    after = _peak_mib()
+    after = high_water_mib()
     plan_seconds, convert_seconds = [], []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -121,7 +121,3 @@ def _build(name: str) -> tuple[nn.Module, Inputs]:
         return model, infer_inputs(model, 32)
     model = timm.create_model(name)
     return model, infer_inputs(model)
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
