@@ -30,6 +30,10 @@ def draw_timings(timings: Sequence[Timing], path: str | Path, title: str = "") -
     labels = [f"{c.subject} · {c.mode} · {c.layout} · {c.precision} · {c.engine}" for c in names]
     axes.set_yticks(range(len(timings)), labels, fontsize=7)
     axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="x", linewidth=0.4)
     axes.set_xlabel("time over that of the plain convolution")
     axes.set_title(title)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
