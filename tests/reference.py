@@ -1,6 +1,9 @@
 """Contextual convolution written as naively as possible: what the package's own is checked against."""
 
+import copy
+
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 
@@ -82,3 +85,23 @@ def naive_forward(module, input, *, weight=None, bias=None):
         splits=module.splits,
         padding_mode=module.padding_mode,
     )
+
+
+def naive_levels(conv, image, dilations, splits):
+    """Every level as a convolution of the same class that has the level's dilation and its part of the channels."""
+    pads_by_itself = getattr(conv, "same_pad", type(conv).__name__ in ("Conv2dSame", "Conv2dAdaptivePadding"))
+    outputs, start = [], 0
+    for dilation, channels in zip(dilations, splits, strict=True):
+        part = slice(start, start + channels)
+        start += channels
+        level = copy.deepcopy(conv)
+        level.out_channels = channels
+        for name, parameter in conv.named_parameters():
+            setattr(level, name, nn.Parameter(parameter[part]))
+        for name, buffer in conv.named_buffers():
+            setattr(level, name, buffer[part])
+        level.dilation = (dilation, dilation)
+        if not pads_by_itself:
+            level.padding = tuple(side + dilation - 1 for side in conv.padding)
+        outputs.append(level(image))
+    return torch.cat(outputs, dim=1)

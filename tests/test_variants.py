@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import naive_levels
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.layers.conv2d_same import Conv2dSameExport
 from torch.nn.utils import parametrizations
@@ -18,28 +19,6 @@ import coconv_surgery as cs
 from coconv_surgery.conv import register_coconv, to_coconv_, to_conv_
 
 VARIANTS = [Conv2dSame, StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame]
-
-
-def pads_by_itself(conv):
-    """Whether it pads by itself, according to its dilation."""
-    return isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False)
-
-
-def naive(conv, image, dilations, splits):
-    """Every level as a convolution of the same class that has the level's dilation and its part of the channels."""
-    outputs, start = [], 0
-    for dilation, channels in zip(dilations, splits, strict=True):
-        part = slice(start, start + channels)
-        start += channels
-        level = copy.deepcopy(conv)
-        level.out_channels = channels
-        for name, parameter in conv.named_parameters():
-            setattr(level, name, nn.Parameter(parameter[part]))
-        level.dilation = (dilation, dilation)
-        if not pads_by_itself(conv):
-            level.padding = tuple(side + dilation - 1 for side in conv.padding)
-        outputs.append(level(image))
-    return torch.cat(outputs, dim=1)
 
 
 @given(
@@ -58,7 +37,7 @@ def test_every_level_is_the_class_itself_at_its_dilation(cls, stride, height, wi
     splits = (8 // len(dilations),) * (len(dilations) - 1)
     splits = (*splits, 8 - sum(splits))
     image = torch.randn(2, 4, height, width)
-    expected = naive(conv, image, dilations, splits)
+    expected = naive_levels(conv, image, dilations, splits)
     to_coconv_(conv, dilations, splits)
     torch.testing.assert_close(conv(image), expected, atol=1e-5, rtol=1e-5)
 
@@ -111,7 +90,7 @@ def test_a_parametrized_variant_keeps_both():
     plain = StdConv2d(4, 8, 3)
     plain.weight = nn.Parameter(conv.weight.detach())
     to_coconv_(conv, (1, 2), (4, 4))
-    torch.testing.assert_close(conv(image), naive(plain, image, (1, 2), (4, 4)))
+    torch.testing.assert_close(conv(image), naive_levels(plain, image, (1, 2), (4, 4)))
     to_conv_(conv)
     torch.testing.assert_close(conv(image), plain(image))
 
@@ -143,7 +122,7 @@ def two(first):
 def test_a_subclass_that_inherits_its_forward_needs_no_registration(cls):
     model = two(cls(4, 8, 3, padding=1))
     image = torch.randn(1, 4, 16, 16)
-    expected = naive(model[0], image, (1, 2, 3), (4, 2, 2))
+    expected = naive_levels(model[0], image, (1, 2, 3), (4, 2, 2))
     cs.convert(model, input_size=(4, 16, 16))
     assert isinstance(model[0], cls)
     torch.testing.assert_close(model[0](image), expected)
@@ -165,7 +144,7 @@ def test_an_unknown_forward_is_left_alone_until_it_is_registered():
             return self._conv_forward(input, self.weight / 2, self.bias)
 
     image = torch.randn(1, 4, 16, 16)
-    expected = naive(model[0], image, (1, 2, 3), (4, 2, 2))
+    expected = naive_levels(model[0], image, (1, 2, 3), (4, 2, 2))
     cs.convert(model, input_size=(4, 16, 16))
     assert type(model[0]) is CoHalved
     torch.testing.assert_close(model[0](image), expected)
