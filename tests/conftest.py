@@ -2,12 +2,20 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_stays():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class TinyNet(nn.Module):

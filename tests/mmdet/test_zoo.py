@@ -1,18 +1,9 @@
 """MMDetection's own configs: a sample of every kind of detector, converted, run for real and reverted."""
 
 import pytest
-import torch.distributed as dist
 
 from coconv_surgery.mmdet.zoo import CONFIGS, ZOO
 from coconv_surgery.sweep.check import NOT_BUILT, check
-
-
-@pytest.fixture(autouse=True)
-def _no_process_group_stays():
-    yield
-    if dist.is_initialized():  # by a config whose norms ask for it
-        dist.destroy_process_group()
-
 
 SAMPLE = [
     "cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco",
