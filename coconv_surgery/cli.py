@@ -207,7 +207,8 @@ def sweep(zoo: str, only: tuple[str, ...], jobs: int, timeout: float, fresh: boo
     tables = {known: read_rows(output / f"{known}.csv") for known in (*ZOOS, "mmdet")}
     index = render_index({known: found for known, found in tables.items() if found})
     (output / "index.md").write_text(index, encoding="utf-8")
-    rows = [row for row in rows if row.name in set(names)]
+    asked = set(names)
+    rows = [row for row in rows if row.name in asked]
     unsound = [row for row in rows if row.status != NOT_BUILT and not row.sound]
     for row in unsound:
         click.echo(f"{row.name}: {row.status} {row.error or 'but not the same before and after'}")

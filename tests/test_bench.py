@@ -115,7 +115,7 @@ def test_surgery_is_measured_in_a_process_of_its_own(tmp_path):
     assert "| 100 convs in a row | 100 |" in paths[1].read_text()
 
 
-def test_peak_memory_of_a_step_is_that_of_the_step_alone(tiny):
+def test_peak_memory_of_a_step_is_that_of_the_step_alone():
     ballast = torch.ones(2**26)  # 256 MiB that are not the step's
     peak = peak_mib(Case("128 at 28×28, 3 levels", "train", "NCHW", "fp32", "eager"), "coconv", CPU)
     assert ballast.numel()
