@@ -95,25 +95,25 @@ def coconv2d(
     torch.Size([1, 6, 14, 14])
     """
     kernel = (weight.shape[2], weight.shape[3])
-    group_out, group_in = weight.shape[0] // groups, weight.shape[1]
+    group_outputs = weight.shape[0] // groups
+    # Splitting has one gradient, where as many slices would each fill a tensor of the whole size.
+    weights = weight.split(list(splits))
+    biases = [None] * len(splits) if bias is None else bias.split(list(splits))
+    if groups == 1:
+        level_groups = [1] * len(splits)
+        inputs: Sequence[torch.Tensor] = [input] * len(splits)
+    else:
+        level_groups = [channels // group_outputs for channels in splits]
+        inputs = input.split([count * weight.shape[1] for count in level_groups], dim=-3)
     outputs = []
-    start = 0
-    for level_dilation, channels in zip(dilations, splits, strict=True):
-        stop = start + channels
-        level_input, level_groups = input, 1
-        if groups > 1:
-            first_group, level_groups = start // group_out, channels // group_out
-            level_input = input.narrow(-3, first_group * group_in, level_groups * group_in)
+    for level_input, level_weight, level_bias, level_dilation, count in zip(
+        inputs, weights, biases, dilations, level_groups, strict=True
+    ):
         pad_h, pad_w = level_padding(kernel, padding, pair(dilation), pair(level_dilation))
         if padding_mode != "zeros":
             level_input = F.pad(level_input, (pad_w, pad_w, pad_h, pad_h), mode=padding_mode)
             pad_h = pad_w = 0
-        level_bias = None if bias is None else bias[start:stop]
-        level_weight = weight[start:stop]
-        outputs.append(
-            F.conv2d(level_input, level_weight, level_bias, stride, (pad_h, pad_w), level_dilation, level_groups)
-        )
-        start = stop
+        outputs.append(F.conv2d(level_input, level_weight, level_bias, stride, (pad_h, pad_w), level_dilation, count))
     return torch.cat(outputs, dim=-3)
 
 
