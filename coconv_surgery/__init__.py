@@ -2,7 +2,8 @@
 
 import coconv_surgery.variants  # noqa: F401  registers them
 from coconv_surgery.checkpoint import load_converted, read_plan, save_converted
-from coconv_surgery.conv import CoConv2d, coconv2d, register_coconv, split_channels
+from coconv_surgery.conv import CoConv2d, register_coconv, split_channels
+from coconv_surgery.functional import coconv2d
 from coconv_surgery.inputs import Inputs
 from coconv_surgery.plan import Plan, PlanError, PlanRow
 from coconv_surgery.policy import Levels, Policy, ResolutionPolicy, StagePolicy, TopPolicy, UniformPolicy

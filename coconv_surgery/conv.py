@@ -13,12 +13,13 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import torch
 import torch.fx
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
-Pair = tuple[int, int]
-Dilation = int | Pair
+from coconv_surgery.functional import Dilation, Pair, coconv2d, level_padding, pair
+
 SplitRule = Literal["pow2", "even"]
+
+torch.fx.wrap("coconv2d")  # one node of a graph, as the convolution it replaces is
 
 
 def split_channels(channels: int, levels: int, rule: SplitRule = "pow2") -> tuple[int, ...]:
@@ -54,93 +55,6 @@ def split_channels(channels: int, levels: int, rule: SplitRule = "pow2") -> tupl
         shares = [max(1, channels * (2 if level < spare else 1) // units) for level in range(levels)]
     shares[0] += channels - sum(shares)
     return tuple(shares)
-
-
-def coconv2d(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    *,
-    dilations: Sequence[Dilation],
-    splits: Sequence[int],
-    padding_mode: str = "zeros",
-) -> torch.Tensor:
-    """Contextual convolution, the functional form (Section 3, Figure 2a).
-
-    ``stride`` to ``groups`` describe the plain convolution this one replaces, as in
-    :func:`torch.nn.functional.conv2d`. Level k convolves with ``dilations[k]`` and with the padding that gives it the
-    plain convolution's output size. The arguments are taken to be valid: :func:`check_levels` says whether they are.
-
-    Args:
-        input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``.
-        weight: ``(out_channels, in_channels / groups, kH, kW)``; the levels are consecutive slices of dimension 0.
-        bias: ``(out_channels,)``.
-        stride: Stride of the plain convolution.
-        padding: Padding of the plain convolution: numbers, ``"same"`` or ``"valid"``.
-        dilation: Dilation of the plain convolution.
-        groups: Groups of the plain convolution; a level holds whole groups.
-        dilations: Dilation of each level.
-        splits: Output channels of each level.
-        padding_mode: As in :class:`torch.nn.Conv2d`.
-
-    Returns:
-        ``(N, out_channels, H_out, W_out)``, the levels concatenated in order.
-
-    >>> x, w = torch.randn(1, 8, 14, 14), torch.randn(6, 8, 3, 3)
-    >>> coconv2d(x, w, padding=1, dilations=(1, 2), splits=(3, 3)).shape
-    torch.Size([1, 6, 14, 14])
-    """
-    kernel = (weight.shape[2], weight.shape[3])
-    group_outputs = weight.shape[0] // groups
-    # Splitting has one gradient, where as many slices would each fill a tensor of the whole size.
-    weights = weight.split(list(splits))
-    biases = [None] * len(splits) if bias is None else bias.split(list(splits))
-    if groups == 1:
-        level_groups = [1] * len(splits)
-        inputs: Sequence[torch.Tensor] = [input] * len(splits)
-    else:
-        level_groups = [channels // group_outputs for channels in splits]
-        inputs = input.split([count * weight.shape[1] for count in level_groups], dim=-3)
-    outputs = []
-    for level_input, level_weight, level_bias, level_dilation, count in zip(
-        inputs, weights, biases, dilations, level_groups, strict=True
-    ):
-        pad_h, pad_w = level_padding(kernel, padding, pair(dilation), pair(level_dilation))
-        if padding_mode != "zeros":
-            level_input = F.pad(level_input, (pad_w, pad_w, pad_h, pad_h), mode=padding_mode)
-            pad_h = pad_w = 0
-        outputs.append(F.conv2d(level_input, level_weight, level_bias, stride, (pad_h, pad_w), level_dilation, count))
-    return torch.cat(outputs, dim=-3)
-
-
-torch.fx.wrap("coconv2d")  # one node of a graph, as the convolution it replaces is
-
-
-def level_padding(
-    kernel_size: Pair, padding: int | Sequence[int] | str, dilation: Pair, level_dilation: Pair
-) -> tuple[int, int]:
-    """Padding that gives a level the output size of the plain convolution.
-
-    ``padding + (level_dilation - dilation) * (kernel_size - 1) / 2`` along each axis; a negative result means that no
-    padding does.
-
-    >>> level_padding((3, 3), 1, (1, 1), (4, 4))
-    (4, 4)
-    """
-    base: Sequence[int]
-    if isinstance(padding, str):
-        base = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
-    else:
-        base = pair(padding)
-    height, width = (
-        p + (level_d - d) * (k - 1) // 2
-        for p, level_d, d, k in zip(base, level_dilation, dilation, kernel_size, strict=True)
-    )
-    return height, width
 
 
 def check_levels(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int]) -> None:
@@ -533,14 +447,6 @@ def _new_instance(plain: type[nn.Conv2d]) -> CoConv2d:
     cls = contextual_class(plain)
     assert cls is not None
     return cls.__new__(cls)
-
-
-def pair(value: int | Sequence[int]) -> Pair:
-    """Height and width of what may be given as one number for both."""
-    if isinstance(value, int):
-        return value, value
-    height, width = value
-    return height, width
 
 
 def _squeeze(dilation: Dilation) -> Dilation:

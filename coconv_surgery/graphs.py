@@ -11,7 +11,8 @@ import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from coconv_surgery.conv import coconv2d, to_coconv_
+from coconv_surgery.conv import to_coconv_
+from coconv_surgery.functional import coconv2d
 
 # What symbolic tracing is known to raise in modules that look at their input.
 _TRACING_ERRORS = (

@@ -9,7 +9,7 @@ import torch.fx as fx
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from coconv_surgery.conv import Pair
+from coconv_surgery.functional import Pair
 
 InputSize = int | Sequence[int]
 

@@ -14,9 +14,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from coconv_surgery.conv import Pair
 from coconv_surgery.convs import is_conv
 from coconv_surgery.dataflow import Reader, find_readers, upstream_first
+from coconv_surgery.functional import Pair
 from coconv_surgery.graphs import function_convs
 from coconv_surgery.inputs import Inputs
 from coconv_surgery.twin import Twin

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from coconv_surgery.conv import Dilation, Pair
+from coconv_surgery.functional import Dilation, Pair
 
 FORMAT = "coconv-plan"
 VERSION = 1

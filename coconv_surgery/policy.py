@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch.nn as nn
 
-from coconv_surgery.conv import Dilation, SplitRule, default_levels, level_units, scale_dilations, split_channels
+from coconv_surgery.conv import SplitRule, default_levels, level_units, scale_dilations, split_channels
+from coconv_surgery.functional import Dilation
 from coconv_surgery.tracing import TracedConv
 
 

@@ -13,19 +13,10 @@ import torch.fx as fx
 import torch.nn as nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from coconv_surgery.conv import (
-    CoConv2d,
-    Dilation,
-    check_levels,
-    is_plain,
-    level_padding,
-    pair,
-    scale_dilations,
-    to_coconv_,
-    to_conv_,
-)
+from coconv_surgery.conv import CoConv2d, check_levels, is_plain, scale_dilations, to_coconv_, to_conv_
 from coconv_surgery.convs import find_convs
 from coconv_surgery.eligibility import obstacle, other_operation, reason_to_leave, replaced_forward, subclass
+from coconv_surgery.functional import Dilation, level_padding, pair
 from coconv_surgery.graphs import function_convs, node_to_coconv_, node_to_conv_
 from coconv_surgery.inputs import InputSize, infer_inputs
 from coconv_surgery.merging import keep_levels_in_merges

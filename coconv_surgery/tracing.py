@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from coconv_surgery.conv import Pair
 from coconv_surgery.convs import find_convs, weight_id
+from coconv_surgery.functional import Pair
 from coconv_surgery.graphs import GraphMap, map_graphs
 from coconv_surgery.inputs import Inputs
 from coconv_surgery.observer import Call, Observation, observe

@@ -8,7 +8,7 @@ from mmengine.analysis import get_model_complexity_info
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 
-from coconv_surgery.conv import Pair
+from coconv_surgery.functional import Pair
 from coconv_surgery.mmdet.inputs import example_inputs
 
 

@@ -13,7 +13,7 @@ from mmdet.models.mot import BaseMOTModel
 from mmdet.structures import DetDataSample, TrackDataSample
 from mmengine.structures import InstanceData
 
-from coconv_surgery.conv import Pair
+from coconv_surgery.functional import Pair
 from coconv_surgery.inputs import Inputs
 
 _PROPOSALS = 4

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch.nn as nn
 
-from coconv_surgery.conv import Pair
+from coconv_surgery.functional import Pair
 from coconv_surgery.plan import Plan
 from coconv_surgery.policy import POLICIES, Answer, Levels, Policy, get_policy
 from coconv_surgery.surgery import apply_plan, plan_conversion

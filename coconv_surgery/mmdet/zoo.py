@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from coconv_surgery.conv import Pair
+from coconv_surgery.functional import Pair
 from coconv_surgery.inputs import Inputs
 from coconv_surgery.mmdet.inputs import example_inputs
 from coconv_surgery.mmdet.options import resized_to

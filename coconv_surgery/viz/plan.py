@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from coconv_surgery.conv import pair
+from coconv_surgery.functional import pair
 from coconv_surgery.plan import Plan, PlanRow
 
 

@@ -1,0 +1,145 @@
+"""Contextual convolution as a function of tensors, and how it is computed."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+Pair = tuple[int, int]
+Dilation = int | Pair
+
+
+def coconv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    dilations: Sequence[Dilation],
+    splits: Sequence[int],
+    padding_mode: str = "zeros",
+) -> torch.Tensor:
+    """Contextual convolution, the functional form (Section 3, Figure 2a).
+
+    ``stride`` to ``groups`` describe the plain convolution this one replaces, as in
+    :func:`torch.nn.functional.conv2d`. Level k convolves with ``dilations[k]`` and with the padding that gives it the
+    plain convolution's output size. The arguments are taken to be valid:
+    :func:`coconv_surgery.conv.check_levels` says whether they are.
+
+    Args:
+        input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``.
+        weight: ``(out_channels, in_channels / groups, kH, kW)``; the levels are consecutive slices of dimension 0.
+        bias: ``(out_channels,)``.
+        stride: Stride of the plain convolution.
+        padding: Padding of the plain convolution: numbers, ``"same"`` or ``"valid"``.
+        dilation: Dilation of the plain convolution.
+        groups: Groups of the plain convolution; a level holds whole groups.
+        dilations: Dilation of each level.
+        splits: Output channels of each level.
+        padding_mode: As in :class:`torch.nn.Conv2d`.
+
+    Returns:
+        ``(N, out_channels, H_out, W_out)``, the levels concatenated in order.
+
+    >>> x, w = torch.randn(1, 8, 14, 14), torch.randn(6, 8, 3, 3)
+    >>> coconv2d(x, w, padding=1, dilations=(1, 2), splits=(3, 3)).shape
+    torch.Size([1, 6, 14, 14])
+    """
+    kernel = (weight.shape[2], weight.shape[3])
+    # Splitting has one gradient, where as many slices would each fill a tensor of the whole size.
+    weights = torch.split(weight, list(splits))
+    biases = [None] * len(splits) if bias is None else torch.split(bias, list(splits))
+    if groups == 1:
+        level_groups = [1] * len(splits)
+        reordered = _is_faster_in_channels_last(input, splits)
+        inputs: Sequence[torch.Tensor] = [_to_channels_last(input) if reordered else input] * len(splits)
+    else:
+        level_groups = [channels * groups // weight.shape[0] for channels in splits]
+        reordered = False
+        inputs = torch.split(input, [count * weight.shape[1] for count in level_groups], dim=-3)
+    outputs = []
+    for level_input, level_weight, level_bias, level_dilation, count in zip(
+        inputs, weights, biases, dilations, level_groups, strict=True
+    ):
+        pad_h, pad_w = level_padding(kernel, padding, pair(dilation), pair(level_dilation))
+        if padding_mode != "zeros":
+            level_input = F.pad(level_input, (pad_w, pad_w, pad_h, pad_h), mode=padding_mode)
+            pad_h = pad_w = 0
+        output = _conv_level(
+            level_input, level_weight, level_bias, pair(stride), (pad_h, pad_w), pair(level_dilation), count
+        )
+        outputs.append(output.contiguous() if reordered else output)
+    return torch.cat(outputs, dim=-3)
+
+
+def level_padding(
+    kernel_size: Pair, padding: int | Sequence[int] | str, dilation: Pair, level_dilation: Pair
+) -> tuple[int, int]:
+    """Padding that gives a level the output size of the plain convolution.
+
+    ``padding + (level_dilation - dilation) * (kernel_size - 1) / 2`` along each axis; a negative result means that no
+    padding does.
+
+    >>> level_padding((3, 3), 1, (1, 1), (4, 4))
+    (4, 4)
+    """
+    base: Sequence[int]
+    if isinstance(padding, str):
+        base = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
+    else:
+        base = pair(padding)
+    height, width = (
+        p + (level_d - d) * (k - 1) // 2
+        for p, level_d, d, k in zip(base, level_dilation, dilation, kernel_size, strict=True)
+    )
+    return height, width
+
+
+def _conv_level(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> torch.Tensor:
+    # A kernel whose dilation is a multiple of its stride reads every stride-th pixel only. Backward passes that know
+    # both a stride and a dilation are slow, so training takes these pixels and convolves without a stride.
+    strided = stride != (1, 1) and torch.is_grad_enabled()
+    if strided and all(d % s == p % s == 0 for d, p, s in zip(dilation, padding, stride, strict=True)):
+        step_h, step_w = stride
+        input = input[..., ::step_h, ::step_w]
+        padding, dilation = (padding[0] // step_h, padding[1] // step_w), (dilation[0] // step_h, dilation[1] // step_w)
+        stride = (1, 1)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _is_faster_in_channels_last(input: torch.Tensor, splits: Sequence[int]) -> bool:
+    # On a CPU, oneDNN reorders an NCHW input anew for every level; narrow levels do little else. In training it would
+    # be one more tensor to save.
+    return (
+        max(splits) <= 16 <= input.shape[-3]
+        and input.device.type == "cpu"
+        and input.dtype == torch.float32
+        and input.dim() == 4
+        and input.is_contiguous()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _to_channels_last(input: torch.Tensor) -> torch.Tensor:
+    # Not contiguous(memory_format=...), which does not work within torch.vmap().
+    return input.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def pair(value: int | Sequence[int]) -> Pair:
+    """Height and width of what may be given as one number for both."""
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return height, width
