@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.amp.autocast_mode import is_autocast_available
 
 Pair = tuple[int, int]
 Dilation = int | Pair
@@ -52,6 +53,7 @@ def coconv2d(
     # Splitting has one gradient, where as many slices would each fill a tensor of the whole size.
     weights = torch.split(weight, list(splits))
     biases = [None] * len(splits) if bias is None else torch.split(bias, list(splits))
+    input = _autocast(input)
     if groups == 1:
         level_groups = [1] * len(splits)
         reordered = _is_faster_in_channels_last(input, splits)
@@ -116,6 +118,16 @@ def _conv_level(
         padding, dilation = (padding[0] // step_h, padding[1] // step_w), (dilation[0] // step_h, dilation[1] // step_w)
         stride = (1, 1)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _autocast(input: torch.Tensor) -> torch.Tensor:
+    # Once, where each level would cast the input, and save what it has cast, for itself.
+    device = input.device.type
+    if torch.compiler.is_compiling() or not is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input
+    if not input.is_floating_point() or input.dtype == torch.float64:
+        return input
+    return input.to(torch.get_autocast_dtype(device))
 
 
 def _is_faster_in_channels_last(input: torch.Tensor, splits: Sequence[int]) -> bool:
