@@ -98,17 +98,12 @@ LAYERS = {
 
 
 def _ssd(backbone: str) -> nn.Module:
-    from mmdet.registry import MODELS
     from mmengine.config import Config
-    from mmengine.registry import DefaultScope
 
-    import coconv_surgery.mmdet  # noqa: F401
+    from coconv_surgery.mmdet.building import build_detector
     from coconv_surgery.mmdet.paths import config_path
 
-    config = Config.fromfile(config_path(f"ssd/ssd300_{backbone}_coco.py"))
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        model: nn.Module = MODELS.build(config.model)
-    return model
+    return build_detector(Config.fromfile(config_path(f"ssd/ssd300_{backbone}_coco.py")).model)
 
 
 def _sum_of_maps(model: nn.Module, image: torch.Tensor) -> torch.Tensor:

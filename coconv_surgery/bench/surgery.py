@@ -5,7 +5,6 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import timm
 import torch
@@ -98,17 +97,14 @@ def _measure(name: str, repeats: int, threads: int) -> Cost:
 
 def _build(name: str) -> tuple[nn.Module, Inputs]:
     if name in _CONFIGS:
-        from mmdet.registry import MODELS as DETECTORS
         from mmengine.config import Config
-        from mmengine.registry import DefaultScope
 
+        from coconv_surgery.mmdet.building import build_detector
         from coconv_surgery.mmdet.inputs import example_inputs
         from coconv_surgery.mmdet.zoo import CONFIGS
 
         path, size = _CONFIGS[name]
-        config: Any = Config.fromfile(CONFIGS / f"{path}.py")
-        with DefaultScope.overwrite_default_scope("mmdet"):
-            detector: nn.Module = DETECTORS.build(config.model)
+        detector = build_detector(Config.fromfile(CONFIGS / f"{path}.py").model)
         return detector, example_inputs(detector, size)
     if name.endswith("in a row"):
         count = int(name.split()[0])

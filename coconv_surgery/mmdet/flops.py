@@ -2,13 +2,12 @@
 
 from typing import Any, NamedTuple
 
-from mmdet.registry import MODELS
 from mmengine import Config
 from mmengine.analysis import get_model_complexity_info
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DefaultScope
 
 from coconv_surgery.functional import Pair
+from coconv_surgery.mmdet.building import build_detector
 from coconv_surgery.mmdet.inputs import example_inputs
 
 
@@ -47,8 +46,7 @@ def count_complexity(model: Any, image_size: Pair) -> Complexity:
     Returns:
         Parameters and FLOPs.
     """
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        detector = revert_sync_batchnorm(MODELS.build(model)).eval()
+    detector = revert_sync_batchnorm(build_detector(model)).eval()
     inputs = dict(example_inputs(detector, image_size).kwargs)
     image = inputs.pop("inputs")
     forward = detector.forward

@@ -5,12 +5,11 @@ from pathlib import Path
 import mmdet
 import torch.distributed as distributed
 import torch.nn as nn
-from mmdet.registry import MODELS
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 
 from coconv_surgery.functional import Pair
 from coconv_surgery.inputs import Inputs
+from coconv_surgery.mmdet.building import build_detector
 from coconv_surgery.mmdet.inputs import example_inputs
 from coconv_surgery.mmdet.options import resized_to
 from coconv_surgery.sweep.zoo import Zoo
@@ -42,9 +41,7 @@ def _build(name: str) -> tuple[nn.Module, Inputs]:
     if "MMSyncBN" in str(config.model) and not distributed.is_initialized():
         # It asks for the group of its processes when it is built: here, this one.
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        detector: nn.Module = MODELS.build(config.model)
-    detector.eval()
+    detector = build_detector(config.model).eval()
     return detector, example_inputs(detector, _fixed_size(config) or IMAGE_SIZE)
 
 

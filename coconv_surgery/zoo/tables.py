@@ -75,16 +75,12 @@ def ssd(name: str) -> nn.Module:
         import coconv_surgery.mmdet  # noqa: F401
     except ImportError as error:
         raise RuntimeError(f"Table 6 is of detectors, and {error}") from error
-    from mmdet.registry import MODELS
     from mmengine.config import Config
-    from mmengine.registry import DefaultScope
 
+    from coconv_surgery.mmdet.building import build_detector
     from coconv_surgery.mmdet.paths import config_path
 
-    config = Config.fromfile(config_path(f"ssd/ssd300_{name}_coco.py"))
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        model: nn.Module = MODELS.build(config.model)
-    return model
+    return build_detector(Config.fromfile(config_path(f"ssd/ssd300_{name}_coco.py")).model)
 
 
 _ERRORS = ("top-1 error, %", "top-5 error, %")

@@ -1,0 +1,21 @@
+"""Detectors from configs, without a runner."""
+
+from typing import Any
+
+import torch.nn as nn
+from mmdet.registry import MODELS
+from mmengine.registry import DefaultScope
+
+
+def build_detector(model: Any) -> nn.Module:
+    """Build a detector, whatever scope is in force.
+
+    Args:
+        model: The ``model`` of a config.
+
+    Returns:
+        The detector, in training mode, without the weights of a checkpoint.
+    """
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        detector: nn.Module = MODELS.build(model)
+    return detector
