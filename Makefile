@@ -29,11 +29,13 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-# On an idle machine; an hour on two cores.
+# On an idle machine; two hours on two cores.
 bench: setup
 	$(BIN)/coconv bench surgery
-	$(BIN)/coconv bench layers
-	$(BIN)/coconv bench networks
+	$(BIN)/coconv bench layers --engine eager
+	$(BIN)/coconv bench layers --engine compile
+	$(BIN)/coconv bench networks --engine eager
+	$(BIN)/coconv bench networks --engine compile
 
 # Resolve the pins anew, for every Python version at once.
 lock:

@@ -232,31 +232,17 @@ def bench(target: str, only: str, engines: tuple[str, ...], rounds: int, output:
     coconv bench layers --engine eager
     coconv bench networks --only 'resnet50*'
     """
-    import torch
+    from coconv_surgery.bench.run import run
 
-    from coconv_surgery.bench.memory import measure_memory
-    from coconv_surgery.bench.report import save
-    from coconv_surgery.bench.speed import LAYERS, NETWORKS, cases, measure
-    from coconv_surgery.bench.surgery import MODELS
-    from coconv_surgery.bench.surgery import measure as measure_surgery
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subjects = LAYERS if target == "layers" else NETWORKS
-    chosen = [name for name in (MODELS if target == "surgery" else subjects) if fnmatchcase(name, only)]
-    if not chosen:
-        raise ValueError(f"no benchmark of {target} matches {only!r}")
-    command = f"coconv bench {target}" + "".join(f" --engine {engine}" for engine in engines)
-    command += "" if only == "*" else f" --only '{only}'"
-    name = target if device.type == "cpu" else f"{target}-gpu"
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
-        if target == "surgery":
-            costs = [measure_surgery(model, rounds) for model in bar.track(chosen, description=target)]
-            paths = save(output, name, device, command, costs=costs)
-        else:
-            todo = list(cases(chosen, engines or ("eager", "compile")))
-            timings = [measure(case, device, rounds) for case in bar.track(todo, description=target)]
-            memory = measure_memory(chosen, device) if target == "networks" else []
-            paths = save(output, name, device, command, timings=timings, memory=memory)
+        paths = run(
+            cast(Any, target),
+            output,
+            only=only,
+            engines=cast(Any, engines),
+            rounds=rounds,
+            track=lambda items: bar.track(items, description=target),
+        )
     click.echo(paths[1].read_text(encoding="utf-8"))
     click.echo("\n".join(map(str, paths)))
 

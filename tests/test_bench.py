@@ -10,9 +10,10 @@ from PIL import Image
 
 import coconv_surgery as cs
 from coconv_surgery.bench import speed, surgery
-from coconv_surgery.bench.authors import LevelConvs, use_authors_layout
+from coconv_surgery.bench.authors import LevelConvs, LevelsAlone, use_authors_layout
 from coconv_surgery.bench.memory import peak_mib
 from coconv_surgery.bench.report import save
+from coconv_surgery.bench.run import run
 from coconv_surgery.bench.speed import LAYERS, SUBJECTS, Case, contender, measure, prepare
 from coconv_surgery.bench.surgery import Cost, growth
 from coconv_surgery.bench.timing import Ratio, interleave
@@ -62,6 +63,21 @@ def test_the_authors_layout_computes_the_same(options):
     assert sum(p.numel() for p in layout.parameters()) == sum(p.numel() for p in conv.parameters())
 
 
+@pytest.mark.parametrize("options", [{}, {"groups": 8}], ids=["dense", "depthwise"])
+def test_levels_alone_are_the_parts_of_the_output_and_of_the_gradients(options):
+    conv = nn.Conv2d(8, 16, 3, padding=1, bias=False, **options)
+    to_coconv_(conv, *default_levels(conv, 3))
+    image = torch.randn(2, 8, 12, 10, requires_grad=True)
+    output, alone = conv(image), LevelsAlone(conv)
+    parts = alone(image)
+    torch.testing.assert_close(torch.cat(parts, 1), output)
+    output.sum().backward()
+    torch.autograd.backward(parts, [torch.ones_like(part) for part in parts])
+    gradients = [part.grad for part in alone.parts]
+    whole = torch.cat(gradients, 1) if options else sum(gradients)
+    torch.testing.assert_close(whole, image.grad)
+
+
 def test_a_network_in_the_authors_layout_has_no_contextual_convolution_left(net, image):
     cs.convert(net, input_size=32)
     expected = net(image)
@@ -97,7 +113,8 @@ def test_an_evaluation_leaves_no_gradients(tiny):
 
 def test_a_case_is_measured_and_written_as_json_table_and_picture(tiny, tmp_path):
     timing = measure(Case("tiny", "eval", "NCHW", "fp32", "eager"), CPU, rounds=4)
-    assert timing.coconv.low <= timing.coconv.median <= timing.coconv.high
+    for ratio in (timing.coconv, timing.authors, timing.alone):
+        assert ratio.low <= ratio.median <= ratio.high
     paths = save(tmp_path, "layers", CPU, "coconv bench layers", timings=[timing], memory=[("tiny", 1.01, 1.02)])
     data = json.loads(paths[0].read_text())
     assert data["timings"][0]["case"]["subject"] == "tiny"
@@ -105,6 +122,16 @@ def test_a_case_is_measured_and_written_as_json_table_and_picture(tiny, tmp_path
     assert "| tiny | eval | NCHW | fp32 | eager |" in paths[1].read_text()
     assert "| tiny | 1.010 | 1.020 |" in paths[1].read_text()
     assert Image.open(paths[2]).size > (300, 100)
+
+
+def test_only_chosen_subjects_are_run_and_the_files_say_by_which_engine(tiny, tmp_path):
+    paths = run("layers", tmp_path, only="tiny", engines=["eager"], rounds=2)
+    assert [path.name for path in paths] == ["layers-eager.json", "layers-eager.md", "layers-eager.png"]
+    data = json.loads(paths[0].read_text())
+    assert data["command"] == "coconv bench layers --engine eager --only 'tiny'"
+    assert len(data["timings"]) == 8
+    with pytest.raises(ValueError, match=r"no benchmark of layers matches 'vgg\*': choose from .*tiny"):
+        run("layers", tmp_path, only="vgg*")
 
 
 def test_surgery_is_measured_in_a_process_of_its_own(tmp_path):

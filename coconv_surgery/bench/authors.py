@@ -39,6 +39,36 @@ class LevelConvs(nn.Module):
         return torch.cat([level(part) for level, part in zip(self.levels, parts, strict=True)], 1)
 
 
+class LevelsAlone(nn.Module):
+    """The convolutions of the levels and nothing else: no way to call one for each level can be faster.
+
+    Nothing is sliced, concatenated or, in the backward pass, added up.
+
+    Args:
+        conv: A contextual convolution with zero padding.
+    """
+
+    def __init__(self, conv: CoConv2d) -> None:
+        super().__init__()
+        layout = LevelConvs(conv)
+        self.levels, self.inputs = layout.levels, layout.inputs
+        self.parts: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Convolve ``(N, C, H, W)`` once a level, each level's input as it was at the first call."""
+        if not self.parts:
+            own = [x] * len(self.levels) if self.inputs is None else torch.split(x, self.inputs, 1)
+            layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+            self.parts = [part.detach().contiguous(memory_format=layout) for part in own]
+        for part in self.parts:
+            part.requires_grad_(x.requires_grad).grad = None
+        return [level(part) for level, part in zip(self.levels, self.parts, strict=True)]
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def use_authors_layout(model: nn.Module) -> nn.Module:
     """Replace every contextual convolution of a network with one module a level.
 

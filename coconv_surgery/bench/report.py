@@ -78,20 +78,21 @@ def save(
 
 _LEGEND = (
     "Times over those of the plain convolution, medians of paired ratios with their quartiles; batch 8 for layers. "
-    "*authors* is their layout: one convolution module a level, and a concatenation.\n"
+    "*authors* is their layout: one convolution module a level, and a concatenation. *levels alone* is the levels' "
+    "convolutions without anything around them.\n"
 )
-_TIMINGS = ("", "mode", "layout", "precision", "engine", "plain ms", "CoConv", "authors")
+_TIMINGS = ("", "mode", "layout", "precision", "engine", "plain ms", "CoConv", "authors", "levels alone")
 _COSTS = ("network", "convs", "plan s", "convert s", "weights MiB", "peak memory / weights")
 
 
 def _timing(timing: Timing) -> tuple[str, ...]:
     case = timing.case
     settings = (case.subject, case.mode, case.layout, case.precision, case.engine)
-    return (*settings, f"{timing.plain_ms:.2f}", _ratio(timing.coconv), _ratio(timing.authors))
+    return (*settings, f"{timing.plain_ms:.2f}", _ratio(timing.coconv), _ratio(timing.authors), _ratio(timing.alone))
 
 
-def _ratio(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
+def _ratio(ratio: Ratio | None) -> str:
+    return "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
 
 
 def _cost(cost: Cost) -> tuple[str, ...]:

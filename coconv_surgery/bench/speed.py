@@ -1,23 +1,24 @@
 """Layers and networks, plain and contextual, side by side."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import timm
 import torch
 import torch.nn as nn
 
-from coconv_surgery.bench.authors import use_authors_layout
-from coconv_surgery.bench.timing import Ratio, interleave
-from coconv_surgery.conv import default_levels, to_coconv_
+from coconv_surgery.bench.authors import LevelsAlone, use_authors_layout
+from coconv_surgery.bench.timing import Ratio, interleave, quiet
+from coconv_surgery.conv import CoConv2d, default_levels, to_coconv_
+from coconv_surgery.zoo.tables import ssd
 
 Mode = Literal["eval", "train"]
 Layout = Literal["NCHW", "channels_last"]
 Precision = Literal["fp32", "bf16"]
 Engine = Literal["eager", "compile"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,15 @@ class Timing:
         plain_ms: Median milliseconds of the plain convolution or network.
         coconv: The contextual one over the plain one.
         authors: The authors' layout over the plain one.
+        alone: The convolutions of a layer's levels and nothing else over the plain one; None for a network and
+            where compiled.
     """
 
     case: Case
     plain_ms: float
     coconv: Ratio
     authors: Ratio
+    alone: Ratio | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,18 @@ class Subject:
         plain: Builds the plain one.
         contextual: Builds the contextual one.
         shape: Shape of the input.
-        loss: What a training step minimises, a function of the model and its input.
+        outputs: What a training step differentiates, a function of the model and its input.
     """
 
     plain: Callable[[], nn.Module]
     contextual: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    outputs: Callable[[nn.Module, torch.Tensor], Sequence[torch.Tensor]]
+
+
+def _outputs(model: nn.Module, image: torch.Tensor) -> Sequence[torch.Tensor]:
+    output: torch.Tensor | list[torch.Tensor] = model(image)
+    return output if isinstance(output, list) else [output]
 
 
 def _layer(channels: int, side: int, levels: int, groups: int = 1) -> Subject:
@@ -82,7 +91,7 @@ def _layer(channels: int, side: int, levels: int, groups: int = 1) -> Subject:
         to_coconv_(conv, *default_levels(conv, levels))
         return conv
 
-    return Subject(plain, contextual, (8, channels, side, side), lambda model, x: model(x).sum())
+    return Subject(plain, contextual, (8, channels, side, side), _outputs)
 
 
 # The three shapes of Table 1, those of SSD at 300×300, and a depthwise one.
@@ -97,17 +106,8 @@ LAYERS = {
 }
 
 
-def _ssd(backbone: str) -> nn.Module:
-    from mmengine.config import Config
-
-    from coconv_surgery.mmdet.building import build_detector
-    from coconv_surgery.mmdet.paths import config_path
-
-    return build_detector(Config.fromfile(config_path(f"ssd/ssd300_{backbone}_coco.py")).model)
-
-
-def _sum_of_maps(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    return torch.stack([scores.float().sum() for maps in model(image) for scores in maps]).sum()
+def _maps(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    return [scores for maps in model(image) for scores in maps]
 
 
 NETWORKS = {
@@ -115,13 +115,12 @@ NETWORKS = {
         lambda: timm.create_model("resnet50"),
         lambda: timm.create_model("coresnet50"),
         (4, 3, 224, 224),
-        lambda model, x: model(x).float().logsumexp(1).sum(),
+        _outputs,
     ),
-    "SSD300-ResNet50, 2×300×300": Subject(
-        lambda: _ssd("r50"), lambda: _ssd("coresnet50"), (2, 3, 300, 300), _sum_of_maps
-    ),
+    "SSD300-ResNet50, 2×300×300": Subject(lambda: ssd("r50"), lambda: ssd("coresnet50"), (2, 3, 300, 300), _maps),
 }
 SUBJECTS = {**LAYERS, **NETWORKS}
+# A layer in eager mode has a fourth, "alone".
 CONTENDERS = ("plain", "coconv", "authors")
 
 
@@ -140,19 +139,22 @@ def measure(case: Case, device: torch.device, rounds: int) -> Timing:
         rounds: How often each contender is timed.
     """
     subject = SUBJECTS[case.subject]
-    with _flushed_denormals():
-        calls = {name: prepare(contender(subject, name), subject, case, device) for name in CONTENDERS}
+    names = (*CONTENDERS, "alone") if case.subject in LAYERS and case.engine == "eager" else CONTENDERS
+    with quiet():
+        calls = {name: prepare(contender(subject, name), subject, case, device) for name in names}
         times = interleave(calls, rounds=rounds, device=device)
-    ratios = {name: Ratio.of(times[name], times["plain"]) for name in ("coconv", "authors")}
+    ratios = {name: Ratio.of(times[name], times["plain"]) for name in names if name != "plain"}
     return Timing(case, 1000 * sorted(times["plain"])[rounds // 2], **ratios)
 
 
 def contender(subject: Subject, which: str) -> nn.Module:
-    """Build one of the three: the same weights in each, as the same seed draws them."""
+    """Build a contender: the same weights in each, as the same seed draws them."""
     torch.manual_seed(0)
     if which == "plain":
         return subject.plain()
     model = subject.contextual()
+    if which == "alone":
+        return LevelsAlone(cast(CoConv2d, model))
     return use_authors_layout(model) if which == "authors" else model
 
 
@@ -180,23 +182,17 @@ def prepare(model: nn.Module, subject: Subject, case: Case, device: torch.device
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     image.requires_grad_(case.subject in LAYERS)  # as a layer in the middle of a network has it
 
+    gradients: list[torch.Tensor] = []
+
     def train() -> None:
         optimizer.zero_grad()
         image.grad = None
         with autocast:
-            loss = subject.loss(model, image)
-        loss.backward()  # type: ignore[no-untyped-call]
+            outputs = subject.outputs(model, image)
+        if not gradients:
+            gradients.extend(torch.ones_like(output) for output in outputs)
+        torch.autograd.backward(outputs, gradients)
         if case.subject in NETWORKS:
             optimizer.step()
 
     return train
-
-
-@contextlib.contextmanager
-def _flushed_denormals() -> Iterator[None]:
-    """Numbers too small to matter would slow random networks down at random."""
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)

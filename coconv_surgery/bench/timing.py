@@ -1,11 +1,16 @@
 """Times of several calls, taken in turn, so that a drift of the machine's speed meets all of them alike."""
 
+import contextlib
+import ctypes
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+
+# malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 class Ratio(NamedTuple):
@@ -46,6 +51,25 @@ def interleave(
             if turn >= 0:
                 times[name].append(seconds)
     return times
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep from the times what is not the calls' own: numbers too small to matter, and fresh pages of memory.
+
+    Denormal numbers slow random networks down at random. glibc gives large tensors back to the system as soon as they
+    are free, or keeps them, as the history of the process has it; the page faults of the next ones cost up to as much
+    as a convolution. Once asked it keeps them, until the process ends.
+    """
+    torch.set_flush_denormal(True)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -9,7 +9,9 @@ from coconv_surgery.bench.speed import Timing
 
 
 def draw_timings(timings: Sequence[Timing], path: str | Path, title: str = "") -> None:
-    """Draw each case's ratio to the plain convolution, with its quartiles: CoConv and the authors' layout.
+    """Draw each case's ratio to the plain convolution, with its quartiles.
+
+    One series each for CoConv, the authors' layout and, where measured, the levels' convolutions alone.
 
     Args:
         timings: What to draw, a row each.
@@ -18,12 +20,15 @@ def draw_timings(timings: Sequence[Timing], path: str | Path, title: str = "") -
     """
     figure = Figure(figsize=(9.0, 1.2 + 0.24 * len(timings)), layout="constrained")
     axes = figure.subplots()
-    for offset, name, colour in ((-0.15, "authors", "0.6"), (0.15, "coconv", "C0")):
-        ratios = [getattr(timing, name) for timing in timings]
+    series = (("alone", "the levels' convolutions alone", "C1"), ("authors", "authors' layout", "0.6"))
+    for offset, (name, label, colour) in zip((-0.2, 0.0, 0.2), (*series, ("coconv", "CoConv", "C0")), strict=True):
+        found = [(row, getattr(timing, name)) for row, timing in enumerate(timings)]
+        rows = [row + offset for row, ratio in found if ratio is not None]
+        ratios = [ratio for _, ratio in found if ratio is not None]
+        if not ratios:
+            continue
         middles = [ratio.median for ratio in ratios]
         spread = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
-        rows = [index + offset for index in range(len(timings))]
-        label = "CoConv" if name == "coconv" else "authors' layout"
         axes.errorbar(middles, rows, xerr=spread, fmt="o", markersize=4, color=colour, label=label)
     axes.axvline(1.0, color="0.3", linewidth=0.8)
     names = (timing.case for timing in timings)

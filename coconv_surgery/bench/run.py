@@ -1,0 +1,57 @@
+"""One target of the benchmarks, from its subjects to its files."""
+
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from coconv_surgery.bench.memory import measure_memory
+from coconv_surgery.bench.report import save
+from coconv_surgery.bench.speed import ENGINES, LAYERS, NETWORKS, Engine, cases, measure
+from coconv_surgery.bench.surgery import MODELS
+from coconv_surgery.bench.surgery import measure as measure_surgery
+
+Target = Literal["layers", "networks", "surgery"]
+
+
+def run(
+    target: Target,
+    output: Path,
+    *,
+    only: str = "*",
+    engines: Sequence[Engine] = (),
+    rounds: int = 15,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> list[Path]:
+    """Measure a target, on the GPU if there is one, and write what came out.
+
+    Args:
+        target: Layers or networks, contextual beside plain, or what surgery costs.
+        output: Folder of the files.
+        only: A glob that the names of layers or networks must match.
+        engines: Engines to run in; both if empty. The files' names have them.
+        rounds: How often each thing is timed.
+        track: Wraps what is gone through one by one, to show progress.
+
+    Returns:
+        The files: JSON, Markdown, and a picture where there are timings.
+
+    Raises:
+        ValueError: If no name matches.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subjects = {"layers": LAYERS, "networks": NETWORKS, "surgery": MODELS}[target]
+    chosen = [name for name in subjects if fnmatchcase(name, only)]
+    if not chosen:
+        raise ValueError(f"no benchmark of {target} matches {only!r}: choose from {', '.join(subjects)}")
+    command = f"coconv bench {target}" + "".join(f" --engine {engine}" for engine in engines)
+    command += "" if only == "*" else f" --only '{only}'"
+    name = "-".join([target, *engines, *(["gpu"] if device.type == "cuda" else [])])
+    if target == "surgery":
+        costs = [measure_surgery(model, rounds) for model in track(chosen)]
+        return save(output, name, device, command, costs=costs)
+    timings = [measure(case, device, rounds) for case in track(list(cases(chosen, engines or ENGINES)))]
+    memory = measure_memory(chosen, device) if target == "networks" else []
+    return save(output, name, device, command, timings=timings, memory=memory)
