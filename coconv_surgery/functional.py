@@ -131,16 +131,15 @@ def _autocast(input: torch.Tensor) -> torch.Tensor:
 
 
 def _is_faster_in_channels_last(input: torch.Tensor, splits: Sequence[int]) -> bool:
-    # On a CPU, oneDNN reorders an NCHW input anew for every level; narrow levels do little else. In training it would
-    # be one more tensor to save.
+    # oneDNN reorders an NCHW input anew for every level, and narrow levels do little else. In training the reordered
+    # input would be one more tensor to save.
     return (
-        max(splits) <= 16 <= input.shape[-3]
-        and input.device.type == "cpu"
-        and input.dtype == torch.float32
+        not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        and max(splits) <= 16 <= input.shape[-3]
         and input.dim() == 4
         and input.is_contiguous()
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and (input.device.type, input.dtype) == ("cpu", torch.float32)
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
 
 

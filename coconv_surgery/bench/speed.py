@@ -82,22 +82,24 @@ def _outputs(model: nn.Module, image: torch.Tensor) -> Sequence[torch.Tensor]:
     return output if isinstance(output, list) else [output]
 
 
-def _layer(channels: int, side: int, levels: int, groups: int = 1) -> Subject:
-    def plain() -> nn.Module:
-        return nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
+def _layer(channels: int, side: int, levels: int, *, stride: int = 1, groups: int = 1) -> Subject:
+    def plain() -> nn.Conv2d:
+        return nn.Conv2d(channels, channels, 3, stride, padding=1, groups=groups, bias=False)
 
     def contextual() -> nn.Module:
-        conv = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
+        conv = plain()
         to_coconv_(conv, *default_levels(conv, levels))
         return conv
 
     return Subject(plain, contextual, (8, channels, side, side), _outputs)
 
 
-# The three shapes of Table 1, those of SSD at 300×300, and a depthwise one.
+# The shapes of Table 1, stage by stage, those of SSD at 300×300, and a depthwise one.
 LAYERS = {
     "64 at 56×56, 4 levels": _layer(64, 56, 4),
+    "128 at 56×56, stride 2, 3 levels": _layer(128, 56, 3, stride=2),
     "128 at 28×28, 3 levels": _layer(128, 28, 3),
+    "256 at 28×28, stride 2, 2 levels": _layer(256, 28, 2, stride=2),
     "256 at 14×14, 2 levels": _layer(256, 14, 2),
     "64 at 75×75, 4 levels": _layer(64, 75, 4),
     "128 at 38×38, 4 levels": _layer(128, 38, 4),

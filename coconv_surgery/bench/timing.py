@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +31,7 @@ class Ratio(NamedTuple):
 def interleave(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Time calls in turn, each round beginning with another one.
+    """Time calls in turn, each round in an order of its own: a call finds the caches as the one before it left them.
 
     Args:
         calls: What to time, by name.
@@ -44,9 +45,10 @@ def interleave(
     clock = _cuda_seconds if device.type == "cuda" else _seconds
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
+    shuffle = random.Random(0).shuffle
     for turn in range(-warmup, rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        shuffle(names)
+        for name in names:
             seconds = clock(calls[name])
             if turn >= 0:
                 times[name].append(seconds)
