@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from coconv_surgery.bench.heap import return_freed_memory
 from coconv_surgery.bench.speed import CONTENDERS, SUBJECTS, Case, cases, contender, prepare
 
 
@@ -42,6 +43,7 @@ def peak_mib(case: Case, which: str, device: torch.device) -> float:
 
 def _peak_mib(case: Case, which: str, device_type: str, threads: int) -> float:
     torch.set_num_threads(threads)
+    return_freed_memory()
     device = torch.device(device_type)
     torch.nn.functional.conv2d(torch.zeros(1, 1, 3, 3, device=device), torch.zeros(1, 1, 3, 3, device=device))
     before = high_water_mib()

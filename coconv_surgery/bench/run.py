@@ -25,7 +25,7 @@ def run(
     rounds: int = 15,
     track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> list[Path]:
-    """Measure a target, on the GPU if there is one, and write what came out.
+    """Measure a target (of networks in eager mode also the peak memory of a training step), on the GPU if there is one, and write what came out.
 
     Args:
         target: Layers or networks, contextual beside plain, or what surgery costs.
@@ -52,6 +52,7 @@ def run(
     if target == "surgery":
         costs = [measure_surgery(model, rounds) for model in track(chosen)]
         return save(output, name, device, command, costs=costs)
-    timings = [measure(case, device, rounds) for case in track(list(cases(chosen, engines or ENGINES)))]
-    memory = measure_memory(chosen, device) if target == "networks" else []
+    engines = engines or ENGINES
+    timings = [measure(case, device, rounds) for case in track(list(cases(chosen, engines)))]
+    memory = measure_memory(chosen, device) if target == "networks" and "eager" in engines else []
     return save(output, name, device, command, timings=timings, memory=memory)

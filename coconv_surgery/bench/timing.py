@@ -1,7 +1,6 @@
 """Times of several calls, taken in turn, so that a drift of the machine's speed meets all of them alike."""
 
 import contextlib
-import ctypes
 import random
 import statistics
 import time
@@ -10,8 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+from coconv_surgery.bench.heap import keep_freed_memory
 
 
 class Ratio(NamedTuple):
@@ -59,15 +57,11 @@ def interleave(
 def quiet() -> Iterator[None]:
     """Keep from the times what is not the calls' own: numbers too small to matter, and fresh pages of memory.
 
-    Denormal numbers slow random networks down at random. glibc gives large tensors back to the system as soon as they
-    are free, or keeps them, as the history of the process has it; the page faults of the next ones cost up to as much
-    as a convolution. Once asked it keeps them, until the process ends.
+    Denormal numbers slow random networks down at random; page faults of large tensors cost up to as much as a
+    convolution.
     """
     torch.set_flush_denormal(True)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    keep_freed_memory()
     try:
         yield
     finally:
