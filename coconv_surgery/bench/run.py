@@ -25,7 +25,9 @@ def run(
     rounds: int = 15,
     track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> list[Path]:
-    """Measure a target (of networks in eager mode also the peak memory of a training step), on the GPU if there is one, and write what came out.
+    """Measure a target, on the GPU if there is one, and write what came out.
+
+    Of networks in eager mode that is the peak memory of a training step, too.
 
     Args:
         target: Layers or networks, contextual beside plain, or what surgery costs.
