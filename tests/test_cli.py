@@ -133,6 +133,6 @@ def test_sweep_of_nothing_is_one_clear_error(coconv, tmp_path):
 def test_bench_prints_the_table_that_it_writes(coconv, tmp_path):
     done = coconv("bench", "layers", "--only", "256 at 14*", "--engine", "eager", "--rounds", 2, "-o", tmp_path)
     assert done.code == 0, done.err
-    assert (tmp_path / "layers.md").read_text() in done.out
+    assert (tmp_path / "layers-eager.md").read_text() in done.out
     assert done.out.count("| 256 at 14×14, 2 levels |") == 8
-    assert {path.name for path in tmp_path.iterdir()} == {"layers.json", "layers.md", "layers.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"layers-eager.json", "layers-eager.md", "layers-eager.png"}
