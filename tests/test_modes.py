@@ -109,7 +109,7 @@ def test_the_numbers_are_the_reference_s_whatever_happened_before(mode, case, ch
     assert_close(output.detach(), expected, output.dtype)
 
 
-@pytest.mark.parametrize(("backend", "examples"), [("aot_eager", 15), ("inductor", 4)])
+@pytest.mark.parametrize(("backend", "examples"), [("aot_eager", 15)])
 def test_compiled_the_numbers_are_the_reference_s(backend, examples):
     @given(case=cases(), training=st.booleans())
     @settings(max_examples=examples, deadline=None)
