@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 from cases import assert_close, cases
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import naive_forward
 from torch.overrides import TorchFunctionMode
@@ -90,9 +90,9 @@ CHANGES = {
 }
 
 
-# Hooks are not pickled.
+# These hooks cannot be pickled.
 changes_in_between = st.lists(st.sampled_from(list(CHANGES)), max_size=3).filter(
-    lambda names: "hooks" not in names or not {"pickle", "deepcopy"} & set(names[names.index("hooks") :])
+    lambda names: "hooks" not in names or "pickle" not in names[names.index("hooks") :]
 )
 
 
@@ -109,11 +109,13 @@ def test_the_numbers_are_the_reference_s_whatever_happened_before(mode, case, ch
     assert_close(output.detach(), expected, output.dtype)
 
 
-@pytest.mark.parametrize(("backend", "examples"), [("aot_eager", 15)])
+@pytest.mark.parametrize(("backend", "examples"), [("aot_eager", 15), ("inductor", 4)])
 def test_compiled_the_numbers_are_the_reference_s(backend, examples):
     @given(case=cases(), training=st.booleans())
     @settings(max_examples=examples, deadline=None)
     def run(case, training):
+        # torch 2.9's inductor cannot differentiate replicate padding in front of a plain convolution either.
+        assume(not (backend == "inductor" and training and case.arguments["padding_mode"] == "replicate"))
         torch._dynamo.reset()
         coconv, input = case.build(torch.float32)
         inputs = [input.requires_grad_(), *coconv.parameters()]
