@@ -49,30 +49,29 @@ def coconv2d(
     >>> coconv2d(x, w, padding=1, dilations=(1, 2), splits=(3, 3)).shape
     torch.Size([1, 6, 14, 14])
     """
-    kernel = (weight.shape[2], weight.shape[3])
+    kernel, sizes = (weight.shape[2], weight.shape[3]), list(splits)
+    stride, dilation = pair(stride), pair(dilation)
     # Splitting has one gradient, where as many slices would each fill a tensor of the whole size.
-    weights = torch.split(weight, list(splits))
-    biases = [None] * len(splits) if bias is None else torch.split(bias, list(splits))
+    weights = torch.split(weight, sizes)
+    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
     input = _autocast(input)
     if groups == 1:
-        level_groups = [1] * len(splits)
-        reordered = _is_faster_in_channels_last(input, splits)
-        inputs: Sequence[torch.Tensor] = [_to_channels_last(input) if reordered else input] * len(splits)
+        level_groups = [1] * len(sizes)
+        reordered = _is_faster_in_channels_last(input, sizes)
+        inputs: Sequence[torch.Tensor] = [_to_channels_last(input) if reordered else input] * len(sizes)
     else:
-        level_groups = [channels * groups // weight.shape[0] for channels in splits]
+        level_groups = [channels * groups // weight.shape[0] for channels in sizes]
         reordered = False
         inputs = torch.split(input, [count * weight.shape[1] for count in level_groups], dim=-3)
     outputs = []
     for level_input, level_weight, level_bias, level_dilation, count in zip(
-        inputs, weights, biases, dilations, level_groups, strict=True
+        inputs, weights, biases, map(pair, dilations), level_groups, strict=True
     ):
-        pad_h, pad_w = level_padding(kernel, padding, pair(dilation), pair(level_dilation))
+        pad_h, pad_w = level_padding(kernel, padding, dilation, level_dilation)
         if padding_mode != "zeros":
             level_input = F.pad(level_input, (pad_w, pad_w, pad_h, pad_h), mode=padding_mode)
             pad_h = pad_w = 0
-        output = _conv_level(
-            level_input, level_weight, level_bias, pair(stride), (pad_h, pad_w), pair(level_dilation), count
-        )
+        output = _conv_level(level_input, level_weight, level_bias, stride, (pad_h, pad_w), level_dilation, count)
         outputs.append(output.contiguous() if reordered else output)
     return torch.cat(outputs, dim=-3)
 

@@ -57,16 +57,13 @@ class LevelsAlone(nn.Module):
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Convolve ``(N, C, H, W)`` once a level, each level's input as it was at the first call."""
         if not self.parts:
-            own = [x] * len(self.levels) if self.inputs is None else torch.split(x, self.inputs, 1)
-            layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-            self.parts = [part.detach().contiguous(memory_format=layout) for part in own]
+            if self.inputs is None:
+                self.parts = [x.detach() for _ in self.levels]
+            else:
+                self.parts = [part.detach().clone() for part in torch.split(x, self.inputs, 1)]  # keeps the layout
         for part in self.parts:
             part.requires_grad_(x.requires_grad).grad = None
         return [level(part) for level, part in zip(self.levels, self.parts, strict=True)]
-
-
-def _is_channels_last(x: torch.Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def use_authors_layout(model: nn.Module) -> nn.Module:
