@@ -120,17 +120,28 @@ def test_a_case_is_measured_and_written_as_json_table_and_picture(tiny, tmp_path
     paths = save(tmp_path, "layers", CPU, "coconv bench layers", timings=[timing], memory=[("tiny", 1.01, 1.02)])
     data = json.loads(paths[0].read_text())
     assert data["timings"][0]["case"]["subject"] == "tiny"
-    assert data["machine"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(data["machine"]["torch"])
     assert "| tiny | eval | NCHW | fp32 | eager |" in paths[1].read_text()
     assert "| tiny | 1.010 | 1.020 |" in paths[1].read_text()
+    assert "| levels alone |" in paths[1].read_text()
     assert Image.open(paths[2]).size > (300, 100)
+
+
+def test_a_table_has_no_column_for_levels_that_were_not_timed_alone(tmp_path):
+    ratio = Ratio(1.0, 0.9, 1.1)
+    timing = speed.Timing(Case("tiny", "eval", "NCHW", "fp32", "compile"), 2.0, ratio, ratio)
+    table = save(tmp_path, "layers", CPU, "coconv bench layers", timings=[timing])[1].read_text()
+    assert table.splitlines()[-1] == (
+        "| tiny | eval | NCHW | fp32 | compile | 2.00 | 1.00 (0.90–1.10) | 1.00 (0.90–1.10) |"
+    )
+    assert "levels alone" not in table
 
 
 def test_only_chosen_subjects_are_run_and_the_files_say_by_which_engine(tiny, tmp_path):
     paths = run("layers", tmp_path, only="tiny", engines=["eager"], rounds=2)
     assert [path.name for path in paths] == ["layers-eager.json", "layers-eager.md", "layers-eager.png"]
     data = json.loads(paths[0].read_text())
-    assert data["command"] == "coconv bench layers --engine eager --only 'tiny'"
+    assert data["command"] == "coconv bench layers --engine eager --only 'tiny' --rounds 2"
     assert len(data["timings"]) == 8
     with pytest.raises(ValueError, match=r"no benchmark of layers matches 'vgg\*': choose from .*tiny"):
         run("layers", tmp_path, only="vgg*")

@@ -4,10 +4,10 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from coconv_surgery.bench.speed import Timing
@@ -21,8 +21,8 @@ def machine(device: torch.device) -> dict[str, str]:
         processor = torch.cuda.get_device_name(device)
     else:
         processor = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    versions = {"Python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-    return {"device": processor, **versions}
+    versions = {package: _version(package) for package in ("torch", "timm", "mmdet")}
+    return {"device": processor, "Python": platform.python_version(), **versions}
 
 
 def save(
@@ -55,7 +55,7 @@ def save(
     lines = [f"Made by `{command}` on {', '.join(' '.join(item) for item in header.items())}.\n"]
     if timings:
         data["timings"] = [asdict(timing) for timing in timings]
-        lines += [_LEGEND, _markdown(_TIMINGS, [_timing(timing) for timing in timings])]
+        lines += _timings(timings)
     if memory:
         data["memory"] = [dict(zip(("network", "coconv", "authors"), row, strict=True)) for row in memory]
         cells = [(network, f"{coconv:.3f}", f"{authors:.3f}") for network, coconv, authors in memory]
@@ -78,17 +78,23 @@ def save(
 
 _LEGEND = (
     "Times over those of the plain convolution, medians of paired ratios with their quartiles; batch 8 for layers. "
-    "*authors* is their layout: one convolution module a level, and a concatenation. *levels alone* is the levels' "
-    "convolutions without anything around them.\n"
+    "*authors* is their layout: one convolution module a level, and a concatenation."
 )
-_TIMINGS = ("", "mode", "layout", "precision", "engine", "plain ms", "CoConv", "authors", "levels alone")
+_ALONE = " *levels alone* is the levels' convolutions without anything around them."
+_TIMINGS = ("", "mode", "layout", "precision", "engine", "plain ms", "CoConv", "authors")
 _COSTS = ("network", "convs", "plan s", "convert s", "weights MiB", "peak memory / weights")
 
 
-def _timing(timing: Timing) -> tuple[str, ...]:
-    case = timing.case
-    settings = (case.subject, case.mode, case.layout, case.precision, case.engine)
-    return (*settings, f"{timing.plain_ms:.2f}", _ratio(timing.coconv), _ratio(timing.authors), _ratio(timing.alone))
+def _timings(timings: Sequence[Timing]) -> list[str]:
+    rows = []
+    for timing in timings:
+        case = timing.case
+        settings = (case.subject, case.mode, case.layout, case.precision, case.engine, f"{timing.plain_ms:.2f}")
+        rows.append((*settings, *map(_ratio, (timing.coconv, timing.authors))))
+    if all(timing.alone is None for timing in timings):
+        return [f"{_LEGEND}\n", _markdown(_TIMINGS, rows)]
+    rows = [(*row, _ratio(timing.alone)) for row, timing in zip(rows, timings, strict=True)]
+    return [f"{_LEGEND}{_ALONE}\n", _markdown((*_TIMINGS, "levels alone"), rows)]
 
 
 def _ratio(ratio: Ratio | None) -> str:
@@ -102,6 +108,13 @@ def _cost(cost: Cost) -> tuple[str, ...]:
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _cpu_name() -> str:

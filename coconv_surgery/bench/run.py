@@ -49,7 +49,7 @@ def run(
     if not chosen:
         raise ValueError(f"no benchmark of {target} matches {only!r}: choose from {', '.join(subjects)}")
     command = f"coconv bench {target}" + "".join(f" --engine {engine}" for engine in engines)
-    command += "" if only == "*" else f" --only '{only}'"
+    command += ("" if only == "*" else f" --only '{only}'") + f" --rounds {rounds}"
     name = "-".join([target, *engines, *(["gpu"] if device.type == "cuda" else [])])
     if target == "surgery":
         costs = [measure_surgery(model, rounds) for model in track(chosen)]

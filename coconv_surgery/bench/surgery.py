@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 
+from coconv_surgery.bench.heap import keep_freed_memory, return_freed_memory
 from coconv_surgery.bench.memory import high_water_mib
 from coconv_surgery.inputs import Inputs, infer_inputs
 from coconv_surgery.surgery import convert, plan_conversion, revert
@@ -69,12 +70,14 @@ def growth(costs: list[Cost]) -> float:
 
 def _measure(name: str, repeats: int, threads: int) -> Cost:
     torch.set_num_threads(threads)
+    return_freed_memory()
     with torch.device("meta"):
         plan_conversion(timm.create_model("resnet18"))  # imports and caches of torch
     model, inputs = _build(name)
     before = high_water_mib()
     revert(convert(model, example_inputs=inputs))
     after = high_water_mib()
+    keep_freed_memory()
     plan_seconds, convert_seconds = [], []
     for _ in range(repeats):
         start = time.perf_counter()
