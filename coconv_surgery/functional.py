@@ -57,7 +57,7 @@ def coconv2d(
     input = _autocast(input)
     if groups == 1:
         level_groups = [1] * len(sizes)
-        reordered = _is_faster_in_channels_last(input, sizes)
+        reordered = _is_faster_in_channels_last(input, sizes, stride)
         inputs: Sequence[torch.Tensor] = [_to_channels_last(input) if reordered else input] * len(sizes)
     else:
         level_groups = [channels * groups // weight.shape[0] for channels in sizes]
@@ -71,9 +71,15 @@ def coconv2d(
         if padding_mode != "zeros":
             level_input = F.pad(level_input, (pad_w, pad_w, pad_h, pad_h), mode=padding_mode)
             pad_h = pad_w = 0
-        output = _conv_level(level_input, level_weight, level_bias, stride, (pad_h, pad_w), level_dilation, count)
-        outputs.append(output.contiguous() if reordered else output)
-    return torch.cat(outputs, dim=-3)
+        outputs.append(
+            _conv_level(level_input, level_weight, level_bias, stride, (pad_h, pad_w), level_dilation, count)
+        )
+    if not reordered:
+        return torch.cat(outputs, dim=-3)
+    # With one of them in NCHW, torch.cat writes the others into an NCHW result without a reorder before. A level of one
+    # channel has both layouts.
+    outputs[0] = outputs[0].contiguous()
+    return torch.cat(outputs, dim=-3).contiguous()
 
 
 def level_padding(
@@ -129,15 +135,19 @@ def _autocast(input: torch.Tensor) -> torch.Tensor:
     return input.to(torch.get_autocast_dtype(device))
 
 
-def _is_faster_in_channels_last(input: torch.Tensor, splits: Sequence[int]) -> bool:
-    # oneDNN reorders an NCHW input anew for every level, and narrow levels do little else. In training the reordered
-    # input would be one more tensor to save.
+def _is_faster_in_channels_last(input: torch.Tensor, splits: Sequence[int], stride: Pair) -> bool:
+    # oneDNN reorders an NCHW input anew for every level. One reorder before all of them pays where it is what narrow
+    # levels do most, where a stride leaves little to bring back to NCHW, and in bfloat16, whose convolutions are short.
+    # In training the reordered input would be one more tensor to save.
+    pays = input.dtype == torch.bfloat16 or (input.dtype == torch.float32 and (max(splits) <= 16 or stride != (1, 1)))
     return (
-        not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-        and max(splits) <= 16 <= input.shape[-3]
+        pays
+        and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        and len(splits) > 1
         and input.dim() == 4
+        and input.shape[-3] >= 16
         and input.is_contiguous()
-        and (input.device.type, input.dtype) == ("cpu", torch.float32)
+        and input.device.type == "cpu"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
 

@@ -195,9 +195,14 @@ def test_a_level_that_reads_every_second_pixel_is_trained_without_a_stride():
     assert evaluation.strides == [(2, 2)] * 4
 
 
-def test_narrow_levels_share_one_reorder_of_their_input_in_evaluation():
-    coconv = CoConv2d(16, 64, 3, padding=1, levels=4)
-    input = torch.randn(2, 16, 8, 8)
+@pytest.mark.parametrize(
+    "options",
+    [{"levels": 4}, {"levels": 2, "stride": 2}, {"levels": 2, "dtype": torch.bfloat16}],
+    ids=["narrow", "strided", "bfloat16"],
+)
+def test_levels_share_one_reorder_of_their_input_in_evaluation(options):
+    coconv = CoConv2d(16, 64, 3, padding=1, **options)
+    input = torch.randn(2, 16, 8, 8, dtype=options.get("dtype"))
     with torch.no_grad(), Convolutions() as evaluation:
         output = coconv(input)
     assert len({tensor.data_ptr() for tensor in evaluation.inputs}) == 1
@@ -205,15 +210,26 @@ def test_narrow_levels_share_one_reorder_of_their_input_in_evaluation():
     assert output.is_contiguous()
     with Convolutions() as training:
         coconv(input)
-    assert all(tensor is input for tensor in training.inputs)
+    assert not any(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in training.inputs)
 
 
-def test_wide_levels_are_not_reordered():
-    coconv = CoConv2d(16, 64, 3, padding=1, levels=2)
+@pytest.mark.parametrize("options", [{"levels": 2}, {"dilations": [2], "splits": [64]}], ids=["wide", "one"])
+def test_wide_levels_and_a_level_alone_are_not_reordered(options):
+    coconv = CoConv2d(16, 64, 3, padding=1, **options)
     input = torch.randn(2, 16, 8, 8)
     with torch.no_grad(), Convolutions() as evaluation:
         coconv(input)
     assert all(tensor is input for tensor in evaluation.inputs)
+
+
+@pytest.mark.parametrize("splits", [(1, 1), (1, 16), (16, 1), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 16, 4, 4), (1, 17, 1, 5), (1, 16, 1, 1)], ids=str)
+def test_a_reordered_output_is_laid_out_as_in_training(splits, shape):
+    coconv = CoConv2d(shape[1], sum(splits), 3, padding=1, splits=splits, dilations=range(1, len(splits) + 1))
+    input = torch.randn(shape)
+    with torch.no_grad():
+        evaluated = coconv(input)
+    assert evaluated.stride() == coconv(input).stride()
 
 
 def test_under_autocast_the_input_is_cast_once():
