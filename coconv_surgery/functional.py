@@ -52,8 +52,8 @@ def coconv2d(
     kernel, sizes = (weight.shape[2], weight.shape[3]), list(splits)
     stride, dilation = pair(stride), pair(dilation)
     # Splitting has one gradient, where as many slices would each fill a tensor of the whole size.
-    weights = torch.split(weight, sizes)
-    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+    weights = weight.split_with_sizes(sizes)
+    biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
     input = _autocast(input)
     if groups == 1:
         level_groups = [1] * len(sizes)
@@ -62,7 +62,7 @@ def coconv2d(
     else:
         level_groups = [channels * groups // weight.shape[0] for channels in sizes]
         reordered = False
-        inputs = torch.split(input, [count * weight.shape[1] for count in level_groups], dim=-3)
+        inputs = input.split_with_sizes([count * weight.shape[1] for count in level_groups], dim=-3)
     outputs = []
     for level_input, level_weight, level_bias, level_dilation, count in zip(
         inputs, weights, biases, map(pair, dilations), level_groups, strict=True
