@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
-from cases import assert_close, cases
+from cases import assert_close, cases, reliable_kernels
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference import both, naive_forward
+from reference import naive_forward
 from torch.overrides import TorchFunctionMode
 
 from coconv_surgery import CoConv2d
@@ -38,7 +38,7 @@ def in_channels_last(coconv, input):
 
 
 def under_autocast(coconv, input):
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), reliable_kernels(torch.bfloat16):
         return coconv(input)
 
 
@@ -100,9 +100,6 @@ changes_in_between = st.lists(st.sampled_from(list(CHANGES)), max_size=3).filter
 @given(case=cases(), changes=changes_in_between)
 @settings(max_examples=60, deadline=None)
 def test_the_numbers_are_the_reference_s_whatever_happened_before(mode, case, changes):
-    # With AMX, oneDNN 3.7 gets plain bfloat16 convolutions wrong whose stride is 1 down and more than 1 across.
-    down, across = both(case.arguments["stride"])
-    assume(not (mode == "autocast" and down == 1 < across))
     coconv, input = case.build(torch.float32)
     expected = naive_forward(coconv, input).detach()
     for change in changes:
@@ -212,7 +209,8 @@ def test_levels_share_one_reorder_of_their_input_in_evaluation(options):
     assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in evaluation.inputs)
     assert output.is_contiguous()
     with Convolutions() as training:
-        coconv(input)
+        trained = coconv(input)
+    torch.testing.assert_close(output, trained.detach(), atol=2e-2, rtol=2e-2)
     assert not any(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in training.inputs)
 
 
