@@ -139,15 +139,15 @@ def _is_faster_in_channels_last(input: torch.Tensor, splits: Sequence[int], stri
     # oneDNN reorders an NCHW input anew for every level. One reorder before all of them pays where it is what narrow
     # levels do most, where a stride leaves little to bring back to NCHW, and in bfloat16, whose convolutions are short.
     # In training the reordered input would be one more tensor to save.
-    pays = input.dtype == torch.bfloat16 or (input.dtype == torch.float32 and (max(splits) <= 16 or stride != (1, 1)))
     return (
-        pays
-        and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        not (torch.compiler.is_compiling() or torch.is_grad_enabled())
         and len(splits) > 1
         and input.dim() == 4
         and input.shape[-3] >= 16
         and input.is_contiguous()
         and input.device.type == "cpu"
+        and input.dtype in (torch.float32, torch.bfloat16)
+        and (input.dtype == torch.bfloat16 or max(splits) <= 16 or stride != (1, 1))
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
 
