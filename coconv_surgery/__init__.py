@@ -1,13 +1,15 @@
 """Contextual convolution (CoConv) for the networks you already have."""
 
-import coconv_surgery.variants  # noqa: F401  registers them
+import coconv_surgery.layers.timm_convs  # noqa: F401  registers them
 from coconv_surgery.checkpoint import load_converted, read_plan, save_converted
-from coconv_surgery.conv import CoConv2d, register_coconv, split_channels
-from coconv_surgery.functional import coconv2d
-from coconv_surgery.inputs import Inputs
-from coconv_surgery.plan import Plan, PlanError, PlanRow
-from coconv_surgery.policy import Levels, Policy, ResolutionPolicy, StagePolicy, TopPolicy, UniformPolicy
+from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.functional import coconv2d
+from coconv_surgery.layers.levels import split_channels
+from coconv_surgery.layers.switch import register_coconv
+from coconv_surgery.planning.plan import Plan, PlanError, PlanRow
+from coconv_surgery.planning.policies import Levels, Policy, ResolutionPolicy, StagePolicy, TopPolicy, UniformPolicy
 from coconv_surgery.surgery import NoChangeWarning, apply_plan, convert, get_plan, plan_conversion, revert
+from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.zoo import CoResNet, export_authors_state_dict, load_authors_checkpoint
 
 __all__ = [

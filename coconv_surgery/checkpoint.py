@@ -6,7 +6,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_model
 
-from coconv_surgery.plan import Plan
+from coconv_surgery.planning.plan import Plan
 from coconv_surgery.surgery import apply_plan, get_plan
 
 _KEY = "coconv_plan"

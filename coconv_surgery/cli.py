@@ -15,11 +15,11 @@ import torch.nn as nn
 from timm.models import load_checkpoint
 
 from coconv_surgery.checkpoint import save_converted
-from coconv_surgery.plan import Plan
-from coconv_surgery.policy import POLICIES, LevelPolicy, get_policy
-from coconv_surgery.shapes import write_shapes
+from coconv_surgery.demo.shapes import write_shapes
+from coconv_surgery.planning.plan import Plan
+from coconv_surgery.planning.policies import POLICIES, LevelPolicy, get_policy
 from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan, plan_conversion
-from coconv_surgery.sweep.zoo import ZOOS, Zoo
+from coconv_surgery.sweep.collections import ZOOS, Zoo
 from coconv_surgery.zoo.authors import is_authors_checkpoint, load_authors_checkpoint
 
 try:
@@ -136,7 +136,7 @@ def convert(
 @click.option("--time", "timed", is_flag=True, help="Time one forward pass of each, too, side by side.")
 def table(number: int, timed: bool) -> None:
     """Count the networks of the paper's table NUMBER, and set the paper's figures beside (table 6: extra mmdet)."""
-    from coconv_surgery.zoo.tables import render
+    from coconv_surgery.paper.tables import render
 
     with console.status(f"counting table {number}"):
         text = render(number, timed=timed)
@@ -267,14 +267,14 @@ def shapes(root: Path, train: int, val: int, size: int, seed: int) -> None:
 @click.option("--detection", is_flag=True, help="Train a detector, too: minutes on 2 cores (extra: mmdet).")
 def demo(output: Path, detection: bool) -> None:
     """Convert a timm network, run it on a photograph, and write its plan as text, JSON and a picture."""
-    from coconv_surgery.demo import convert_and_compare
+    from coconv_surgery.demo.conversion import convert_and_compare
 
     output.mkdir(parents=True, exist_ok=True)
     with console.status("converting resnet50"):
         report = convert_and_compare("resnet50", output)
     click.echo(report)
     if detection:
-        from coconv_surgery.mmdet.demo import train_and_detect
+        from coconv_surgery.demo.detection import train_and_detect
 
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
             task = bar.add_task("", total=1.0)
@@ -284,7 +284,7 @@ def demo(output: Path, detection: bool) -> None:
 
 def _zoo(name: str) -> Zoo:
     if name == "mmdet":
-        from coconv_surgery.mmdet.zoo import ZOO
+        from coconv_surgery.sweep.mmdet_configs import ZOO
 
         return ZOO
     return ZOOS[name]

@@ -18,8 +18,9 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from coconv_surgery.conv import CoConv2d, to_coconv_
-from coconv_surgery.twin import FORWARD_ERRORS
+from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.switch import to_coconv_
+from coconv_surgery.tracing.twin import FORWARD_ERRORS
 
 # What timm's reparameterize_model() calls.
 _METHODS = ("fuse", "reparameterize", "switch_to_deploy")

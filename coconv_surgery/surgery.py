@@ -13,17 +13,19 @@ import torch.fx as fx
 import torch.nn as nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from coconv_surgery.conv import CoConv2d, check_levels, is_plain, scale_dilations, to_coconv_, to_conv_
-from coconv_surgery.convs import find_convs
-from coconv_surgery.eligibility import obstacle, other_operation, reason_to_leave, replaced_forward, subclass
-from coconv_surgery.functional import Dilation, level_padding, pair
-from coconv_surgery.graphs import function_convs, node_to_coconv_, node_to_conv_
-from coconv_surgery.inputs import InputSize, infer_inputs
+from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.functional import Dilation, level_padding, pair
+from coconv_surgery.layers.levels import check_levels, is_plain, scale_dilations
+from coconv_surgery.layers.switch import to_coconv_, to_conv_
 from coconv_surgery.merging import keep_levels_in_merges
-from coconv_surgery.patterns import Patterns, as_list, check_patterns, first_match
-from coconv_surgery.plan import ONE_LEVEL, Plan, PlanError, PlanRow, Signature
-from coconv_surgery.policy import Answer, Levels, Policy, get_policy, settle
-from coconv_surgery.tracing import TracedConv, trace_network
+from coconv_surgery.planning.eligibility import obstacle, other_operation, reason_to_leave, replaced_forward, subclass
+from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
+from coconv_surgery.planning.plan import ONE_LEVEL, Plan, PlanError, PlanRow, Signature
+from coconv_surgery.planning.policies import Answer, Levels, Policy, get_policy, settle
+from coconv_surgery.tracing.graphs import function_convs, node_to_coconv_, node_to_conv_
+from coconv_surgery.tracing.inputs import InputSize, infer_inputs
+from coconv_surgery.tracing.sites import find_convs
+from coconv_surgery.tracing.trace import TracedConv, trace_network
 
 _PLAN = "_coconv_plan"
 

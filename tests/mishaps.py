@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 
 import coconv_surgery as cs
-from coconv_surgery.inputs import Inputs
-from coconv_surgery.sweep.zoo import Zoo
+from coconv_surgery.sweep.collections import Zoo
+from coconv_surgery.tracing.inputs import Inputs
 
 NAMES = ["exits", "first", "killed", "last", "not built", "raises", "wrong shape"]
 

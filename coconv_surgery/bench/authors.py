@@ -3,8 +3,8 @@
 import torch
 import torch.nn as nn
 
-from coconv_surgery.conv import CoConv2d
-from coconv_surgery.functional import level_padding, pair
+from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.functional import level_padding, pair
 
 
 class LevelConvs(nn.Module):

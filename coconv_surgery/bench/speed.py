@@ -11,8 +11,10 @@ import torch.nn as nn
 
 from coconv_surgery.bench.authors import LevelsAlone, use_authors_layout
 from coconv_surgery.bench.timing import Ratio, interleave, quiet
-from coconv_surgery.conv import CoConv2d, default_levels, to_coconv_
-from coconv_surgery.zoo.tables import ssd
+from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.levels import complete_levels
+from coconv_surgery.layers.switch import to_coconv_
+from coconv_surgery.paper.tables import ssd
 
 Mode = Literal["eval", "train"]
 Layout = Literal["NCHW", "channels_last"]
@@ -88,7 +90,7 @@ def _layer(channels: int, side: int, levels: int, *, stride: int = 1, groups: in
 
     def contextual() -> nn.Module:
         conv = plain()
-        to_coconv_(conv, *default_levels(conv, levels))
+        to_coconv_(conv, *complete_levels(conv, levels))
         return conv
 
     return Subject(plain, contextual, (8, channels, side, side), _outputs)

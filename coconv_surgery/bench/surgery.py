@@ -12,8 +12,8 @@ import torch.nn as nn
 
 from coconv_surgery.bench.heap import keep_freed_memory, return_freed_memory
 from coconv_surgery.bench.memory import high_water_mib
-from coconv_surgery.inputs import Inputs, infer_inputs
 from coconv_surgery.surgery import convert, plan_conversion, revert
+from coconv_surgery.tracing.inputs import Inputs, infer_inputs
 
 MODELS = (
     "resnet18",
@@ -104,7 +104,7 @@ def _build(name: str) -> tuple[nn.Module, Inputs]:
 
         from coconv_surgery.mmdet.building import build_detector
         from coconv_surgery.mmdet.inputs import example_inputs
-        from coconv_surgery.mmdet.zoo import CONFIGS
+        from coconv_surgery.sweep.mmdet_configs import CONFIGS
 
         path, size = _CONFIGS[name]
         detector = build_detector(Config.fromfile(CONFIGS / f"{path}.py").model)

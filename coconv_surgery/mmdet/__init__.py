@@ -22,12 +22,12 @@ from mmdet.registry import HOOKS, MODELS  # noqa: E402
 
 from coconv_surgery.mmdet import compat  # noqa: E402
 from coconv_surgery.mmdet.conv import build_coconv  # noqa: E402
-from coconv_surgery.mmdet.hooks import CoConvPlanHook  # noqa: E402
 from coconv_surgery.mmdet.inputs import example_inputs  # noqa: E402
-from coconv_surgery.mmdet.options import SurgeryOptions  # noqa: E402
 from coconv_surgery.mmdet.resnet import CoResNet, CoResNeXt  # noqa: E402
 from coconv_surgery.mmdet.surgery import build_converted  # noqa: E402
 from coconv_surgery.mmdet.timm_backbone import TIMMFeatures  # noqa: E402
+from coconv_surgery.mmengine.hooks import CoConvPlanHook  # noqa: E402
+from coconv_surgery.mmengine.options import SurgeryOptions  # noqa: E402
 
 __all__ = [
     "CoConvPlanHook",

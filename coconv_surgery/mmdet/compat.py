@@ -20,7 +20,7 @@ from mmengine.utils import digit_version
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from coconv_surgery.conv import CoConv2d
+from coconv_surgery.layers.conv import CoConv2d
 
 
 def apply() -> None:

@@ -9,16 +9,9 @@ import torch
 import torch.nn as nn
 from timm.layers import pad_same
 
-from coconv_surgery.conv import (
-    CoConv2d,
-    SplitRule,
-    default_levels,
-    is_plain,
-    level_units,
-    register_coconv,
-    scale_dilations,
-    to_coconv_,
-)
+from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.levels import SplitRule, complete_levels, is_plain, level_units, scale_dilations
+from coconv_surgery.layers.switch import register_coconv, to_coconv_
 
 
 def build_coconv(
@@ -66,7 +59,7 @@ def build_coconv(
     factors = range(1, levels + 1) if levels is not None else dilations
     assert factors is not None
     units, _ = level_units(conv)
-    chosen, shares = default_levels(conv, dilations=scale_dilations(conv.dilation, factors[:units]), splits=splits)
+    chosen, shares = complete_levels(conv, dilations=scale_dilations(conv.dilation, factors[:units]), splits=splits)
     if not is_plain(conv, chosen):
         to_coconv_(conv, chosen, shares)
     return conv

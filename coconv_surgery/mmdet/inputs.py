@@ -13,8 +13,8 @@ from mmdet.models.mot import BaseMOTModel
 from mmdet.structures import DetDataSample, TrackDataSample
 from mmengine.structures import InstanceData
 
-from coconv_surgery.functional import Pair
-from coconv_surgery.inputs import Inputs
+from coconv_surgery.layers.functional import Pair
+from coconv_surgery.tracing.inputs import Inputs
 
 _PROPOSALS = 4
 # What mmcv says of a device that it has no kernel for, torch of a tensor that has a shape only, and again mmcv of a map

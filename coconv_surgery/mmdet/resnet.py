@@ -9,7 +9,8 @@ import torch.nn as nn
 from mmdet.models.backbones import ResNet, ResNeXt
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 
-from coconv_surgery.conv import default_levels, to_coconv_
+from coconv_surgery.layers.levels import complete_levels
+from coconv_surgery.layers.switch import to_coconv_
 from coconv_surgery.zoo.authors import merge_levels
 from coconv_surgery.zoo.coresnet import TABLE_1
 
@@ -138,7 +139,7 @@ def _convert_block(block: nn.Module, levels: int, stage: int) -> None:
         try:
             if type(conv) is not nn.Conv2d:
                 raise ValueError(f"{name} is a {type(conv).__name__}; only plain convolutions can be split")
-            to_coconv_(conv, *default_levels(conv, levels))
+            to_coconv_(conv, *complete_levels(conv, levels))
         except ValueError as error:
             raise ValueError(
                 f"stage {stage} cannot have {levels} levels ({error}): give it one level, or change the backbone"

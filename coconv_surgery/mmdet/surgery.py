@@ -9,8 +9,8 @@ import torch.nn as nn
 from mmdet.registry import MODELS
 
 from coconv_surgery.mmdet.inputs import example_inputs
-from coconv_surgery.mmdet.options import SurgeryOptions
-from coconv_surgery.plan import Plan, PlanRow
+from coconv_surgery.mmengine.options import SurgeryOptions
+from coconv_surgery.planning.plan import Plan, PlanRow
 from coconv_surgery.surgery import apply_plan, get_plan, plan_conversion
 
 

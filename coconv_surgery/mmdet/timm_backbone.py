@@ -10,7 +10,7 @@ from mmengine.model.weight_init import update_init_info
 from timm.layers import Format, nhwc_to
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coconv_surgery.mmdet.options import SurgeryOptions
+from coconv_surgery.mmengine.options import SurgeryOptions
 
 
 class TIMMFeatures(BaseModule):  # type: ignore[misc]

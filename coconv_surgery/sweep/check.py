@@ -16,11 +16,11 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from coconv_surgery.inputs import Inputs
-from coconv_surgery.plan import ONE_LEVEL, Plan
+from coconv_surgery.planning.plan import ONE_LEVEL, Plan
 from coconv_surgery.surgery import apply_plan, plan_conversion, revert
-from coconv_surgery.sweep.zoo import Zoo
-from coconv_surgery.twin import Twin
+from coconv_surgery.sweep.collections import Zoo
+from coconv_surgery.tracing.inputs import Inputs
+from coconv_surgery.tracing.twin import Twin
 
 _PLACES = re.compile(r"https?://[^\s'\"]+|/(?:[\w.+-]+/)+")  # folders of this machine, and what it asks elsewhere
 CONVERTED, NOT_BUILT, FAILED, CRASHED = "converted", "not built", "failed", "crashed"

@@ -11,7 +11,7 @@ from importlib.metadata import version
 import torch
 
 from coconv_surgery.sweep.check import CONVERTED, CRASHED, FAILED, NOT_BUILT, Row
-from coconv_surgery.sweep.zoo import Zoo
+from coconv_surgery.sweep.collections import Zoo
 
 
 def render(zoo: Zoo, rows: Sequence[Row], command: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 
 from coconv_surgery.sweep.check import CONVERTED, CRASHED, NOT_BUILT, Row, check
-from coconv_surgery.sweep.zoo import Zoo
+from coconv_surgery.sweep.collections import Zoo
 
 _COLUMNS = [field.name for field in fields(Row)]
 # Processes are renewed after so many networks, as memory of a large one is not all given back.

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from coconv_surgery.functional import pair
-from coconv_surgery.plan import Plan, PlanRow
+from coconv_surgery.layers.functional import pair
+from coconv_surgery.planning.plan import Plan, PlanRow
 
 
 def draw_plan(plan: Plan, path: str | Path, title: str = "") -> None:

@@ -19,7 +19,8 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import load_state_dict
 
-from coconv_surgery.conv import CoConv2d, default_levels
+from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.levels import complete_levels
 
 _LEVEL_KEY = re.compile(
     r"(?P<conv>(?:.+\.)?conv2(?=\.conv2_)|.+(?=\.coconv_levels\.))"
@@ -161,7 +162,7 @@ def export_authors_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, conv in model.named_modules():
         if not isinstance(conv, CoConv2d):
             continue
-        if not name.endswith(".conv2") or (conv.dilations, conv.splits) != default_levels(conv, conv.levels):
+        if not name.endswith(".conv2") or (conv.dilations, conv.splits) != complete_levels(conv, conv.levels):
             raise ValueError(
                 f"{name} has dilations {conv.dilations} with {conv.splits} channels, which the authors' layout has no "
                 "place for"

@@ -22,8 +22,9 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from coconv_surgery.conv import default_levels, is_plain, scale_dilations, to_coconv_
-from coconv_surgery.policy import Policy
+from coconv_surgery.layers.levels import complete_levels, is_plain, scale_dilations
+from coconv_surgery.layers.switch import to_coconv_
+from coconv_surgery.planning.policies import Policy
 from coconv_surgery.surgery import apply_plan, plan_conversion
 from coconv_surgery.zoo.authors import merge_levels, warn_of_norm_order
 
@@ -137,7 +138,7 @@ dilations=(1, 2, 3), splits=(64, 32, 32))
                 factors = range(1, count + 1)
                 dilations = scale_dilations(conv.dilation, factors) if base_dilation == "multiply" else tuple(factors)
                 try:
-                    chosen, splits = default_levels(conv, dilations=dilations)
+                    chosen, splits = complete_levels(conv, dilations=dilations)
                 except ValueError as error:
                     raise ValueError(
                         f"levels={tuple(levels)!r}: stage {number} cannot have {count}: {error}"

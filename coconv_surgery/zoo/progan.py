@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from coconv_surgery.policy import ResolutionPolicy
+from coconv_surgery.planning.policies import ResolutionPolicy
 from coconv_surgery.surgery import convert
 
 

@@ -1,4 +1,4 @@
-# SSD on a small CoResNet-18, trained from scratch on the drawn shapes of coconv_surgery.shapes.
+# SSD on a small CoResNet-18, trained from scratch on the drawn shapes of coconv_surgery.demo.shapes.
 _base_ = ["mmdet::_base_/models/ssd300.py", "mmdet::_base_/default_runtime.py"]
 custom_imports = dict(imports=["coconv_surgery.mmdet"], allow_failed_imports=False)
 

@@ -14,7 +14,7 @@ import torch
 from mmdet.registry import MODELS
 
 from coconv_surgery import Plan
-from coconv_surgery.mmdet.hooks import FILE_NAME, META_KEY
+from coconv_surgery.mmengine.hooks import FILE_NAME, META_KEY
 
 TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

@@ -10,7 +10,7 @@ from mmengine.registry import DefaultScope
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import coconv_surgery.mmdet  # noqa: F401
-from coconv_surgery.shapes import write_shapes
+from coconv_surgery.demo.shapes import write_shapes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

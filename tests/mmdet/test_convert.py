@@ -17,8 +17,8 @@ from mmengine.runner import load_checkpoint
 from torch.utils._pytree import tree_leaves
 
 from coconv_surgery import CoConv2d, PlanRow, ResolutionPolicy, get_plan, plan_conversion
-from coconv_surgery.mmdet.options import SurgeryOptions, resized_to
-from coconv_surgery.mmdet.zoo import ZOO
+from coconv_surgery.mmengine.options import SurgeryOptions, resized_to
+from coconv_surgery.sweep.mmdet_configs import ZOO
 
 CONVERT = Path(__file__).parents[2] / "configs" / "convert"
 NAMES = sorted(path.stem for path in CONVERT.glob("*.py"))

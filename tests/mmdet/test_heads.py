@@ -5,7 +5,7 @@ import fnmatch
 import pytest
 
 from coconv_surgery import UniformPolicy, plan_conversion
-from coconv_surgery.mmdet.zoo import ZOO
+from coconv_surgery.sweep.mmdet_configs import ZOO
 
 # For each config: what must be converted, and what must not, though it is a 3×3 convolution of torch's.
 HEADS = {

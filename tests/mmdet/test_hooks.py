@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from coconv_surgery import Plan, PlanError, get_plan
-from coconv_surgery.mmdet.hooks import FILE_NAME, META_KEY
+from coconv_surgery.mmengine.hooks import FILE_NAME, META_KEY
 
 LEVELS = "model.backbone.levels"
 

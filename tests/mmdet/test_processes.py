@@ -16,7 +16,7 @@ from mmdet.apis import DetInferencer
 from PIL import Image
 
 from coconv_surgery import Plan, get_plan
-from coconv_surgery.mmdet.hooks import FILE_NAME, META_KEY
+from coconv_surgery.mmengine.hooks import FILE_NAME, META_KEY
 
 TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
 TIMEOUT = 300

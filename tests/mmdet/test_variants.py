@@ -9,7 +9,7 @@ from mmcv.ops import SAConv2d
 from reference import naive_levels
 
 import coconv_surgery as cs
-from coconv_surgery.conv import to_coconv_, to_conv_
+from coconv_surgery.layers.switch import to_coconv_, to_conv_
 
 VARIANTS = [Conv2d, Conv2dAdaptivePadding, ConvAWS2d, ConvWS2d]
 

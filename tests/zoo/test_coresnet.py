@@ -12,7 +12,7 @@ import torchvision
 from zoo.authors_resnet import authors_resnet
 
 import coconv_surgery as cs
-from coconv_surgery.zoo.counting import count
+from coconv_surgery.paper.counting import count
 
 NAMES = [*timm.list_models("coresne*t*"), *timm.list_models("coseresne*t*")]
 STAGES = ("layer1", "layer2", "layer3", "layer4")

@@ -1,0 +1,1 @@
+"""What the package does, in one command: a converted network, and a detector that learns drawn shapes."""

@@ -1,0 +1,169 @@
+"""Contextual convolution.
+
+Paper: Duta, Georgescu, Ionescu, "Contextual Convolutional Neural Networks", ICCV Workshops 2021.
+
+A CoConv splits the output channels of one convolution over several levels. Every level sees the whole input through
+kernels of its own dilation, so local detail and context come out of one layer, at the parameters and FLOPs of a plain
+convolution (Eqs. 1 to 3).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.fx
+import torch.nn as nn
+
+from coconv_surgery.layers.functional import Dilation, Pair, coconv2d, pair
+from coconv_surgery.layers.levels import SplitRule, complete_levels, is_plain
+
+torch.fx.wrap("coconv2d")  # one node of a graph, as the convolution it replaces is
+
+
+class CoConv2d(nn.Conv2d):
+    """Contextual 2D convolution: a :class:`torch.nn.Conv2d` whose output channels are split over dilation levels.
+
+    It has the parameters, state-dict keys and FLOPs of the plain convolution (Eq. 2). ``stride``, ``padding``,
+    ``dilation`` and ``groups`` are the plain convolution's; each level gets the padding that keeps its output size.
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels, over all levels.
+        kernel_size: Odd along both axes unless there is one level.
+        stride: As in :class:`torch.nn.Conv2d`.
+        padding: As in :class:`torch.nn.Conv2d`, for the plain convolution.
+        dilation: Of the plain convolution.
+        groups: A level holds whole groups.
+        bias: Whether to add a bias.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+        levels: Number of levels: level k has k times ``dilation``. Default 1 where ``dilations`` is not given.
+        dilations: Dilation of each level, instead of ``levels``.
+        splits: Output channels of each level, or a rule, see :func:`split_channels`. Default ``"pow2"``.
+
+    Attributes:
+        levels (int): Number of levels.
+        dilations (tuple): Dilation of each level, a pair where the axes differ.
+        splits (tuple): Output channels of each level.
+
+    Raises:
+        ValueError: If the convolution cannot be split this way.
+
+    >>> CoConv2d(64, 64, 3, padding=1, levels=3)
+    CoConv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilations=(1, 2, 3), splits=(32, 16, 16))
+    """
+
+    dilations: tuple[Dilation, ...]
+    splits: tuple[int, ...]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        levels: int | None = None,
+        dilations: Sequence[Dilation] | None = None,
+        splits: Sequence[int] | SplitRule = "pow2",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        if levels is None and dilations is None:
+            levels = 1
+        self.dilations, self.splits = complete_levels(self, levels, dilations, splits)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        levels: int | None = None,
+        *,
+        dilations: Sequence[Dilation] | None = None,
+        splits: Sequence[int] | SplitRule = "pow2",
+    ) -> "CoConv2d":
+        """Build a contextual convolution that shares a convolution's parameters.
+
+        Args:
+            conv: A plain convolution, left as it is. Its parameters are shared, not copied.
+            levels: As in the class.
+            dilations: As in the class.
+            splits: As in the class.
+
+        Raises:
+            ValueError: If the convolution cannot be split this way.
+
+        >>> conv = nn.Conv2d(8, 8, 3, padding=1)
+        >>> CoConv2d.from_conv(conv, levels=2).weight is conv.weight
+        True
+        """
+        if "weight" not in conv._parameters:
+            raise ValueError(
+                "the weight is computed from other parameters, as by weight_norm: use to_coconv_() instead"
+            )
+        if type(conv) not in (nn.Conv2d, CoConv2d):
+            raise ValueError(f"a {type(conv).__name__} does more than an nn.Conv2d: use to_coconv_() instead")
+        chosen, shares = complete_levels(conv, levels, dilations, splits)
+        coconv = cls(
+            conv.in_channels,
+            conv.out_channels,
+            pair(conv.kernel_size),
+            pair(conv.stride),
+            conv.padding if isinstance(conv.padding, str) else pair(conv.padding),
+            pair(conv.dilation),
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            device="meta",
+            dilations=chosen,
+            splits=shares,
+        )
+        coconv.weight, coconv.bias = conv.weight, conv.bias
+        return coconv.train(conv.training)
+
+    @property
+    def levels(self) -> int:
+        """Number of levels."""
+        return len(self.dilations)
+
+    # mmcv's and mmengine's conv-BN evaluation call this method with weights of their own, so it is the one to override.
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if is_plain(self, self.dilations):
+            output: torch.Tensor = super()._conv_forward(input, weight, bias)
+            return output
+        return coconv2d(
+            input,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            dilations=self.dilations,
+            splits=self.splits,
+            padding_mode=self.padding_mode,
+        )
+
+    def extra_repr(self) -> str:
+        """The plain convolution's arguments, then the levels."""
+        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, dilations={self.dilations}, splits={self.splits}"

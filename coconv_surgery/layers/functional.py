@@ -1,0 +1,165 @@
+"""Contextual convolution as a function of tensors, and how it is computed."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.amp.autocast_mode import is_autocast_available
+
+Pair = tuple[int, int]
+Dilation = int | Pair
+
+
+def coconv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    dilations: Sequence[Dilation],
+    splits: Sequence[int],
+    padding_mode: str = "zeros",
+) -> torch.Tensor:
+    """Contextual convolution, the functional form (Section 3, Figure 2a).
+
+    ``stride`` to ``groups`` describe the plain convolution this one replaces, as in
+    :func:`torch.nn.functional.conv2d`. Level k convolves with ``dilations[k]`` and with the padding that gives it the
+    plain convolution's output size. The arguments are taken to be valid:
+    :func:`coconv_surgery.layers.levels.check_levels` says whether they are.
+
+    Args:
+        input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``.
+        weight: ``(out_channels, in_channels / groups, kH, kW)``; the levels are consecutive slices of dimension 0.
+        bias: ``(out_channels,)``.
+        stride: Stride of the plain convolution.
+        padding: Padding of the plain convolution: numbers, ``"same"`` or ``"valid"``.
+        dilation: Dilation of the plain convolution.
+        groups: Groups of the plain convolution; a level holds whole groups.
+        dilations: Dilation of each level.
+        splits: Output channels of each level.
+        padding_mode: As in :class:`torch.nn.Conv2d`.
+
+    Returns:
+        ``(N, out_channels, H_out, W_out)``, the levels concatenated in order.
+
+    >>> x, w = torch.randn(1, 8, 14, 14), torch.randn(6, 8, 3, 3)
+    >>> coconv2d(x, w, padding=1, dilations=(1, 2), splits=(3, 3)).shape
+    torch.Size([1, 6, 14, 14])
+    """
+    kernel, sizes = (weight.shape[2], weight.shape[3]), list(splits)
+    stride, dilation = pair(stride), pair(dilation)
+    # Splitting has one gradient, where as many slices would each fill a tensor of the whole size.
+    weights = weight.split_with_sizes(sizes)
+    biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
+    input = _autocast(input)
+    if groups == 1:
+        level_groups = [1] * len(sizes)
+        reordered = _is_faster_in_channels_last(input, sizes, stride)
+        inputs: Sequence[torch.Tensor] = [_to_channels_last(input) if reordered else input] * len(sizes)
+    else:
+        level_groups = [channels * groups // weight.shape[0] for channels in sizes]
+        reordered = False
+        inputs = input.split_with_sizes([count * weight.shape[1] for count in level_groups], dim=-3)
+    outputs = []
+    for level_input, level_weight, level_bias, level_dilation, count in zip(
+        inputs, weights, biases, map(pair, dilations), level_groups, strict=True
+    ):
+        pad_h, pad_w = level_padding(kernel, padding, dilation, level_dilation)
+        if padding_mode != "zeros":
+            level_input = F.pad(level_input, (pad_w, pad_w, pad_h, pad_h), mode=padding_mode)
+            pad_h = pad_w = 0
+        outputs.append(
+            _conv_level(level_input, level_weight, level_bias, stride, (pad_h, pad_w), level_dilation, count)
+        )
+    if not reordered:
+        return torch.cat(outputs, dim=-3)
+    # With one of them in NCHW, torch.cat writes the others into an NCHW result without a reorder before. A level of one
+    # channel has both layouts.
+    outputs[0] = outputs[0].contiguous()
+    return torch.cat(outputs, dim=-3).contiguous()
+
+
+def level_padding(
+    kernel_size: Pair, padding: int | Sequence[int] | str, dilation: Pair, level_dilation: Pair
+) -> tuple[int, int]:
+    """Padding that gives a level the output size of the plain convolution.
+
+    ``padding + (level_dilation - dilation) * (kernel_size - 1) / 2`` along each axis; a negative result means that no
+    padding does.
+
+    >>> level_padding((3, 3), 1, (1, 1), (4, 4))
+    (4, 4)
+    """
+    base: Sequence[int]
+    if isinstance(padding, str):
+        base = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(dilation, kernel_size, strict=True)]
+    else:
+        base = pair(padding)
+    height, width = (
+        p + (level_d - d) * (k - 1) // 2
+        for p, level_d, d, k in zip(base, level_dilation, dilation, kernel_size, strict=True)
+    )
+    return height, width
+
+
+def _conv_level(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> torch.Tensor:
+    # A kernel whose dilation is a multiple of its stride reads every stride-th pixel only. Backward passes that know
+    # both a stride and a dilation are slow, so training takes these pixels and convolves without a stride.
+    strided = stride != (1, 1) and torch.is_grad_enabled()
+    if strided and all(d % s == p % s == 0 for d, p, s in zip(dilation, padding, stride, strict=True)):
+        step_h, step_w = stride
+        input = input[..., ::step_h, ::step_w]
+        padding, dilation = (padding[0] // step_h, padding[1] // step_w), (dilation[0] // step_h, dilation[1] // step_w)
+        stride = (1, 1)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _autocast(input: torch.Tensor) -> torch.Tensor:
+    # Once, where each level would cast the input, and save what it has cast, for itself.
+    device = input.device.type
+    if torch.compiler.is_compiling() or not is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input
+    if not input.is_floating_point() or input.dtype == torch.float64:
+        return input
+    return input.to(torch.get_autocast_dtype(device))
+
+
+def _is_faster_in_channels_last(input: torch.Tensor, splits: Sequence[int], stride: Pair) -> bool:
+    # oneDNN reorders an NCHW input anew for every level. One reorder before all of them pays where it is what narrow
+    # levels do most, where a stride leaves little to bring back to NCHW, and in bfloat16, whose convolutions are short.
+    # In training the reordered input would be one more tensor to save.
+    return (
+        not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        and len(splits) > 1
+        and input.dim() == 4
+        and input.shape[-3] >= 16
+        and input.is_contiguous()
+        and input.device.type == "cpu"
+        and input.dtype in (torch.float32, torch.bfloat16)
+        and (input.dtype == torch.bfloat16 or max(splits) <= 16 or stride != (1, 1))
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    )
+
+
+def _to_channels_last(input: torch.Tensor) -> torch.Tensor:
+    # Not contiguous(memory_format=...), which does not work within torch.vmap().
+    return input.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def pair(value: int | Sequence[int]) -> Pair:
+    """Height and width of what may be given as one number for both."""
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return height, width

@@ -1,0 +1,162 @@
+"""The switch of a module's class in place, and which contextual class stands for which convolution class."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
+
+import torch.nn as nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.functional import Dilation
+from coconv_surgery.layers.levels import check_levels
+
+# The contextual class of every convolution class that has one: registered, and made for those that inherit a forward.
+_REGISTERED: dict[type[nn.Conv2d], type[CoConv2d]] = {nn.Conv2d: CoConv2d}
+_INHERITED: dict[type[nn.Conv2d], type[CoConv2d]] = {}
+# All that were ever in use: what one of them replaced can come back, even where another was registered since.
+_CONTEXTUAL: set[type[CoConv2d]] = {CoConv2d}
+_FORWARD = ("__call__", "forward", "_conv_forward")
+_CoConvClass = TypeVar("_CoConvClass", bound=type[CoConv2d])
+
+
+def register_coconv(cls: _CoConvClass) -> _CoConvClass:
+    """Make a subclass of ``nn.Conv2d`` that has a forward of its own eligible for conversion; a class decorator.
+
+    The decorated class derives from :class:`CoConv2d` and from the class it stands for, in this order. It does what
+    that class does, but convolves by ``self._conv_forward(input, weight, bias)``, which applies the levels. A
+    conversion switches a module from the one class to the other, without calling ``__init__``. Subclasses that inherit
+    all of their forward from ``nn.Conv2d`` or from a registered class need no registration.
+
+    Args:
+        cls: The contextual class. If the class that it stands for has one already, it replaces that.
+
+    Returns:
+        The same class.
+
+    Raises:
+        TypeError: If it does not derive from :class:`CoConv2d` and one other convolution class.
+
+    >>> class HalvedConv2d(nn.Conv2d):
+    ...     def forward(self, input):
+    ...         return F.conv2d(input, self.weight / 2, self.bias, self.stride, self.padding)
+    >>> @register_coconv
+    ... class CoHalvedConv2d(CoConv2d, HalvedConv2d):
+    ...     def forward(self, input):
+    ...         return self._conv_forward(input, self.weight / 2, self.bias)
+    >>> conv = HalvedConv2d(8, 8, 3, padding=1)
+    >>> to_coconv_(conv, (1, 2), (4, 4))
+    >>> type(conv).__name__
+    'CoHalvedConv2d'
+    """
+    if not (isinstance(cls, type) and issubclass(cls, CoConv2d)) or plain_class(cls) is nn.Conv2d:
+        raise TypeError(
+            f"{getattr(cls, '__name__', cls)} must derive from CoConv2d and then from the convolution class it stands "
+            "for: class CoMyConv2d(CoConv2d, MyConv2d)"
+        )
+    _REGISTERED[plain_class(cls)] = cls
+    _CONTEXTUAL.add(cls)
+    return cls
+
+
+def plain_class(cls: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    """The class that a contextual class stands for; any other class is its own.
+
+    >>> plain_class(CoConv2d).__name__
+    'Conv2d'
+    """
+    if not issubclass(cls, CoConv2d):
+        return cls
+    behind = cls.__mro__[cls.__mro__.index(CoConv2d) + 1 :]
+    return next(base for base in behind if issubclass(base, nn.Conv2d))
+
+
+def contextual_class(cls: type[nn.Conv2d]) -> type[CoConv2d] | None:
+    """The class that a convolution of some class is switched to, or None where it has a forward that none is known for.
+
+    A class that inherits its forward gets the contextual class of the one that it inherits from, mixed with itself.
+    """
+    if cls in _REGISTERED:
+        return _REGISTERED[cls]
+    if cls not in _INHERITED:
+        bases = (base for base in cls.__mro__ if base in _REGISTERED)
+        base = next((base for base in bases if all(getattr(cls, n) is getattr(base, n) for n in _FORWARD)), None)
+        if base is None:
+            return None
+        members = {"__module__": cls.__module__, "__reduce_ex__": _reduce_ex}
+        _INHERITED[cls] = type(f"Co{cls.__name__}", (_REGISTERED[base], cls), members)
+        _CONTEXTUAL.add(_INHERITED[cls])
+    return _INHERITED[cls]
+
+
+def is_switchable(conv: nn.Conv2d) -> bool:
+    """Whether a convolution's class, plain or contextual, can be switched to the other one."""
+    cls = _class_of(conv)
+    return cls in _CONTEXTUAL if issubclass(cls, CoConv2d) else contextual_class(cls) is not None
+
+
+def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int]) -> None:
+    """Turn a convolution into a :class:`CoConv2d` in place, or give a contextual one new levels.
+
+    Only the module's class changes and the levels are set: parameters, hooks, flags and every reference to the module
+    stay what they are. :func:`to_conv_` is the inverse.
+
+    Args:
+        conv: An ``nn.Conv2d`` (its parameters may be parametrized), one of a subclass that inherits its forward or is
+            known by :func:`register_coconv`, or a :class:`CoConv2d`.
+        dilations: Dilation of each level.
+        splits: Output channels of each level.
+
+    Raises:
+        TypeError: If it is of a subclass with a forward of its own that none is registered for.
+        ValueError: If the convolution cannot be split this way. In either case it is left as it was.
+
+    >>> conv = nn.Conv2d(8, 8, 3, padding=1)
+    >>> to_coconv_(conv, (1, 2), (4, 4))
+    >>> conv
+    CoConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilations=(1, 2), splits=(4, 4))
+    """
+    check_levels(conv, dilations, splits)
+    if not isinstance(conv, CoConv2d):
+        cls = contextual_class(_class_of(conv))
+        if cls is None:
+            raise TypeError(f"{type(conv).__name__} has a forward of its own: tell its levels with register_coconv()")
+        _switch_class(conv, cls)
+    coconv = cast(CoConv2d, conv)
+    coconv.dilations, coconv.splits = tuple(dilations), tuple(splits)
+
+
+def to_conv_(coconv: CoConv2d) -> None:
+    """Turn a contextual convolution into the plain one it replaces, in place.
+
+    Raises:
+        TypeError: If it is no contextual convolution.
+    """
+    if not isinstance(coconv, CoConv2d):
+        raise TypeError(f"to_conv_ takes a CoConv2d, not a {type(coconv).__name__}")
+    _switch_class(coconv, plain_class(type(coconv)))
+    del coconv.dilations, coconv.splits
+
+
+def _class_of(conv: nn.Conv2d) -> type[nn.Conv2d]:
+    # torch gives each parametrized module a class of its own, derived from the class it had.
+    return cast(type[nn.Conv2d], type(conv).__base__) if is_parametrized(conv) else type(conv)
+
+
+def _switch_class(module: nn.Conv2d, cls: type[nn.Conv2d]) -> None:
+    if is_parametrized(module):
+        own = type(module)
+        members = {name: value for name, value in vars(own).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), members)
+    module.__class__ = cls
+
+
+def _reduce_ex(self: CoConv2d, protocol: Any) -> tuple[Any, ...]:
+    # A class that contextual_class() made has no name that it could be unpickled by.
+    state: Any = cast(Any, self).__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _new_instance, (plain_class(type(self)),), state
+
+
+def _new_instance(plain: type[nn.Conv2d]) -> CoConv2d:
+    cls = contextual_class(plain)
+    assert cls is not None
+    return cls.__new__(cls)

@@ -1,0 +1,148 @@
+"""The ``surgery=dict(...)`` of a config: what of a network is converted, and how."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch.nn as nn
+
+from coconv_surgery.layers.functional import Pair
+from coconv_surgery.planning.plan import Plan
+from coconv_surgery.planning.policies import POLICIES, Answer, Levels, Policy, get_policy
+from coconv_surgery.surgery import apply_plan, plan_conversion
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurgeryOptions:
+    """The keys of a ``surgery`` dict.
+
+    Attributes:
+        policy: Name of a policy, or ``dict(type=name, ...)`` with its arguments; see
+            :func:`~coconv_surgery.plan_conversion` for this one and the next three.
+        include: Glob patterns of convolutions to consider.
+        exclude: Glob patterns of convolutions to leave alone.
+        overrides: Levels by pattern; ``dict(dilations=..., splits=...)`` stands for
+            :class:`~coconv_surgery.Levels`.
+        input_size: Side, or (height, width), of the images as the pipeline resizes them.
+        pipeline: A data pipeline to read ``input_size`` off instead: the ``scale`` of its last resizing.
+        plan: Path of a saved plan that decides everything; nothing but ``plan`` may be given then.
+    """
+
+    policy: Any = "resolution"
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+    overrides: Mapping[str, Any] | None = None
+    input_size: int | Sequence[int] | None = None
+    pipeline: Sequence[Any] | None = None
+    plan: str | None = None
+
+    @classmethod
+    def read(cls, surgery: Mapping[str, Any]) -> "SurgeryOptions":
+        """Read a ``surgery`` dict.
+
+        Raises:
+            TypeError: If it is none.
+            ValueError: If it has a key that does not exist, or keys that exclude each other.
+        """
+        if not isinstance(surgery, Mapping):
+            raise TypeError(f"surgery must be a dict, not {type(surgery).__name__}")
+        names = [field.name for field in fields(cls)]
+        for key in surgery:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(f"surgery has no key {key!r}: {hint}There are {', '.join(names)}")
+        if surgery.get("plan") is not None and len(surgery) > 1:
+            others = ", ".join(key for key in surgery if key != "plan")
+            raise ValueError(f"surgery: a plan decides everything; leave out {others}")
+        if surgery.get("input_size") is not None and surgery.get("pipeline") is not None:
+            raise ValueError("surgery: give either input_size or pipeline, not both")
+        return cls(**surgery)
+
+    @property
+    def image_size(self) -> Pair | None:
+        """Height and width of the resized images, if the options tell it."""
+        if self.pipeline is not None:
+            return resized_to(self.pipeline)
+        if self.input_size is None:
+            return None
+        sides = (self.input_size,) * 2 if isinstance(self.input_size, int) else tuple(self.input_size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(f"surgery: input_size={self.input_size!r} must be a side or (height, width)")
+        return sides
+
+    def saved_plan(self) -> Plan | None:
+        """The saved plan, if one is given."""
+        return None if self.plan is None else Plan.from_json(self.plan)
+
+    def convert(self, network: nn.Module) -> None:
+        """Convert a network that takes one image batch, in place.
+
+        The input size is by default the one that timm says of the network.
+
+        Raises:
+            ValueError: As :func:`~coconv_surgery.plan_conversion` and :func:`~coconv_surgery.apply_plan`.
+        """
+        plan = self.saved_plan()
+        if plan is None:
+            plan = plan_conversion(network, input_size=self.image_size, **self.choices())
+        apply_plan(network, plan)
+
+    def choices(self) -> dict[str, Any]:
+        """The arguments of :func:`~coconv_surgery.plan_conversion` that do not concern the input."""
+        overrides = {pattern: _answer(value) for pattern, value in (self.overrides or {}).items()}
+        return {
+            "policy": _policy(self.policy),
+            "include": self.include,
+            "exclude": self.exclude,
+            "overrides": overrides,
+        }
+
+
+def resized_to(pipeline: Sequence[Any]) -> Pair:
+    """Height and width of the images that leave a data pipeline, before they are padded.
+
+    mmcv's ``scale`` is (width, height); where the aspect ratio is kept it is (long side, short side) instead, and the
+    image is taken to lie on its long side.
+
+    Args:
+        pipeline: Configs of the transforms.
+
+    Raises:
+        ValueError: If no transform resizes to one scale.
+
+    >>> resized_to([dict(type="Resize", scale=(1333, 800), keep_ratio=True)])
+    (800, 1333)
+    """
+    scales = [transform for transform in _transforms(pipeline) if isinstance(transform.get("scale"), Sequence)]
+    if not scales or len(scales[-1]["scale"]) != 2 or not all(isinstance(side, int) for side in scales[-1]["scale"]):
+        raise ValueError("surgery: pipeline has no transform with scale=(width, height): give input_size instead")
+    width, height = scales[-1]["scale"]
+    return (min(width, height), max(width, height)) if scales[-1].get("keep_ratio") else (height, width)
+
+
+def _transforms(tree: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(tree, Mapping):
+        yield tree
+        yield from _transforms(tree.get("transforms", ()))
+    elif isinstance(tree, Sequence) and not isinstance(tree, str):
+        for branch in tree:
+            yield from _transforms(branch)
+
+
+def _policy(policy: Any) -> str | Policy:
+    if not isinstance(policy, Mapping):
+        get_policy(policy)
+        return cast(str | Policy, policy)
+    arguments = {key: value for key, value in policy.items() if key not in ("type", "_scope_")}
+    name = cast(str, policy.get("type"))
+    get_policy(name)
+    try:
+        return POLICIES[name](**arguments)
+    except TypeError as error:
+        raise ValueError(f"surgery: policy {name!r}: {error}") from error
+
+
+def _answer(value: Any) -> Answer | None:
+    return Levels(**value) if isinstance(value, Mapping) else value

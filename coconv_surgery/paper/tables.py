@@ -1,0 +1,264 @@
+"""The networks of the paper's Tables 1 to 6, counted here, next to the paper's figures: ``coconv table``."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn as nn
+
+from coconv_surgery.paper.counting import count, time_side_by_side
+from coconv_surgery.paper.peers import dilated_resnet, nonlocal_resnet, preact_resnet, resnet, se_resnet
+from coconv_surgery.planning.plan import Plan, PlanRow, align
+from coconv_surgery.surgery import get_plan
+from coconv_surgery.zoo.progan import coprogan, progan
+
+Build = Callable[[], nn.Module]
+
+
+class Row(NamedTuple):
+    """A network, and what the paper says of it.
+
+    Attributes:
+        network: Its name.
+        build: Builds it.
+        parameters: The paper's parameters in millions.
+        gflops: The paper's GFLOPs; it means multiply-adds.
+        results: The paper's results.
+    """
+
+    network: str
+    build: Build
+    parameters: float
+    gflops: float
+    results: tuple[float, ...] = ()
+
+
+class Table(NamedTuple):
+    """One of the paper's tables.
+
+    Attributes:
+        title: What it compares.
+        rows: Its networks.
+        results: What the paper's results are.
+        input: Shape of one input.
+        notes: What a reader must know, besides how things are counted.
+        layout: A network to show the levels of, map by map.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    results: tuple[str, ...] = ()
+    input: tuple[int, ...] = (1, 3, 224, 224)
+    notes: tuple[str, ...] = ()
+    layout: Build | None = None
+
+
+def coresnet(depth: int, **arguments: object) -> nn.Module:
+    """CoResNet, see :class:`~coconv_surgery.zoo.CoResNet`."""
+    model: nn.Module = timm.create_model(f"coresnet{depth}", **arguments)
+    return model
+
+
+def ssd(name: str) -> nn.Module:
+    """The SSD of Table 6, from its config.
+
+    Args:
+        name: Of the backbone in the config's name, as ``"coresnet50"``.
+
+    Raises:
+        RuntimeError: If MMDetection is not installed.
+    """
+    try:
+        import coconv_surgery.mmdet  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(f"Table 6 is of detectors, and {error}") from error
+    from mmengine.config import Config
+
+    from coconv_surgery.mmdet.building import build_detector
+    from coconv_surgery.mmdet.paths import config_path
+
+    return build_detector(Config.fromfile(config_path(f"ssd/ssd300_{name}_coco.py")).model)
+
+
+_ERRORS = ("top-1 error, %", "top-5 error, %")
+
+_NON_LOCAL = (
+    "NL ResNet: a non-local block after every stage gives the paper's parameters. Its FLOPs do not follow: attention "
+    "over all 56×56 positions of stage 1 alone is 2.5 G, and the paper does not say how it reduces or counts that."
+)
+_PRE_ACTIVATION = "pre-act. ResNet: timm's has no norms in its shortcuts, 7,680 parameters."
+_SQUEEZE = "SE ResNet: without biases in its two layers, which gives the paper's parameters."
+
+_TABLE_5 = {
+    "ResNet-{}": (
+        resnet,
+        {50: (25.56, 4.14, 23.88, 7.06), 101: (44.55, 7.88, 22.00, 6.10), 152: (60.19, 11.62, 21.55, 5.74)},
+    ),
+    "pre-act. ResNet-{}": (
+        preact_resnet,
+        {50: (25.56, 4.14, 23.77, 7.04), 101: (44.55, 7.88, 22.11, 6.26), 152: (60.19, 11.62, 21.41, 5.78)},
+    ),
+    "SE ResNet-{}": (
+        se_resnet,
+        {50: (28.07, 4.15, 22.74, 6.37), 101: (49.29, 7.90, 21.31, 5.79), 152: (66.77, 11.65, 21.38, 5.80)},
+    ),
+    "NL ResNet-{}": (
+        nonlocal_resnet,
+        {50: (36.72, 6.18, 22.91, 6.42), 101: (55.71, 9.91, 21.40, 5.83), 152: (71.35, 13.66, 21.91, 6.11)},
+    ),
+    "CoResNet-{}": (
+        coresnet,
+        {50: (25.56, 4.14, 22.73, 6.49), 101: (44.55, 7.88, 21.29, 5.72), 152: (60.19, 11.62, 20.97, 5.48)},
+    ),
+}
+
+_TABLE_3 = {
+    "stage(1,1,1,1)": (23.88, 7.06),
+    "stage(2,2,2,1)": (23.24, 6.79),
+    "stage(3,3,2,1)": (23.23, 6.66),
+    "stage(3,3,3,3)": (23.33, 6.71),
+    "stage(4,3,2,1)": (22.73, 6.49),
+    "top(4,3,2,1)": (25.58, 8.05),
+}
+
+TABLES = {
+    1: Table(
+        "ResNet-50 and CoResNet-50",
+        (
+            Row("ResNet-50", partial(resnet, 50), 25.56, 4.14),
+            Row("CoResNet-50", partial(coresnet, 50), 25.56, 4.14),
+        ),
+        layout=partial(coresnet, 50, policy="resolution"),
+    ),
+    2: Table(
+        "ProGAN and CoProGAN, the generators for 128×128 pixels",
+        (Row("ProGAN", progan, 27.21, 54.76), Row("CoProGAN", coprogan, 27.21, 54.76)),
+        input=(1, 512),
+        notes=(
+            "The paper's totals are not those of the rows it prints: levels and channels are the paper's, the counts "
+            "are of two 3×3 convolutions a resolution as in ProGAN. What it says of them, that both are equal, holds.",
+        ),
+        layout=coprogan,
+    ),
+    3: Table(
+        "CoResNet-50 by policy: levels at each stage",
+        tuple(
+            Row(policy, partial(coresnet, 50, policy=policy), 25.56, 4.14, errors)
+            for policy, errors in _TABLE_3.items()
+        ),
+        _ERRORS,
+    ),
+    4: Table(
+        "CoResNet-50 and closely related networks",
+        (
+            Row("ResNet-50, stride 32", partial(resnet, 50), 25.56, 4.14, (23.88, 7.06)),
+            Row("NL ResNet-50, stride 32", partial(nonlocal_resnet, 50), 36.72, 6.18, (22.91, 6.42)),
+            Row("CoResNet-50, stride 32", partial(coresnet, 50), 25.56, 4.14, (22.73, 6.49)),
+            Row("DRN-50, stride 8", partial(dilated_resnet, 50), 25.56, 19.20, (22.44, 6.47)),
+            Row("CoResNet-50, stride 8", partial(coresnet, 50, output_stride=8), 25.56, 19.20, (21.93, 6.17)),
+        ),
+        _ERRORS,
+        notes=(_NON_LOCAL,),
+    ),
+    5: Table(
+        "CoResNet and other networks at three depths",
+        tuple(
+            Row(name.format(depth), partial(build, depth), parameters, gflops, tuple(errors))
+            for depth in (50, 101, 152)
+            for name, (build, figures) in _TABLE_5.items()
+            for parameters, gflops, *errors in [figures[depth]]
+        ),
+        _ERRORS,
+        notes=(_PRE_ACTIVATION, _SQUEEZE, _NON_LOCAL),
+    ),
+    6: Table(
+        "SSD300 on ResNet and CoResNet, cut after their third stage",
+        (
+            Row("SSD, ResNet-50", partial(ssd, "r50"), 22.89, 20.92, (26.20, 43.97)),
+            Row("SSD, CoResNet-50", partial(ssd, "coresnet50"), 22.89, 20.92, (28.63, 46.71)),
+            Row("SSD, ResNet-101", partial(ssd, "r101"), 41.89, 48.45, (29.58, 47.69)),
+            Row("SSD, CoResNet-101", partial(ssd, "coresnet101"), 41.89, 48.45, (31.19, 49.89)),
+        ),
+        ("AP, %", "AP at IoU 0.5, %"),
+        input=(1, 3, 300, 300),
+        notes=("The paper counts more than the wide count does, the same amount at both depths.",),
+    ),
+}
+
+
+def render(number: int, *, timed: bool = False) -> str:
+    """Count the networks of one of the paper's tables, and set the paper's figures beside.
+
+    Args:
+        number: Of the table, 1 to 6.
+        timed: Time one forward pass of each as well, side by side, on the first GPU if there is one.
+
+    Returns:
+        The table, for a reader.
+
+    Raises:
+        RuntimeError: For Table 6, if MMDetection is not installed.
+    """
+    table = TABLES[number]
+    parts = [f"Table {number}: {table.title}"]
+    if table.layout is not None:
+        with torch.device("meta"):
+            parts.append(_layout(table.rows[-1].network, get_plan(table.layout())))
+    header = ["network", "parameters", "paper, M", "multiply-adds, G", "wide, G", "paper, G"]
+    lines = [[*_counts(row, table), *(f"{result:.2f}" for result in row.results)] for row in table.rows]
+    header += [f"paper: {name}" for name in table.results]
+    if timed:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        header += [f"ms ({device})", "× first"]
+        times = _time(table, device)
+        lines = [[*line, f"{t * 1e3:.1f}", f"{t / times[0]:.2f}"] for line, t in zip(lines, times, strict=True)]
+    parts.append(align([header, *lines]))
+    parts.append("\n".join(f"- {note}" for note in _notes(table)))
+    return "\n\n".join(parts)
+
+
+def _counts(row: Row, table: Table) -> list[str]:
+    with torch.device("meta"):
+        cost = count(row.build().eval(), torch.empty(table.input))
+    return [
+        row.network,
+        f"{cost.parameters:,}",
+        f"{row.parameters:.2f}",
+        f"{cost.multiply_adds / 1e9:.3f}",
+        f"{cost.wide / 1e9:.3f}",
+        f"{row.gflops:.2f}",
+    ]
+
+
+def _time(table: Table, device: str) -> list[float]:
+    args = (torch.randn(table.input, device=device),)
+    return time_side_by_side([(row.build().eval().to(device), args) for row in table.rows])
+
+
+def _notes(table: Table) -> Sequence[str]:
+    results = ("The results are the paper's. They are not reproduced here.",) if table.results else ()
+    return (
+        f"multiply-adds: one input of {'×'.join(map(str, table.input[1:]))}; convolutions, linear layers and matrix "
+        "products, by torch's FLOP counter.",
+        "wide: with 4 for an element of a batch norm and 1 for one of an activation, the count that gives the paper's "
+        "figures for ResNet.",
+        *results,
+        *table.notes,
+    )
+
+
+def _layout(network: str, plan: Plan) -> str:
+    kinds = Counter((_size(row), _levels(row)) for row in plan.rows if row.signature.kernel_size == (3, 3))
+    lines = [[size, str(number), levels] for (size, levels), number in kinds.items()]
+    return align([("map", "3×3 convs", f"{network}: channels at each dilation"), *lines])
+
+
+def _size(row: PlanRow) -> str:
+    return ", ".join("×".join(map(str, size)) for size in row.output_sizes)
+
+
+def _levels(row: PlanRow) -> str:
+    return ", ".join(f"{channels} at {dilation}" for channels, dilation in zip(row.splits, row.dilations, strict=True))

@@ -1,0 +1,258 @@
+"""The plan of a conversion: its preview, its report, and the file to replay."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+
+from coconv_surgery.layers.functional import Dilation, Pair
+
+FORMAT = "coconv-plan"
+VERSION = 1
+ONE_LEVEL = "one level: the conv itself"
+_PLAIN: dict[str, Any] = {
+    "kernel_size": (1, 1),
+    "stride": (1, 1),
+    "padding": (0, 0),
+    "dilation": (1, 1),
+    "groups": 1,
+    "padding_mode": "zeros",
+}
+
+
+class PlanError(ValueError):
+    """A plan that cannot be read, or does not fit the network."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What makes a convolution the one that a plan means; fields as in :class:`torch.nn.Conv2d`."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Pair
+    stride: Pair
+    padding: Pair | str
+    dilation: Pair
+    groups: int
+    padding_mode: str
+
+    @classmethod
+    def of(cls, conv: nn.Module) -> "Signature":
+        """Read the signature off a module; what other kinds of convolution lack is as in a plain one."""
+        found: dict[str, Any] = {field.name: getattr(conv, field.name, None) for field in fields(cls)}
+        for name, plain in _PLAIN.items():
+            value = found[name]
+            if isinstance(plain, tuple) and not isinstance(value, str):
+                found[name] = (value, value) if isinstance(value, int) else tuple(value or plain)
+                if len(found[name]) != 2 or not all(isinstance(side, int) for side in found[name]):
+                    found[name] = plain
+            elif value is None:
+                found[name] = plain
+        return cls(**found)
+
+    def differences(self, planned: "Signature") -> str:
+        """Say in words where a plan means another convolution."""
+        pairs = ((field.name, getattr(self, field.name), getattr(planned, field.name)) for field in fields(self))
+        return ", ".join(f"{name}={found}, planned {wanted}" for name, found, wanted in pairs if found != wanted)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What is to become of one convolution.
+
+    Attributes:
+        name: Its qualified name.
+        signature: The plain convolution.
+        dilations: Dilation of each level; the convolution's own if it is left alone.
+        splits: Output channels of each level.
+        reason: Why it is left alone, or None if it becomes a CoConv.
+        calls: How often it runs in one forward pass.
+        output_sizes: The different heights and widths of its output map.
+        aliases: Other names of the same module.
+        untraced: Why torch.fx has no node for it, where that is so.
+    """
+
+    name: str
+    signature: Signature
+    dilations: tuple[Dilation, ...]
+    splits: tuple[int, ...]
+    reason: str | None = None
+    calls: int = 0
+    output_sizes: tuple[Pair, ...] = ()
+    aliases: tuple[str, ...] = ()
+    untraced: str | None = None
+
+    @property
+    def levels(self) -> int:
+        """Number of levels."""
+        return len(self.dilations)
+
+    @property
+    def converted(self) -> bool:
+        """Whether the convolution becomes a CoConv."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a conversion; it prints as a table.
+
+    Attributes:
+        rows: One for every convolution of the network.
+        policy: The policy that decided, as text.
+        input: The input that the map sizes belong to, as text.
+        parameters: Parameters of the network, the same before and after.
+        traced: How the convolutions and their map sizes were found, as text.
+    """
+
+    rows: tuple[PlanRow, ...]
+    policy: str
+    input: str
+    parameters: int
+    traced: str = "not traced"
+
+    @property
+    def converted(self) -> tuple[PlanRow, ...]:
+        """The rows that become a CoConv."""
+        return tuple(row for row in self.rows if row.converted)
+
+    @property
+    def left_alone(self) -> tuple[PlanRow, ...]:
+        """The rows that stay plain convolutions."""
+        return tuple(row for row in self.rows if not row.converted)
+
+    @property
+    def in_question(self) -> tuple[PlanRow, ...]:
+        """The rows that a reader looks for: 3×3 convolutions, and whatever else becomes a CoConv."""
+        return tuple(row for row in self.rows if row.converted or row.signature.kernel_size == (3, 3))
+
+    def reasons(self, rows: Iterable[PlanRow] | None = None) -> dict[str, int]:
+        """How many convolutions are left alone for each reason, the most frequent first.
+
+        Args:
+            rows: Count among these. Default: all.
+        """
+        counted = Counter(row.reason for row in (self.rows if rows is None else rows) if row.reason)
+        return dict(counted.most_common())
+
+    def summary(self) -> str:
+        """Sum the plan up in one line."""
+        reasons = "; ".join(f"{count} {reason}" for reason, count in self.reasons().items())
+        return (
+            f"{len(self.rows)} convs: {len(self.converted)} converted, {len(self.left_alone)} left alone"
+            f"{f' ({reasons})' if reasons else ''}; {self.parameters:,} parameters before = after"
+        )
+
+    def table(self, *, every_conv: bool = False) -> str:
+        """Lay the plan out as an aligned table.
+
+        Args:
+            every_conv: Show 1×1 convolutions and the like as well, which the summary just counts.
+        """
+        shown = self.rows if every_conv else self.in_question
+        header = ("conv", "channels", "map", "levels", "dilations", "splits", "left alone because")
+        return align([header, *map(_cells, shown)])
+
+    def __str__(self) -> str:
+        return f"{self.table()}\npolicy: {self.policy}\ninput: {self.input}\ntraced: {self.traced}\n{self.summary()}"
+
+    def diff(self, other: "Plan") -> list[str]:
+        """Say in words where another plan decides differently; map sizes and reasons are no difference."""
+        mine, others = ({row.name: row for row in plan.rows} for plan in (self, other))
+        differences = [f"{name}: missing" for name in mine if name not in others]
+        differences += [f"{name}: unexpected" for name in others if name not in mine]
+        for name in mine.keys() & others.keys():
+            row, changed = mine[name], others[name]
+            if row.signature != changed.signature:
+                differences.append(f"{name}: {changed.signature.differences(row.signature)}")
+            elif (row.dilations, row.splits) != (changed.dilations, changed.splits):
+                differences.append(f"{name}: {_levels(row)} became {_levels(changed)}")
+        return sorted(differences)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Write the plan as JSON.
+
+        Args:
+            path: A file to write as well.
+        """
+        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> "Plan":
+        """Read a plan.
+
+        Args:
+            source: JSON text, or the path of a file of it.
+
+        Raises:
+            PlanError: If it is no plan, or one of another format version.
+            OSError: If the file cannot be read.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        text = source if isinstance(source, str) and is_text else Path(source).read_text(encoding="utf-8")
+        label = "the text" if is_text else str(source)
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{label} is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise PlanError(f'{label} is not a plan: a plan has \'"format": "{FORMAT}"\'')
+        if (version := data.pop("version", None)) != VERSION:
+            raise PlanError(f"{label} has plan version {version}; this release reads version {VERSION}")
+        try:
+            return cls(**{**data, "rows": tuple(map(_read_row, data["rows"]))})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise PlanError(f"{label} is not a complete plan: {error}") from error
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Lay rows of text out in columns, a rule under the first."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["─" * width for width in widths]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [rows[0], rule, *rows[1:]]
+    )
+
+
+def _cells(row: PlanRow) -> tuple[str, ...]:
+    signature = row.signature
+    name = " = ".join((row.name, *row.aliases))
+    groups = f" /{signature.groups}" if signature.groups > 1 else ""
+    channels = f"{signature.in_channels} → {signature.out_channels}{groups}"
+    sizes = ", ".join(f"{height}×{width}" for height, width in row.output_sizes) or "–"
+    levels = (str(row.levels), _join(row.dilations), _join(row.splits))
+    return (name, channels, sizes, *levels, row.reason or "")
+
+
+def _levels(row: PlanRow) -> str:
+    return f"dilations {_join(row.dilations)} with {_join(row.splits)} channels"
+
+
+def _join(values: Iterable[Dilation]) -> str:
+    return ", ".join(str(value) if isinstance(value, int) else "×".join(map(str, value)) for value in values)
+
+
+def _read_row(data: dict[str, Any]) -> PlanRow:
+    signature = Signature(**{name: _tupled(value) for name, value in data["signature"].items()})
+    row = PlanRow(**{**{name: _tupled(value) for name, value in data.items()}, "signature": signature})
+    texts = (row.name, *row.aliases, *(text for text in (row.reason, row.untraced) if text is not None))
+    dilations = [side for value in row.dilations for side in (value if isinstance(value, tuple) else (value,))]
+    sizes = [side for size in row.output_sizes for side in size]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"row {row.name!r} has a name or reason that is no text")
+    if not all(type(number) is int for number in (row.calls, *dilations, *row.splits, *sizes)):
+        raise TypeError(f"row {row.name!r} has dilations, splits, calls or sizes that are no whole numbers")
+    return row
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value

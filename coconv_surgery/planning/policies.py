@@ -1,0 +1,215 @@
+"""How many levels a convolution gets, at which dilations, with how many channels each."""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch.nn as nn
+
+from coconv_surgery.layers.functional import Dilation
+from coconv_surgery.layers.levels import SplitRule, complete_levels, level_units, scale_dilations, split_channels
+from coconv_surgery.tracing.trace import TracedConv
+
+
+class Levels(NamedTuple):
+    """The levels of one convolution.
+
+    Attributes:
+        dilations: Dilation of each level, as it is computed (the convolution's own dilation included).
+        splits: Output channels of each level, or the rule that shares them out.
+    """
+
+    dilations: tuple[Dilation, ...]
+    splits: tuple[int, ...] | SplitRule = "pow2"
+
+
+Answer = Levels | int | Sequence[int]
+
+
+class Policy(Protocol):
+    """Decides on the levels of a convolution. Any function of this form is a policy.
+
+    It answers with a number of levels n (dilations 1 to n), with a sequence of dilations (both in units of the
+    convolution's own dilation), or with :class:`Levels`.
+    """
+
+    def __call__(self, conv: TracedConv, /) -> Answer:
+        """Choose the levels of a convolution."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelPolicy:
+    """Base of the policies that choose a number of levels n and use dilations 1 to n.
+
+    Args:
+        split: Split rule, see :func:`~coconv_surgery.layers.levels.split_channels`.
+        min_channels: A convolution gets fewer levels rather than a level with fewer channels than this.
+        shared: Which of the map sizes counts for a module that is called at several: the ``"min"`` or the ``"max"``.
+    """
+
+    split: SplitRule = "pow2"
+    min_channels: int = 1
+    shared: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        if self.split not in ("pow2", "even"):
+            raise ValueError(f"split={self.split!r}: choose 'pow2' or 'even'")
+        if self.min_channels < 1:
+            raise ValueError(f"min_channels={self.min_channels} must be at least 1")
+        if self.shared not in ("min", "max"):
+            raise ValueError(f"shared={self.shared!r}: choose 'min' or 'max'")
+
+    def levels(self, conv: TracedConv) -> int:
+        """Number of levels, before the channels of the convolution are looked at."""
+        raise NotImplementedError
+
+    def resolution(self, conv: TracedConv) -> int:
+        """Smallest side of the convolution's output map, at the call that counts."""
+        choose = min if self.shared == "min" else max
+        return choose(min(call.output_size) for call in conv.calls)
+
+    def __call__(self, conv: TracedConv) -> Levels:
+        """Choose the levels of a convolution."""
+        units, size = level_units(conv.conv)
+        levels = max(1, min(self.levels(conv), units))
+        while levels > 1 and min(split_channels(units, levels, self.split)) * size < self.min_channels:
+            levels -= 1
+        return Levels(*complete_levels(conv.conv, levels, splits=self.split))
+
+
+@dataclass(frozen=True)
+class ResolutionPolicy(LevelPolicy):
+    """Levels by the size of the output map: ``clamp(floor(log2(r)) - 1, 1, max_levels)`` for smallest side r.
+
+    With the default of four levels at most, this is every row of Table 1 (56 → 4, 28 → 3, 14 → 2, 7 → 1) and of
+    Table 2 (4 → 1, 8 → 2, 16 → 3, 32 and up → 4).
+    """
+
+    max_levels: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_levels < 1:
+            raise ValueError(f"max_levels={self.max_levels} must be at least 1")
+
+    def levels(self, conv: TracedConv) -> int:
+        """Number of levels for the map that counts."""
+        return max(1, min(self.resolution(conv).bit_length() - 2, self.max_levels))
+
+
+@dataclass(frozen=True)
+class StagePolicy(LevelPolicy):
+    """Levels by stage, a stage being the convolutions at one reduction of the network's input.
+
+    Args:
+        stages: Levels at reductions 4 (and less), 8, 16 and 32 (and more). Default: Table 1's. Other configurations of
+            Table 3 are ``(2, 2, 2, 1)``, ``(3, 3, 2, 1)`` and ``(3, 3, 3, 3)``.
+    """
+
+    stages: tuple[int, ...] = (4, 3, 2, 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if not self.stages or min(self.stages) < 1:
+            raise ValueError(f"stages={self.stages} must give at least one level for each stage")
+
+    def levels(self, conv: TracedConv) -> int:
+        """Number of levels of the convolution's stage."""
+        if conv.network_size is None:
+            raise ValueError(f"{type(self).__name__} needs an image among the inputs to know the reduction")
+        reduction = min(conv.network_size) / self.resolution(conv)
+        stage = round(math.log2(reduction)) - 2
+        return self.stages[max(0, min(stage, len(self.stages) - 1))]
+
+
+@dataclass(frozen=True)
+class TopPolicy(StagePolicy):
+    """Only the highest dilation of each stage: ``top(4, 3, 2, 1)`` of Table 3, the paper's counter-example."""
+
+    def __call__(self, conv: TracedConv) -> Levels:
+        """Choose the one level of a convolution."""
+        return Levels(scale_dilations(conv.conv.dilation, [self.levels(conv)]))
+
+
+@dataclass(frozen=True)
+class UniformPolicy(LevelPolicy):
+    """The same number of levels everywhere.
+
+    Args:
+        count: Number of levels.
+    """
+
+    count: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count < 1:
+            raise ValueError(f"count={self.count} must be at least 1")
+
+    def levels(self, conv: TracedConv) -> int:
+        """The number of levels."""
+        return self.count
+
+
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "resolution": ResolutionPolicy,
+    "stage": StagePolicy,
+    "top": TopPolicy,
+    "uniform": UniformPolicy,
+}
+
+_NAME = re.compile(r"(\w+)(?:\((\d+(?:, ?\d+)*)\))?")
+
+
+def get_policy(policy: str | Policy) -> Policy:
+    """Look a policy up by its name; a policy passes through.
+
+    A name may be followed by the policy's numbers: ``"stage(3,3,2,1)"`` and ``"top(4,3,2,1)"`` as in Table 3, and
+    likewise ``"resolution(5)"`` and ``"uniform(3)"``.
+
+    Raises:
+        ValueError: If there is no policy of that name, or if the numbers do not suit it.
+        TypeError: If it is neither a name nor callable.
+
+    >>> get_policy("stage(3,3,2,1)").stages
+    (3, 3, 2, 1)
+    """
+    if isinstance(policy, str):
+        match = _NAME.fullmatch(policy)
+        name, numbers = match.groups() if match else (policy, None)
+        if name not in POLICIES:
+            near = difflib.get_close_matches(name, POLICIES, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown policy {policy!r}: {hint}There are {', '.join(map(repr, POLICIES))}")
+        if numbers is None:
+            return POLICIES[name]()
+        values = tuple(map(int, numbers.split(",")))
+        if name in ("stage", "top"):
+            return POLICIES[name](values)
+        if len(values) > 1:
+            raise ValueError(f"policy {policy!r}: {name} takes one number")
+        return POLICIES[name](*values)
+    if isinstance(policy, type):
+        raise TypeError(f"policy must be an object, as {policy.__name__}(), not the class")
+    if not callable(policy):
+        raise TypeError(f"policy must be a name or a callable, not {type(policy).__name__}")
+    return policy
+
+
+def settle(conv: nn.Conv2d, answer: Answer) -> Levels:
+    """Turn a policy's answer into dilations and splits that are sure to suit a convolution.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if isinstance(answer, Levels):
+        dilations, splits = complete_levels(conv, dilations=answer.dilations, splits=answer.splits)
+    elif isinstance(answer, int):
+        dilations, splits = complete_levels(conv, answer)
+    else:
+        dilations, splits = complete_levels(conv, dilations=scale_dilations(conv.dilation, answer))
+    return Levels(dilations, splits)

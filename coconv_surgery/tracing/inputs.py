@@ -1,0 +1,107 @@
+"""What a network is called with while it is traced."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+from torch.utils._pytree import tree_leaves
+
+from coconv_surgery.layers.functional import Pair
+
+InputSize = int | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What to call a network with.
+
+    Attributes:
+        args: Inputs by position.
+        kwargs: Inputs by name.
+        call: What to call instead of the network, with the network before the inputs: for one that needs more than a
+            call, or for a copy of it some preparation, which the trace gives it.
+        needs_numbers: Whether the network's control flow is known to need numbers, so that shapes alone do not do.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    call: Callable[..., Any] | None = None
+    needs_numbers: bool = False
+
+    @property
+    def image_size(self) -> Pair | None:
+        """Height and width of the first image batch among the inputs."""
+        for leaf in tree_leaves((self.args, self.kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.dim() in (3, 4):
+                return leaf.shape[-2], leaf.shape[-1]
+        return None
+
+    def __str__(self) -> str:
+        tensors = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+        return ", ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
+
+
+def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_inputs: Any = None) -> Inputs:
+    """Find out what to call a network with.
+
+    Args:
+        model: The network.
+        input_size: Side, (height, width) or (channels, height, width) of an image. Default: what timm says of the
+            network, or what a graph of ``torch.export`` has recorded.
+        example_inputs: The inputs themselves: a tensor, a tuple of arguments, a dict of them by name, or
+            :class:`Inputs`.
+
+    Raises:
+        ValueError: If nothing tells, if both are given, or if ``input_size`` is no size.
+    """
+    if example_inputs is not None:
+        if input_size is not None:
+            raise ValueError("give either input_size= or example_inputs=, not both")
+        if isinstance(example_inputs, Inputs):
+            return example_inputs
+        if isinstance(example_inputs, Mapping):
+            return Inputs(kwargs=dict(example_inputs))
+        return Inputs((example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs))
+    if input_size is None and isinstance(model, fx.GraphModule) and (recorded := _recorded_inputs(model)):
+        return recorded
+    if input_size is None:
+        input_size = _configured_size(model)
+    sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    if len(sides) not in (2, 3) or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"input_size={input_size!r}: give a side, (height, width) or (channels, height, width)")
+    shape = sides if len(sides) == 3 else (_image_channels(model), *sides)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator("cpu").manual_seed(0)  # leaves the global one alone
+    image = torch.rand(1, *shape, generator=generator, device="cpu")
+    return Inputs((image.to(parameter.device, parameter.dtype),))
+
+
+def _configured_size(model: nn.Module) -> Pair:
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if not size:
+        raise ValueError(
+            f"{type(model).__name__} does not say how large its input is: give input_size=224, (height, width) or "
+            "(channels, height, width), or example_inputs= if it takes more than one image batch"
+        )
+    return size[-2], size[-1]
+
+
+def _image_channels(model: nn.Module, colours: int = 3) -> int:
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), colours)
+    # Some stems move 2×2 pixels or more into channels before the first convolution.
+    return first if first < 4 * colours else colours
+
+
+def _recorded_inputs(model: fx.GraphModule) -> Inputs | None:
+    values = [node.meta.get("val") for node in model.graph.nodes if node.op == "placeholder"]
+    if not values or not all(isinstance(value, torch.Tensor) for value in values):
+        return None
+    # A size that the export left open has the one that it was exported with as a hint.
+    shapes = [[size if isinstance(size, int) else size.node.hint for size in value.shape] for value in values]
+    return Inputs(
+        tuple(torch.zeros(shape, dtype=v.dtype, device=v.device) for shape, v in zip(shapes, values, strict=True))
+    )

@@ -1,0 +1,170 @@
+"""The benchmarks measure what they say; how fast things are is theirs to print, not the tests' to assert."""
+
+import json
+import time
+
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+
+import coconv_surgery as cs
+from coconv_surgery.bench import speed, surgery
+from coconv_surgery.bench.authors import LevelConvs, LevelsAlone, use_authors_layout
+from coconv_surgery.bench.memory import peak_mib
+from coconv_surgery.bench.report import save
+from coconv_surgery.bench.run import run
+from coconv_surgery.bench.speed import LAYERS, SUBJECTS, Case, contender, measure, prepare
+from coconv_surgery.bench.surgery import Cost, growth
+from coconv_surgery.bench.timing import Ratio, interleave
+from coconv_surgery.layers.levels import complete_levels
+from coconv_surgery.layers.switch import to_coconv_
+
+CPU = torch.device("cpu")
+TINY = speed._layer(8, 6, 2)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A layer that takes no time, among those of the benchmark."""
+    for table in (LAYERS, SUBJECTS):
+        monkeypatch.setitem(table, "tiny", TINY)
+
+
+def test_calls_are_timed_in_turn_in_an_order_that_changes():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = interleave(calls, rounds=20, device=CPU, warmup=0)
+    rounds = ["".join(order[start : start + 3]) for start in range(0, 60, 3)]
+    assert {"".join(sorted(names)) for names in rounds} == {"abc"}
+    assert len(set(rounds)) == 6
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 20, "b": 20, "c": 20}
+
+
+def test_rounds_to_warm_up_do_not_count():
+    order = []
+    times = interleave({"a": lambda: order.append("a")}, rounds=2, device=CPU, warmup=3)
+    assert (len(order), len(times["a"])) == (5, 2)
+
+
+def test_a_ratio_pairs_times_of_one_round():
+    assert Ratio.of([2.0, 30.0, 400.0, 5.0], [1.0, 10.0, 100.0, 1.0]) == Ratio(3.5, 2.25, 4.75)
+
+
+def test_a_longer_call_has_the_longer_time():
+    times = interleave({"a": lambda: time.sleep(0.001), "b": lambda: time.sleep(0.02)}, rounds=2, device=CPU)
+    assert max(times["a"]) < min(times["b"])
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 4}, {"groups": 8}, {"stride": 2, "bias": False}], ids=str)
+def test_the_authors_layout_computes_the_same(options):
+    conv = nn.Conv2d(8, 16, 3, padding=1, **options)
+    to_coconv_(conv, *complete_levels(conv, 3))
+    image = torch.randn(2, 8, 12, 10)
+    layout = LevelConvs(conv)
+    torch.testing.assert_close(layout(image), conv(image))
+    assert sum(p.numel() for p in layout.parameters()) == sum(p.numel() for p in conv.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 8}], ids=["dense", "depthwise"])
+def test_levels_alone_are_the_parts_of_the_output_and_of_the_gradients(options):
+    conv = nn.Conv2d(8, 16, 3, padding=1, bias=False, **options)
+    to_coconv_(conv, *complete_levels(conv, 3))
+    image = torch.randn(2, 8, 12, 10, requires_grad=True)
+    output, alone = conv(image), LevelsAlone(conv)
+    parts = alone(image)
+    torch.testing.assert_close(torch.cat(parts, 1), output)
+    output.sum().backward()
+    torch.autograd.backward(parts, [torch.ones_like(part) for part in parts])
+    gradients = [part.grad for part in alone.parts]
+    whole = torch.cat(gradients, 1) if options else sum(gradients)
+    torch.testing.assert_close(whole, image.grad)
+
+
+def test_a_network_in_the_authors_layout_has_no_contextual_convolution_left(net, image):
+    cs.convert(net, input_size=32)
+    expected = net(image)
+    use_authors_layout(net)
+    assert not any(isinstance(module, cs.CoConv2d) for module in net.modules())
+    torch.testing.assert_close(net(image), expected)
+
+
+@pytest.mark.parametrize("name", list(SUBJECTS))
+def test_every_subject_builds_with_as_many_parameters_plain_and_contextual(name):
+    plain, contextual, authors = (contender(SUBJECTS[name], which) for which in ("plain", "coconv", "authors"))
+    counts = {sum(p.numel() for p in model.parameters()) for model in (plain, contextual, authors)}
+    assert len(counts) == 1
+    assert any(isinstance(module, cs.CoConv2d) for module in contextual.modules())
+    assert not any(isinstance(module, cs.CoConv2d) for module in plain.modules())
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_step_leaves_gradients_in_the_layout_asked_for(layout, precision, tiny):
+    model = contender(TINY, "coconv")
+    prepare(model, TINY, Case("tiny", "train", layout, precision, "eager"), CPU)()
+    assert model.weight.grad.abs().sum() > 0
+    assert model.weight.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+
+
+def test_an_evaluation_leaves_no_gradients(tiny):
+    model = contender(TINY, "coconv")
+    prepare(model, TINY, Case("tiny", "eval", "NCHW", "fp32", "eager"), CPU)()
+    assert model.weight.grad is None
+    assert not model.training
+
+
+def test_a_case_is_measured_and_written_as_json_table_and_picture(tiny, tmp_path):
+    timing = measure(Case("tiny", "eval", "NCHW", "fp32", "eager"), CPU, rounds=4)
+    for ratio in (timing.coconv, timing.authors, timing.alone):
+        assert ratio.low <= ratio.median <= ratio.high
+    paths = save(tmp_path, "layers", CPU, "coconv bench layers", timings=[timing], memory=[("tiny", 1.01, 1.02)])
+    data = json.loads(paths[0].read_text())
+    assert data["timings"][0]["case"]["subject"] == "tiny"
+    assert torch.__version__.startswith(data["machine"]["torch"])
+    assert "| tiny | eval | NCHW | fp32 | eager |" in paths[1].read_text()
+    assert "| tiny | 1.010 | 1.020 |" in paths[1].read_text()
+    assert "| levels alone |" in paths[1].read_text()
+    assert Image.open(paths[2]).size > (300, 100)
+
+
+def test_a_table_has_no_column_for_levels_that_were_not_timed_alone(tmp_path):
+    ratio = Ratio(1.0, 0.9, 1.1)
+    timing = speed.Timing(Case("tiny", "eval", "NCHW", "fp32", "compile"), 2.0, ratio, ratio)
+    table = save(tmp_path, "layers", CPU, "coconv bench layers", timings=[timing])[1].read_text()
+    assert table.splitlines()[-1] == (
+        "| tiny | eval | NCHW | fp32 | compile | 2.00 | 1.00 (0.90–1.10) | 1.00 (0.90–1.10) |"
+    )
+    assert "levels alone" not in table
+
+
+def test_only_chosen_subjects_are_run_and_the_files_say_by_which_engine(tiny, tmp_path):
+    paths = run("layers", tmp_path, only="tiny", engines=["eager"], rounds=2)
+    assert [path.name for path in paths] == ["layers-eager.json", "layers-eager.md", "layers-eager.png"]
+    data = json.loads(paths[0].read_text())
+    assert data["command"] == "coconv bench layers --engine eager --only 'tiny' --rounds 2"
+    assert len(data["timings"]) == 8
+    with pytest.raises(ValueError, match=r"no benchmark of layers matches 'vgg\*': choose from .*tiny"):
+        run("layers", tmp_path, only="vgg*")
+
+
+def test_surgery_is_measured_in_a_process_of_its_own(tmp_path):
+    cost = surgery.measure("100 convs in a row", repeats=2)
+    assert cost.convs == 100
+    assert cost.plan_s > 0
+    paths = save(tmp_path, "surgery", CPU, "coconv bench surgery", costs=[cost])
+    assert "| 100 convs in a row | 100 |" in paths[1].read_text()
+
+
+def test_peak_memory_of_a_step_is_that_of_the_step_alone():
+    ballast = torch.ones(2**26)  # 256 MiB that are not the step's
+    case = Case("128 at 28×28, 3 levels", "train", "NCHW", "fp32", "eager")
+    peaks = [peak_mib(case, "coconv", CPU) for _ in range(2)]
+    assert ballast.numel()
+    assert 8 * 128 * 28 * 28 * 4 / 2**20 < peaks[0] < 200
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
+
+
+def test_linear_growth_is_one():
+    costs = [Cost(f"{n} convs in a row", n, 0.0, n / 500, 1.0, 1.0) for n in (100, 1000)]
+    assert growth(costs) == pytest.approx(1.0)

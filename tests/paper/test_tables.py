@@ -1,0 +1,171 @@
+"""What `coconv table` prints: counts of the networks themselves, next to the paper's figures."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import coconv_surgery as cs
+from coconv_surgery.paper.counting import count, time_side_by_side
+from coconv_surgery.paper.tables import TABLES, render
+from coconv_surgery.zoo.progan import Generator, coprogan, progan
+
+COUNTED = (1, 2, 3, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def costs():
+    with torch.device("meta"):
+        return {
+            (number, row.network): count(row.build().eval(), torch.empty(TABLES[number].input))
+            for number in COUNTED
+            for row in TABLES[number].rows
+        }
+
+
+# What does not follow from the networks that the paper names; the printed notes say so.
+OTHER_PARAMETERS = {(5, "pre-act. ResNet-50"), (5, "pre-act. ResNet-101"), (2, "ProGAN"), (2, "CoProGAN")}
+ROWS = [(number, row) for number in COUNTED for row in TABLES[number].rows]
+
+
+@pytest.mark.parametrize(("number", "row"), ROWS, ids=lambda value: getattr(value, "network", value))
+def test_parameters_round_to_the_papers(costs, number, row):
+    same = f"{costs[number, row.network].parameters / 1e6:.2f}" == f"{row.parameters:.2f}"
+    assert same == ((number, row.network) not in OTHER_PARAMETERS)
+
+
+@pytest.mark.parametrize(("number", "row"), ROWS, ids=lambda value: getattr(value, "network", value))
+def test_the_wide_count_of_every_resnet_rounds_to_the_papers(costs, number, row):
+    if row.network.startswith(("ResNet", "CoResNet", "DRN", "stage", "top")):
+        assert f"{costs[number, row.network].wide / 1e9:.2f}" == f"{row.gflops:.2f}"
+    elif row.network.startswith(("SE", "pre-act")):
+        assert costs[number, row.network].wide / 1e9 == pytest.approx(row.gflops, abs=0.02)
+    else:
+        assert abs(costs[number, row.network].wide / 1e9 - row.gflops) > 1
+
+
+def test_co_networks_cost_what_the_plain_ones_cost(costs):
+    assert costs[2, "CoProGAN"] == costs[2, "ProGAN"]
+    assert costs[4, "CoResNet-50, stride 8"] == costs[4, "DRN-50, stride 8"]
+    for depth in (50, 101, 152):
+        assert costs[5, f"CoResNet-{depth}"] == costs[5, f"ResNet-{depth}"]
+
+
+def test_coprogan_has_table_2s_levels_and_channels():
+    with torch.device("meta"):
+        plan = cs.get_plan(coprogan())
+    found = {}
+    for row in plan.rows:
+        if row.signature.kernel_size == (3, 3):
+            found.setdefault(row.output_sizes, set()).add((row.dilations, row.splits))
+    assert found == {
+        ((4, 4),): {((1,), (512,))},
+        ((8, 8),): {((1, 2), (256, 256))},
+        ((16, 16),): {((1, 2, 3), (172, 170, 170))},
+        ((32, 32),): {((1, 2, 3, 4), (128,) * 4)},
+        ((64, 64),): {((1, 2, 3, 4), (64,) * 4)},
+        ((128, 128),): {((1, 2, 3, 4), (32,) * 4)},
+    }
+
+
+def test_the_generator_converts_without_a_change_of_weights():
+    generator = Generator((16, 16, 8)).eval()
+    before = dict(generator.named_parameters())
+    latent = torch.randn(2, 512)
+    plain = generator(latent)
+    cs.convert(generator, cs.ResolutionPolicy(split="even"), example_inputs=latent)
+    assert generator(latent).shape == plain.shape == (2, 3, 16, 16)
+    assert not torch.equal(generator(latent), plain)
+    assert all(parameter is before[name] for name, parameter in generator.named_parameters())
+
+
+def test_the_generator_has_two_convs_a_resolution():
+    convs = [m for m in progan().modules() if getattr(m, "kernel_size", None) == (3, 3)]
+    assert [conv.out_channels for conv in convs] == [512] * 7 + [256] * 2 + [128] * 2
+
+
+@pytest.mark.parametrize("number", COUNTED)
+def test_every_network_is_printed_between_its_title_and_the_notes(costs, number):
+    text = render(number)
+    for row in TABLES[number].rows:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{row.network}  ")]
+        assert f"{costs[number, row.network].parameters:,}" in line
+        for figure in (row.parameters, row.gflops, *row.results):
+            assert f"{figure:.2f}" in line.split()
+    assert text.startswith(f"Table {number}: ")
+    assert ("They are not reproduced here." in text) == bool(TABLES[number].results)
+    assert all(note in text for note in TABLES[number].notes)
+
+
+def test_table_1_shows_the_levels_map_by_map():
+    lines = [line.split("  ") for line in render(1).splitlines()]
+    assert [[cell for cell in line if cell] for line in lines[4:8]] == [
+        ["56×56", "3", "16 at 1, 16 at 2, 16 at 3, 16 at 4"],
+        ["28×28", "4", "64 at 1, 32 at 2, 32 at 3"],
+        ["14×14", "6", "128 at 1, 128 at 2"],
+        ["7×7", "3", "512 at 1"],
+    ]
+
+
+def test_table_6_counts_mmdetections_detectors():
+    if importlib.util.find_spec("mmdet") is None:
+        with pytest.raises(RuntimeError, match=r"Table 6 is of detectors, .* pip install"):
+            render(6)
+    else:
+        text = render(6)
+        assert text.count("22,894,902") == text.count("41,887,030") == 2
+        assert text.count("20.151") == text.count("47.500") == 2
+
+
+def test_table_6_says_what_is_missing_without_mmdet():
+    code = "import sys; sys.modules['mmdet'] = None; from coconv_surgery.paper.tables import ssd; ssd('r50')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "RuntimeError: Table 6 is of detectors, and" in done.stderr
+
+
+def test_times_are_of_each_network_side_by_side():
+    ran = []
+
+    class Sleepy(torch.nn.Module):
+        def __init__(self, name, size):
+            super().__init__()
+            self.name, self.size = name, size
+
+        def forward(self, x):
+            ran.append(self.name)
+            return torch.ones(self.size, self.size) @ torch.ones(self.size, self.size)
+
+    x = (torch.zeros(1),)
+    small, large = time_side_by_side([(Sleepy("small", 8), x), (Sleepy("large", 800), x)], rounds=3)
+    assert ran == ["small", "small", "large", "large"] * 3
+    assert 0 < small < large
+
+
+def test_the_command_prints_the_table_and_times(coconv):
+    code, out, _ = coconv("table", 1, "--time")
+    assert code == 0
+    plain, contextual = [line.split() for line in out.splitlines() if "ResNet-50  " in line]
+    assert float(plain[-2]) > 0
+    assert plain[-1] == "1.00"
+    assert float(contextual[-1]) == pytest.approx(float(contextual[-2]) / float(plain[-2]), abs=0.02)
+
+
+def test_the_command_knows_six_tables(coconv):
+    code, out, err = coconv("table", 7)
+    assert (code, out) == (2, "")
+    assert "7 is not in the range 1<=x<=6" in err
+
+
+@pytest.mark.parametrize(("policy", "dilations"), [("stage(3,3,2,1)", "1, 2, 3"), ("top(4,3,2,1)", "4")])
+def test_a_policy_by_name_works_on_the_command_line(coconv, policy, dilations):
+    code, out, _ = coconv("plan", "resnet18", "--policy", policy)
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("layer1.0.conv1")]
+    assert [cell.strip() for cell in line.split("  ") if cell][4] == dilations
+
+
+def test_a_policys_numbers_survive_other_options(coconv):
+    _, out, _ = coconv("plan", "resnet18", "--policy", "stage(3,3,2,1)", "--split", "even")
+    assert "22, 21, 21" in out

@@ -1,0 +1,145 @@
+"""The plan: table, summary, JSON, replay."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import coconv_surgery as cs
+from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, Signature
+
+pairs = st.tuples(st.integers(1, 9), st.integers(1, 9))
+signatures = st.builds(
+    Signature,
+    in_channels=st.integers(1, 99),
+    out_channels=st.integers(1, 99),
+    kernel_size=pairs,
+    stride=pairs,
+    padding=st.one_of(pairs, st.sampled_from(["same", "valid"])),
+    dilation=pairs,
+    groups=st.integers(1, 9),
+    padding_mode=st.sampled_from(["zeros", "reflect"]),
+)
+rows = st.builds(
+    PlanRow,
+    name=st.text(),
+    signature=signatures,
+    dilations=st.lists(st.one_of(st.integers(1, 9), pairs), min_size=1).map(tuple),
+    splits=st.lists(st.integers(1, 99), min_size=1).map(tuple),
+    reason=st.none() | st.text(),
+    calls=st.integers(0, 9),
+    output_sizes=st.lists(pairs).map(tuple),
+    aliases=st.lists(st.text()).map(tuple),
+    untraced=st.none() | st.text(),
+)
+plans = st.builds(
+    Plan, rows=st.lists(rows).map(tuple), policy=st.text(), input=st.text(), parameters=st.integers(0, 10**9)
+)
+
+
+@given(plans)
+@settings(deadline=None)
+def test_json_gives_the_same_plan_back(plan):
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_file_replays_on_a_fresh_network(net, image, tmp_path):
+    fresh = type(net)().eval()
+    fresh.load_state_dict(net.state_dict())
+    cs.convert(net, input_size=32)
+    cs.get_plan(net).to_json(tmp_path / "plan.json")
+    cs.apply_plan(fresh, Plan.from_json(tmp_path / "plan.json"))
+    assert torch.equal(fresh(image), net(image))
+
+
+def test_a_plan_edited_by_hand_is_what_is_applied(net):
+    data = json.loads(cs.plan_conversion(net, input_size=32).to_json())
+    data["rows"][0] |= {"dilations": [1, 6], "splits": [2, 6]}
+    cs.apply_plan(net, Plan.from_json(json.dumps(data)))
+    assert (net.stem.dilations, net.stem.splits) == ((1, 6), (2, 6))
+
+
+def test_an_impossible_edit_is_refused(net):
+    data = json.loads(cs.plan_conversion(net, input_size=32).to_json())
+    data["rows"][0]["splits"] = [4, 2, 3]
+    with pytest.raises(PlanError, match=r"stem \(splits \(4, 2, 3\) must be positive and sum up to the 8"):
+        cs.apply_plan(net, Plan.from_json(json.dumps(data)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ('{"rows": []}', "is not a plan"),
+        ('{"format": "coconv-plan", "version": 99}', "plan version 99; this release reads version 1"),
+        ('{"format": "coconv-plan", "version": 1, "rows": [{}]}', "not a complete plan"),
+        ('{"format": "coconv-plan", "version": 1, "rows": [], "extra": 1}', "not a complete plan"),
+    ],
+)
+def test_what_is_no_plan_is_refused(text, message):
+    with pytest.raises(PlanError, match=message):
+        Plan.from_json(text)
+
+
+def test_the_table_is_aligned_and_leaves_out_other_kernels(net):
+    plan = cs.plan_conversion(net, input_size=32)
+    header, rule, stem, *_ = plan.table().splitlines()
+    assert header.index("dilations") == stem.index("1, 2, 3")
+    assert set(rule) == {"─", " "}
+    assert "body.2" not in plan.table()
+    assert "body.2" in plan.table(every_conv=True)
+    assert str(plan).splitlines()[-1] == plan.summary()
+
+
+def test_the_summary_counts_by_reason(net):
+    summary = cs.plan_conversion(net, input_size=32).summary()
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    assert summary == f"3 convs: 2 converted, 1 left alone (1 kernel 1×1); {parameters:,} parameters before = after"
+
+
+def test_diff_names_what_differs_and_nothing_else(net):
+    plan = cs.plan_conversion(net, input_size=32)
+    assert plan.diff(cs.plan_conversion(net, input_size=40)) == []
+    assert plan.diff(cs.plan_conversion(net, input_size=32, exclude="stem")) == [
+        "stem: dilations 1, 2, 3 with 4, 2, 2 channels became dilations 1 with 8 channels"
+    ]
+
+
+def edited(net, **changes):
+    data = json.loads(cs.plan_conversion(net, input_size=32).to_json())
+    data["rows"][1] |= changes
+    return json.dumps(data)
+
+
+def test_a_reason_written_into_a_row_leaves_its_conv_plain(net):
+    cs.apply_plan(net, Plan.from_json(edited(net, reason="not this one")))
+    assert (type(net.stem), type(net.body[0])) == (cs.CoConv2d, torch.nn.Conv2d)
+
+
+def test_a_repeated_row_is_refused_before_anything_changes(net):
+    data = json.loads(cs.plan_conversion(net, input_size=32).to_json())
+    data["rows"].append(data["rows"][0] | {"splits": [3, 3, 2]})
+    with pytest.raises(PlanError, match="1 repeated in the plan: stem"):
+        cs.apply_plan(net, Plan.from_json(json.dumps(data)))
+    assert type(net.stem) is type(net.body[0]) is torch.nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"splits": [4.0, 4.0]},
+        {"splits": None},
+        {"dilations": 3},
+        {"dilations": [True, 2]},
+        {"name": 0},
+        {"reason": 5},
+        {"signature": []},
+        {"output_sizes": [3]},
+        {"aliases": 5},
+    ],
+)
+def test_a_row_of_the_wrong_types_is_refused(net, change):
+    with pytest.raises(PlanError, match="not a complete plan"):
+        Plan.from_json(edited(net, **change))
