@@ -4,10 +4,11 @@ import coconv_surgery.layers.timm_convs  # noqa: F401  registers them
 from coconv_surgery.checkpoint import load_converted, read_plan, save_converted
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import coconv2d
-from coconv_surgery.layers.levels import split_channels
-from coconv_surgery.layers.switch import register_coconv
+from coconv_surgery.layers.levels import Levels, split_channels
+from coconv_surgery.layers.switch import register_coconv, to_coconv_, to_conv_
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow
-from coconv_surgery.planning.policies import Levels, Policy, ResolutionPolicy, StagePolicy, TopPolicy, UniformPolicy
+from coconv_surgery.planning.policies import Policy, ResolutionPolicy, StagePolicy, TopPolicy, UniformPolicy
+from coconv_surgery.planning.reasons import Reason
 from coconv_surgery.surgery import NoChangeWarning, apply_plan, convert, get_plan, plan_conversion, revert
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.zoo import CoResNet, export_authors_state_dict, load_authors_checkpoint
@@ -22,6 +23,7 @@ __all__ = [
     "PlanError",
     "PlanRow",
     "Policy",
+    "Reason",
     "ResolutionPolicy",
     "StagePolicy",
     "TopPolicy",
@@ -39,4 +41,6 @@ __all__ = [
     "revert",
     "save_converted",
     "split_channels",
+    "to_coconv_",
+    "to_conv_",
 ]

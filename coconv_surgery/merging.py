@@ -2,64 +2,126 @@
 
 Blocks as RepVGG's, MobileOne's and RepViT's merge parallel branches, or a convolution and its norm, into one new
 convolution for inference. The levels of contextual branches carry over to it where the branches agree: a 1×1
-convolution, an identity and a norm act on the centre of the kernel, which all levels share. A rehearsal on a copy
-compares the block before and after, and what would not compute the same is refused, such as a contextual 3×3 branch
-beside a 7×7 one.
+convolution, an identity and a norm act on the centre of the kernel, which all levels share. What the block returns
+before and after is compared, and a merge that would not compute the same is refused, such as one of a contextual 3×3
+branch and a 7×7 one.
+
+A block that holds contextual convolutions and can merge is switched to a class that sees to this, on that instance, as
+a convolution is; no class that others use is changed. What cannot be seen to is a merge that is not a method of a
+block, such as a loop of a script that builds an ``nn.Conv2d`` from a contextual convolution's weight.
 """
 
-import copy
+import contextlib
 import functools
-import inspect
+import types
 from collections.abc import Callable
-from types import FunctionType
-from typing import Any
+from contextvars import ContextVar
+from inspect import getattr_static
+from typing import Any, cast
 
 import torch
+import torch.fx as fx
 import torch.nn as nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_leaves
 
 from coconv_surgery.layers.conv import CoConv2d
-from coconv_surgery.layers.switch import to_coconv_
-from coconv_surgery.tracing.twin import FORWARD_ERRORS
+from coconv_surgery.layers.rollback import all_or_nothing, deep_restorer, restorer
+from coconv_surgery.layers.switch import switch_class, to_coconv_
+from coconv_surgery.tracing.twin import copy_module
 
-# What timm's reparameterize_model() calls.
-_METHODS = ("fuse", "reparameterize", "switch_to_deploy")
-_MARK = "_keeps_coconv_levels"
+# What blocks call it: timm's, RepVGG's and ACNet's; ultralytics' and YOLOv7's; PP-YOLOE's and ECB's; RepLKNet's kin.
+MERGING_METHODS = (
+    *("fuse", "reparameterize", "switch_to_deploy"),
+    *("fuse_bn", "fuse_conv_bn", "fuse_convs", "fuse_repvgg_block", "merge_bn"),
+    *("convert_to_deploy", "rep_params"),
+    *("deep_fuse_BN", "merge_dilated_branches", "merge_kernel", "structural_reparam"),
+)
+_PLAIN = "_coconv_plain_class"
 _SIDE = 32
 _TOLERANCE = 1e-3
 
-Merge = Callable[[nn.Module], Any]
 
-
-def keep_levels_in_merges(model: nn.Module) -> None:
-    """Let the blocks of a converted network carry their levels over when they merge their branches.
-
-    The merging methods of its classes are wrapped, once a process; on a block without contextual convolutions they do
-    what they did. A network that was unpickled whole, in another process than the one that converted it, needs its
-    plan applied again before it is reparameterised.
+def keep_levels_in_merges(model: nn.Module, undo: contextlib.ExitStack) -> None:
+    """Let the blocks of a network that hold contextual convolutions, and no others, carry levels over when they merge.
 
     Args:
         model: A network.
+        undo: Takes what puts a block back.
     """
-    if not _holds(model, CoConv2d):
-        return
-    for cls in {type(module) for module in model.modules() if _holds(module, nn.Conv2d)}:
-        for name in _METHODS:
-            owner = next((base for base in cls.__mro__ if name in vars(base)), None)
-            if owner is not None and _is_merge(vars(owner)[name]):
-                setattr(owner, name, _keeping_levels(vars(owner)[name]))
+    for module in model.modules():
+        plain = _plain_class(module)
+        merges = _merges(module, plain) if _holds(module, CoConv2d) and not isinstance(module, nn.Conv2d) else ()
+        cls = _keeping_class(plain, merges) if merges else plain
+        if cls is not type_before_parametrizations(module):
+            undo.callback(restorer(module))
+            switch_class(module, cls)
+
+
+_KEEPING: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def _keeping_class(plain: type[nn.Module], merges: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of a block's class, of the same name, whose merging methods carry levels over."""
+    if (plain, merges) not in _KEEPING:
+        members: dict[str, Any] = {name: _MergingMethod(name, plain) for name in merges}
+        members |= {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+        members |= {_PLAIN: plain, "__reduce_ex__": functools.partialmethod(_reduce_ex, plain, merges)}
+        cls = types.new_class(plain.__name__, (plain,), exec_body=lambda body: body.update(members))
+        _KEEPING[plain, merges] = cast(type[nn.Module], cls)
+    return _KEEPING[plain, merges]
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    cls = cast(type[nn.Module], type_before_parametrizations(module))
+    return cast(type[nn.Module], vars(cls).get(_PLAIN, cls))
+
+
+def _reduce_ex(block: Any, plain: type[nn.Module], merges: tuple[str, ...], protocol: Any) -> tuple[Any, ...]:
+    # The class has no name that it could be unpickled by.
+    state = block.__getstate__() if hasattr(block, "__getstate__") else block.__dict__
+    return _new_instance, (plain, merges), state
+
+
+def _new_instance(plain: type[nn.Module], merges: tuple[str, ...]) -> nn.Module:
+    cls = _keeping_class(plain, merges)
+    return cls.__new__(cls)
+
+
+def _merges(module: nn.Module, plain: type[nn.Module]) -> tuple[str, ...]:
+    """The merging methods of a block's class, and those set on the block itself."""
+    return tuple(
+        name
+        for name in MERGING_METHODS
+        if isinstance(getattr_static(plain, name, None), types.FunctionType) or callable(vars(module).get(name))
+    )
 
 
 def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
     return any(isinstance(sub, kind) for sub in module.modules())
 
 
-def _is_merge(attribute: Any) -> bool:
-    """Whether it is a method that needs no arguments, and is not wrapped yet."""
-    if not isinstance(attribute, FunctionType) or hasattr(attribute, _MARK):
-        return False
-    _, *others = inspect.signature(attribute).parameters.values()
-    return all(other.default is not other.empty or other.kind is other.VAR_KEYWORD for other in others)
+class _MergingMethod:
+    """Stands for a merging method of a block: what it is called with and what it returns are that one's."""
+
+    def __init__(self, name: str, plain: type[nn.Module]) -> None:
+        self.name, self.plain = name, plain
+
+    def __get__(self, block: Any, owner: Any) -> Any:
+        if block is None:
+            return getattr(self.plain, self.name)
+        method = vars(block).get(self.name)
+        if method is None:
+            method = getattr(self.plain, self.name).__get__(block)
+        return functools.partial(_merge, block, method) if callable(method) else method
+
+    def __set__(self, block: Any, method: Any) -> None:
+        vars(block)[self.name] = method
+
+    def __delete__(self, block: Any) -> None:
+        if self.name not in vars(block):
+            raise AttributeError(self.name)
+        del vars(block)[self.name]
 
 
 class _Call:
@@ -77,73 +139,92 @@ class _Call:
         self.certain = True
 
 
-_calls: list[_Call] = []
+_calls: ContextVar[tuple[_Call, ...]] = ContextVar("_calls", default=())
 
 
-def _keeping_levels(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def wrapper(block: nn.Module, **kwargs: Any) -> Any:
-        def merge(module: nn.Module) -> Any:
-            return method(module, **kwargs)
-
-        if not _calls:
-            if not _holds(block, CoConv2d):
-                return merge(block)
-            _rehearse(merge, block)
-        return _merge_with_levels(merge, block)[0]
-
-    setattr(wrapper, _MARK, True)
-    return wrapper
-
-
-def _rehearse(merge: Merge, block: nn.Module) -> None:
-    """Merge a copy, so that what cannot be merged is found before anything changes.
+def _merge(block: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a merging method, see to the levels, and undo it all if the block would not compute the same.
 
     Raises:
-        ValueError: If the block would not compute the same.
+        ValueError: If it would not.
     """
-    reference, rehearsal = (copy.deepcopy(block).double().eval() for _ in range(2))
-    result, call = _merge_with_levels(merge, rehearsal)
-    merged = result if isinstance(result, nn.Module) else rehearsal
-    same = _compute_the_same(reference, merged.double().eval())
-    if same is False or (same is None and not call.certain):
-        raise _refusal(block)
+    merge = functools.partial(method, *args, **kwargs)
+    # Something else that has the name of a merge, as the "reparameterize" of a variational autoencoder.
+    given_data = any(isinstance(leaf, torch.Tensor | fx.Proxy) for leaf in tree_leaves((args, kwargs)))
+    if given_data or not _holds(block, CoConv2d):
+        return merge()
+    if _calls.get():
+        return _merge_with_levels(merge, block)[0]
+    before = _in_double(block)
+    with all_or_nothing() as undo:
+        undo.callback(deep_restorer(block))
+        result, call = _merge_with_levels(merge, block)
+        after = _in_double(result if isinstance(result, nn.Module) else block)
+        same = None if before is None or after is None else _compute_the_same(before, after)
+        if same is False or (same is None and not call.certain):
+            raise _refusal(block)
+    return result
 
 
-def _compute_the_same(first: nn.Module, second: nn.Module) -> bool | None:
-    """Whether two modules agree on a random input; None where they cannot be run on one."""
-    conv = next(module for module in first.modules() if isinstance(module, nn.Conv2d))
-    if conv.weight.is_meta:
+def _in_double(block: nn.Module) -> nn.Module | None:
+    """A copy to compare with, or None where there can be none."""
+    try:
+        return copy_module(block).double().eval()
+    except Exception:  # the block's own code, which may refuse to be copied
+        return None
+
+
+def _compute_the_same(before: nn.Module, after: nn.Module) -> bool | None:
+    """Whether all tensors that a merged block returns are among those that it returned before, on a random input.
+
+    Returns:
+        None where the two cannot be run on one, or do not return a tensor.
+    """
+    conv = next(module for module in before.modules() if isinstance(module, nn.Conv2d))
+    device = next((tensor.device for tensor in before.parameters()), torch.device("cpu"))
+    if device.type == "meta":
         return None
     generator = torch.Generator("cpu").manual_seed(0)
-    image = torch.randn(2, conv.in_channels, _SIDE, _SIDE, generator=generator, dtype=torch.float64)
+    image = torch.randn(2, conv.in_channels, _SIDE, _SIDE, generator=generator, dtype=torch.float64).to(device)
     with torch.no_grad():
         try:
-            expected, found = (tree_leaves(module(image.to(conv.weight.device))) for module in (first, second))
-        except FORWARD_ERRORS:
+            expected, found = (_tensors(module(image.clone())) for module in (before, after))
+        except Exception:  # the block's own code, which may want something else than an image
             return None
-    pairs = zip(expected, found, strict=True)
-    return all(bool((a - b).abs().max() <= _TOLERANCE * a.abs().max()) for a, b in pairs)
+    if not found:
+        return None
+    return all(any(_close(tensor, other) for other in expected) for tensor in found)
 
 
-def _merge_with_levels(merge: Merge, block: nn.Module) -> tuple[Any, _Call]:
-    call = _Call()
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    found, expected = found.to(torch.complex128), expected.to(torch.complex128)
+    return not found.numel() or bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+def _merge_with_levels(merge: Callable[[], Any], block: nn.Module) -> tuple[Any, _Call]:
+    call, outer = _Call(), _calls.get()
     before = _spatial_convs(block)
-    _calls.append(call)
+    token = _calls.set((*outer, call))
     try:
-        result = merge(block)
+        result = merge()
     finally:
-        _calls.pop()
+        _calls.reset(token)
     after = _spatial_convs(result if isinstance(result, nn.Module) else block)
     known = [*before, *call.produced]
     merged = [conv for conv in known if conv not in after and conv not in call.consumed and not _is_pointwise(conv)]
     made = [conv for conv in after if conv not in known]
-    if made and any(isinstance(conv, CoConv2d) for conv in merged):
-        call.certain &= _carry_over(block, merged, made)
-    if _calls:
-        _calls[-1].consumed += [*call.consumed, *merged]
-        _calls[-1].produced += [*call.produced, *made]
-        _calls[-1].certain &= call.certain
+    if any(isinstance(conv, CoConv2d) for conv in merged):
+        call.certain &= bool(made) and _carry_over(block, merged, made)
+    if outer:
+        outer[-1].consumed += [*call.consumed, *merged]
+        outer[-1].produced += [*call.produced, *made]
+        outer[-1].certain &= call.certain
     return result, call
 
 

@@ -4,28 +4,26 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from types import FunctionType
 from typing import Any, cast
 
 import torch
 import torch.fx as fx
 import torch.nn as nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
-from coconv_surgery.layers.conv import CoConv2d
-from coconv_surgery.layers.functional import Dilation, level_padding, pair
-from coconv_surgery.layers.levels import check_levels, is_plain, scale_dilations
-from coconv_surgery.layers.switch import to_coconv_, to_conv_
+from coconv_surgery.layers.levels import Levels, check_levels
 from coconv_surgery.merging import keep_levels_in_merges
-from coconv_surgery.planning.eligibility import obstacle, other_operation, reason_to_leave, replaced_forward, subclass
-from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
-from coconv_surgery.planning.plan import ONE_LEVEL, Plan, PlanError, PlanRow, Signature
-from coconv_surgery.planning.policies import Answer, Levels, Policy, get_policy, settle
-from coconv_surgery.tracing.graphs import function_convs, node_to_coconv_, node_to_conv_
+from coconv_surgery.planning.decision import Choices, found_row
+from coconv_surgery.planning.eligibility import site_obstacle
+from coconv_surgery.planning.maps import check_maps, largest_input
+from coconv_surgery.planning.patterns import Patterns
+from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_parameters
+from coconv_surgery.planning.policies import Answer, Policy
+from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.inputs import InputSize, infer_inputs
-from coconv_surgery.tracing.sites import find_convs
-from coconv_surgery.tracing.trace import TracedConv, trace_network
+from coconv_surgery.tracing.sites import Site, editing, find_sites
+from coconv_surgery.tracing.trace import trace_network
 
 _PLAN = "_coconv_plan"
 
@@ -74,42 +72,16 @@ def plan_conversion(
     >>> plan.converted[0].name, plan.converted[0].dilations, plan.converted[0].splits
     ('layer1.0.conv1', (1, 2, 3), (32, 16, 16))
     """
-    _check_model(model)
-    decide = get_policy(policy)
-    label = policy if isinstance(policy, str) else repr(policy)
-    included, excluded = as_list("*" if include is None else include), as_list(exclude or ())
-    overridden = dict(overrides or {})
-    names = [name for first, aliases, _ in find_convs(model) for name in (first, *aliases)]
-    given = {"include": included if include is not None else (), "exclude": excluded, "overrides": overridden}
-    check_patterns(given, names)
-    with torch.inference_mode(False):  # which would hide the dataflow
-        inputs = infer_inputs(model, input_size, example_inputs)
-        trace = trace_network(model, inputs)
-    rows = []
-    for conv in trace.convs:
-        names_of_conv = (conv.name, *conv.aliases)
-        override = first_match(names_of_conv, overridden)
-        answer = None if override is None else overridden[override]
-        source = f"policy {label}" if override is None else f"overrides[{override!r}]"
-        if override is not None and answer is None:
-            rows.append(_untouched_row(conv, "excluded"))
-        elif override is None and first_match(names_of_conv, included) is None:
-            rows.append(_untouched_row(conv, "not included"))
-        elif override is None and first_match(names_of_conv, excluded) is not None:
-            rows.append(_untouched_row(conv, "excluded"))
-        elif override in names_of_conv and (reason := obstacle(conv)):
-            raise ValueError(f"{source} names a conv that cannot be split: {reason}")
-        elif override not in names_of_conv and (reason := obstacle(conv) or reason_to_leave(conv)):
-            rows.append(_untouched_row(conv, reason))
-        else:
-            rows.append(_settled_row(conv, decide(conv) if answer is None else answer, source))
-    return Plan(tuple(rows), policy=label, input=str(inputs), parameters=_count(model), traced=trace.how)
+    check_convertible(model)
+    choices = Choices(policy, include, exclude, overrides)
+    return _plan(model, find_sites(model), choices, input_size, example_inputs)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """Make a network what a plan says, in place.
 
-    Every row is checked first; if one does not fit, nothing is changed. Modules, parameters, optimizer state, hooks and
+    Every row is checked first; if one does not fit, nothing is changed. Whatever else goes wrong, interrupts included,
+    everything is put back. Modules, parameters, optimizer state, hooks and
     flags stay what they are: only the class of a convolution changes (or the node, where it is a function call in a
     graph module).
 
@@ -124,8 +96,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         TypeError: If ``model`` is not a module that can be converted in place.
         PlanError: If convolutions are missing, unexpected or changed; all of them are named.
     """
-    if not _apply(model, plan):
-        warnings.warn(_no_change(model, plan), NoChangeWarning, stacklevel=2)
+    check_convertible(model)
+    _apply(model, find_sites(model), plan)
     return model
 
 
@@ -168,23 +140,18 @@ def convert(
     >>> get_plan(model).summary().split(";")[0]
     '53 convs: 13 converted, 40 left alone (36 kernel 1×1'
     """
-    plan = plan_conversion(
-        model,
-        policy,
-        input_size=input_size,
-        example_inputs=example_inputs,
-        include=include,
-        exclude=exclude,
-        overrides=overrides,
-    )
+    check_convertible(model)
+    choices = Choices(policy, include, exclude, overrides)
     model = model if inplace else copy.deepcopy(model)
-    if not _apply(model, plan):
-        warnings.warn(_no_change(model, plan), NoChangeWarning, stacklevel=2)
+    sites = find_sites(model)
+    _apply(model, sites, _plan(model, sites, choices, input_size, example_inputs))
     return model
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Turn every contextual convolution of a network into the plain one it replaces: the exact inverse of a conversion.
+    """Make every convolution of a network what it was before its first conversion: the exact inverse.
+
+    A convolution that was contextual from the start, and that no conversion changed, becomes the plain one it replaces.
 
     Args:
         model: A converted network.
@@ -194,14 +161,21 @@ def revert(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: If ``model`` is not a module that can be converted in place.
+        ValueError: If a graph does not tell what a convolution was; the network is left as it was.
     """
-    _check_model(model)
-    nodes = dict(function_convs(model)) if isinstance(model, fx.GraphModule) else {}
-    for name, _, conv in find_convs(model):
-        if isinstance(conv, CoConv2d) and not subclass(TracedConv(name, conv)):
-            node_to_conv_(nodes[name]) if name in nodes else to_conv_(conv)
-    _recompile(model)
-    _notes(model).pop(_PLAN, None)
+    check_convertible(model)
+    sites = find_sites(model)
+    unknown = [f"{site.name} ({site.no_plain_form})" for site in sites if site.no_plain_form]
+    if unknown:
+        raise ValueError(
+            f"{_shorten(unknown)}: what it was before the conversion cannot be told; revert before the export"
+        )
+    with editing(sites) as undo:
+        for site in sites:
+            site.revert()
+        keep_levels_in_merges(model, undo)
+        for module in model.modules():
+            _note(module, None, undo)
     return model
 
 
@@ -215,194 +189,108 @@ def get_plan(model: nn.Module) -> Plan:
         The plan it was converted by, as long as that still describes it; else one read off its modules, without map
         sizes.
     """
-    rows = tuple(_found_row(name, aliases, conv) for name, aliases, conv in find_convs(model))
-    found = Plan(rows, policy="as found", input="unknown", parameters=_count(model))
+    return _found_plan(model, find_sites(model))
+
+
+def _found_plan(model: nn.Module, sites: Sequence[Site]) -> Plan:
+    rows = tuple(map(found_row, sites))
+    found = Plan(rows, policy="as found", input="unknown", parameters=count_parameters(model))
     remembered = _notes(model).get(_PLAN)
     if not isinstance(remembered, Plan) or remembered.diff(found):
         return found
     return replace(remembered, parameters=found.parameters)  # a new classifier may have come since
 
 
-# -- Changes ------------------------------------------------------------------------------------------------------
+def _plan(
+    model: nn.Module, sites: Sequence[Site], choices: Choices, input_size: InputSize | None, example_inputs: Any
+) -> Plan:
+    choices.check(sites)
+    with torch.inference_mode(False):  # which would hide the dataflow
+        inputs = infer_inputs(model, input_size, example_inputs)
+        trace = trace_network(model, sites, inputs)
+    rows = tuple(map(choices.row, trace.convs))
+    return Plan(rows, policy=choices.label, input=str(inputs), parameters=count_parameters(model), traced=trace.how)
 
 
-def _apply(model: nn.Module, plan: Plan) -> bool:
-    _check_model(model)
-    convs = {name: conv for name, _, conv in find_convs(model)}
-    _check_plan(convs, plan)
-    changes = [row for row in plan.rows if _state(convs[row.name]) != _planned_state(row, convs[row.name])]
-    nodes = dict(function_convs(model)) if isinstance(model, fx.GraphModule) else {}
-    for row in changes:
-        if row.name in nodes and row.converted:
-            node_to_coconv_(nodes[row.name], row.dilations, row.splits)
-        elif row.name in nodes:
-            node_to_conv_(nodes[row.name])
-        elif row.converted:
-            to_coconv_(convs[row.name], row.dilations, row.splits)
-        else:
-            to_conv_(cast(CoConv2d, convs[row.name]))
-    _recompile(model)
-    keep_levels_in_merges(model)
-    _notes(model)[_PLAN] = plan
-    return bool(changes)
+def _apply(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
+    targets = _check_plan(sites, plan)
+    changes = [(site, targets[site.name]) for site in sites if site.state != (targets[site.name] or site.plain)]
+    with editing([site for site, _ in changes]) as undo:
+        for site, levels in changes:
+            site.switch(levels)
+        keep_levels_in_merges(model, undo)
+        _note(model, plan, undo)
+    if not changes:
+        what = "was already as planned, nothing changed" if plan.converted else "has no convolution to convert"
+        warnings.warn(f"{type(model).__name__} {what}: {plan.summary()}", NoChangeWarning, stacklevel=3)
 
 
-def _no_change(model: nn.Module, plan: Plan) -> str:
-    what = "was already as planned, nothing changed" if plan.converted else "has no convolution to convert"
-    return f"{type(model).__name__} {what}: {plan.summary()}"
+def _check_plan(sites: Sequence[Site], plan: Plan) -> dict[str, Levels | None]:
+    """Check that every row of a plan can be applied.
 
+    Returns:
+        The levels of each site by name, None where it is to be plain.
 
-# -- Rows ---------------------------------------------------------------------------------------------------------
-
-
-def _untouched_row(conv: TracedConv, reason: str) -> PlanRow:
-    contextual = isinstance(conv.conv, CoConv2d)
-    return _row(conv, Levels(*_state(conv.conv)), None if contextual else reason)
-
-
-def _settled_row(conv: TracedConv, answer: Answer, source: str) -> PlanRow:
-    try:
-        levels = settle(conv.conv, answer)
-        _check_maps(conv, levels)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source} gave {conv.name} the levels {answer!r}: {error}") from error
-    if is_plain(conv.conv, levels.dilations):
-        return _row(conv, reason=ONE_LEVEL)
-    return _row(conv, levels)
-
-
-def _row(conv: TracedConv, levels: Levels | None = None, reason: str | None = None) -> PlanRow:
-    signature = Signature.of(conv.conv)
-    dilations, splits = levels or _plain_state(conv.conv)
-    assert not isinstance(splits, str)
-    return PlanRow(
-        conv.name,
-        signature,
-        dilations,
-        splits,
-        reason,
-        calls=len(conv.calls),
-        output_sizes=tuple(dict.fromkeys(call.output_size for call in conv.calls)),
-        aliases=conv.aliases,
-        untraced=conv.untraced,
-    )
-
-
-def _found_row(name: str, aliases: tuple[str, ...], conv: nn.Conv2d) -> PlanRow:
-    dilations, splits = _state(conv)
-    reason = None if isinstance(conv, CoConv2d) else "a plain conv"
-    return PlanRow(name, Signature.of(conv), dilations, splits, reason, aliases=aliases)
-
-
-def _planned_state(row: PlanRow, conv: nn.Conv2d) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
-    """What a row makes of a convolution; a reason to leave it alone counts more than levels that stand beside it."""
-    return (row.dilations, row.splits) if row.converted else _plain_state(conv)
-
-
-def _state(conv: nn.Conv2d) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
-    if isinstance(conv, CoConv2d):
-        return conv.dilations, conv.splits
-    return _plain_state(conv)
-
-
-def _plain_state(conv: nn.Conv2d) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
-    signature = Signature.of(conv)
-    return scale_dilations(signature.dilation, [1]), (signature.out_channels,)
-
-
-def _check_maps(conv: TracedConv, levels: Levels) -> None:
-    mode = conv.conv.padding_mode
-    if mode not in ("reflect", "circular"):
-        return
-    signature = Signature.of(conv.conv)
-    for call in conv.calls:
-        for dilation in levels.dilations:
-            paddings = level_padding(signature.kernel_size, signature.padding, signature.dilation, pair(dilation))
-            for side, padding in zip(call.input_size, paddings, strict=True):
-                if padding > side - (mode == "reflect"):
-                    raise ValueError(
-                        f"{mode} padding of {padding} at dilation {dilation} needs more than a side of {side}"
-                    )
-
-
-# -- Checks -------------------------------------------------------------------------------------------------------
-
-_WRAPPERS = {
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-}
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    for name, module in model.named_modules():
-        path = f"model.{name}" if name else "model"
-        for cls in type(module).__mro__:
-            if cls.__name__ in _WRAPPERS:
-                raise TypeError(
-                    f"{path} is wrapped in {type(module).__name__}: convert {path}.{_WRAPPERS[cls.__name__]} instead, "
-                    "best before wrapping it"
-                )
-        replaced = isinstance(vars(module).get("forward"), FunctionType)
-        if replaced and any(isinstance(child, nn.Conv2d) for child in module.modules() if child is not module):
-            raise TypeError(
-                f"the forward of {path} was replaced by a function, which a copy of it would share: convert it "
-                "before replacing (or compiling) its forward"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"{path} is scripted, its convolutions are compiled in: convert it before torch.jit")
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise ValueError(
-                f"{path} is a lazy {type(module).__name__} without weights yet: run the network once first"
-            )
-
-
-def _check_plan(convs: Mapping[str, nn.Conv2d], plan: Plan) -> None:
-    rows = {row.name: row for row in plan.rows}
+    Raises:
+        PlanError: If one cannot; all are named.
+    """
+    rows, by_name = {row.name: row for row in plan.rows}, {site.name: site for site in sites}
+    targets, different = {}, []
+    for name in rows.keys() & by_name.keys():
+        try:
+            targets[name] = _target(by_name[name], rows[name])
+        except ValueError as error:
+            different.append(f"{name} ({error})")
     problems = {
         "repeated in the plan": [name for name, count in Counter(row.name for row in plan.rows).items() if count > 1],
-        "missing in the network": [name for name in rows if name not in convs],
-        "unexpected in the network": [name for name in convs if name not in rows],
-        "different in the network": [],
+        "missing in the network": [name for name in rows if name not in by_name],
+        "unexpected in the network": [name for name in by_name if name not in rows],
+        "different in the network": different,
     }
-    for name in rows.keys() & convs.keys():
-        row, conv = rows[name], convs[name]
-        if differences := Signature.of(conv).differences(row.signature):
-            problems["different in the network"].append(f"{name} ({differences})")
-        elif row.converted and _state(conv) != (row.dilations, row.splits):
-            try:
-                found = TracedConv(name, conv)
-                reason = other_operation(found) or subclass(found) or replaced_forward(found)
-                if reason is None:
-                    check_levels(conv, row.dilations, row.splits)
-            except ValueError as error:
-                reason = str(error)
-            if reason is not None:
-                problems["different in the network"].append(f"{name} ({reason})")
     lines = [f"{len(names)} {problem}: {_shorten(sorted(names))}" for problem, names in problems.items() if names]
     if lines:
         raise PlanError("the plan does not fit this network, which is left as it was:\n" + "\n".join(lines))
+    return targets
+
+
+def _target(site: Site, row: PlanRow) -> Levels | None:
+    """What a row makes of a site; a reason to leave it alone counts more than levels that stand beside it."""
+    if differences := site.signature.differences(row.signature):
+        raise ValueError(differences)
+    if not row.converted:
+        if site.levels is not None and site.no_plain_form:
+            raise ValueError(site.no_plain_form)
+        return None
+    if site.state == (row.dilations, row.splits):
+        return site.levels
+    if why := site_obstacle(site):
+        raise ValueError(why.text)
+    levels = check_levels(site.conv, row.dilations, row.splits)
+    check_maps(row.signature, levels, [largest_input(row.signature, size) for size in row.output_sizes])
+    return levels
 
 
 def _shorten(names: Sequence[str], limit: int = 5) -> str:
     return "; ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-# -- The network as a whole ---------------------------------------------------------------------------------------
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _recompile(model: nn.Module) -> None:
-    if isinstance(model, fx.GraphModule):
-        model.recompile()
-
-
 def _notes(model: nn.Module) -> dict[str, Any]:
-    # A graph module loses other attributes when it is copied.
-    return model.meta if isinstance(model, fx.GraphModule) else vars(model)
+    # Of its own attributes, a graph module keeps its meta alone when it is copied. Some have none.
+    kept = isinstance(model, fx.GraphModule) and isinstance(vars(model).get("meta"), dict)
+    return cast(dict[str, Any], vars(model)["meta"]) if kept else vars(model)
+
+
+def _note(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
+    """Keep a plan with a network, or forget it."""
+    notes = _notes(model)
+    if plan is None and _PLAN not in notes:
+        return
+    undo.callback(_restore_note, notes, notes.get(_PLAN))
+    _restore_note(notes, plan)
+
+
+def _restore_note(notes: dict[str, Any], plan: Plan | None) -> None:
+    if plan is None:
+        notes.pop(_PLAN, None)
+    else:
+        notes[_PLAN] = plan

@@ -8,14 +8,14 @@ convolution (Eqs. 1 to 3).
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.fx
 import torch.nn as nn
 
 from coconv_surgery.layers.functional import Dilation, Pair, coconv2d, pair
-from coconv_surgery.layers.levels import SplitRule, complete_levels, is_plain
+from coconv_surgery.layers.levels import Levels, SplitRule, complete_levels, is_plain
 
 torch.fx.wrap("coconv2d")  # one node of a graph, as the convolution it replaces is
 
@@ -42,11 +42,6 @@ class CoConv2d(nn.Conv2d):
         dilations: Dilation of each level, instead of ``levels``.
         splits: Output channels of each level, or a rule, see :func:`split_channels`. Default ``"pow2"``.
 
-    Attributes:
-        levels (int): Number of levels.
-        dilations (tuple): Dilation of each level, a pair where the axes differ.
-        splits (tuple): Output channels of each level.
-
     Raises:
         ValueError: If the convolution cannot be split this way.
 
@@ -54,8 +49,8 @@ class CoConv2d(nn.Conv2d):
     CoConv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilations=(1, 2, 3), splits=(32, 16, 16))
     """
 
-    dilations: tuple[Dilation, ...]
-    splits: tuple[int, ...]
+    # One attribute, in the instance's dict alone, so that a switch of the class sets all levels or none.
+    _coconv_levels: Levels
 
     def __init__(
         self,
@@ -90,7 +85,7 @@ class CoConv2d(nn.Conv2d):
         )
         if levels is None and dilations is None:
             levels = 1
-        self.dilations, self.splits = complete_levels(self, levels, dilations, splits)
+        self._coconv_levels = complete_levels(self, levels, dilations, splits)
 
     @classmethod
     def from_conv(
@@ -122,7 +117,7 @@ class CoConv2d(nn.Conv2d):
             )
         if type(conv) not in (nn.Conv2d, CoConv2d):
             raise ValueError(f"a {type(conv).__name__} does more than an nn.Conv2d: use to_coconv_() instead")
-        chosen, shares = complete_levels(conv, levels, dilations, splits)
+        chosen = complete_levels(conv, levels, dilations, splits)
         coconv = cls(
             conv.in_channels,
             conv.out_channels,
@@ -134,8 +129,8 @@ class CoConv2d(nn.Conv2d):
             conv.bias is not None,
             conv.padding_mode,
             device="meta",
-            dilations=chosen,
-            splits=shares,
+            dilations=chosen.dilations,
+            splits=chosen.splits,
         )
         coconv.weight, coconv.bias = conv.weight, conv.bias
         return coconv.train(conv.training)
@@ -144,6 +139,16 @@ class CoConv2d(nn.Conv2d):
     def levels(self) -> int:
         """Number of levels."""
         return len(self.dilations)
+
+    @property
+    def dilations(self) -> tuple[Dilation, ...]:
+        """Dilation of each level, a pair where the axes differ."""
+        return self._coconv_levels.dilations
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Output channels of each level."""
+        return cast(tuple[int, ...], self._coconv_levels.splits)  # numbers: complete_levels() saw to it
 
     # mmcv's and mmengine's conv-BN evaluation call this method with weights of their own, so it is the one to override.
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

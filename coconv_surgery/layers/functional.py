@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch.amp.autocast_mode import is_autocast_available
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Pair = tuple[int, int]
 Dilation = int | Pair
@@ -51,8 +52,9 @@ def coconv2d(
     """
     kernel, sizes = (weight.shape[2], weight.shape[3]), list(splits)
     stride, dilation = pair(stride), pair(dilation)
-    # Splitting has one gradient, where as many slices would each fill a tensor of the whole size.
-    weights = weight.split_with_sizes(sizes)
+    # Splitting has one gradient, where as many slices would each fill a tensor of the whole size. An exported graph has
+    # lost the plain convolution's dilation: written as -4, the dimension says that it is not the first level's.
+    weights = weight.split_with_sizes(sizes, 0 if pair(dilations[0]) == dilation else -4)
     biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
     input = _autocast(input)
     if groups == 1:
@@ -117,12 +119,21 @@ def _conv_level(
     # A kernel whose dilation is a multiple of its stride reads every stride-th pixel only. Backward passes that know
     # both a stride and a dilation are slow, so training takes these pixels and convolves without a stride.
     strided = stride != (1, 1) and torch.is_grad_enabled()
-    if strided and all(d % s == p % s == 0 for d, p, s in zip(dilation, padding, stride, strict=True)):
+    strided = strided and all(d % s == p % s == 0 for d, p, s in zip(dilation, padding, stride, strict=True))
+    if strided and not is_recorded():
         step_h, step_w = stride
         input = input[..., ::step_h, ::step_w]
         padding, dilation = (padding[0] // step_h, padding[1] // step_w), (dilation[0] // step_h, dilation[1] // step_w)
         stride = (1, 1)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def is_recorded() -> bool:
+    """Whether what is computed is written down, to be exported or read later: there its form is always the same."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return tracing or get_proxy_mode() is not None
 
 
 def _autocast(input: torch.Tensor) -> torch.Tensor:
@@ -135,6 +146,12 @@ def _autocast(input: torch.Tensor) -> torch.Tensor:
     return input.to(torch.get_autocast_dtype(device))
 
 
+# Measured by `coconv bench layers` on an EPYC and a Xeon, see benchmarks/README.md: below so many input channels, and
+# above so many channels a level, a reorder of the input costs more than it saves.
+_REORDER_INPUTS = 16
+_REORDER_LEVEL = 16
+
+
 def _is_faster_in_channels_last(input: torch.Tensor, splits: Sequence[int], stride: Pair) -> bool:
     # oneDNN reorders an NCHW input anew for every level. One reorder before all of them pays where it is what narrow
     # levels do most, where a stride leaves little to bring back to NCHW, and in bfloat16, whose convolutions are short.
@@ -143,12 +160,13 @@ def _is_faster_in_channels_last(input: torch.Tensor, splits: Sequence[int], stri
         not (torch.compiler.is_compiling() or torch.is_grad_enabled())
         and len(splits) > 1
         and input.dim() == 4
-        and input.shape[-3] >= 16
+        and input.shape[-3] >= _REORDER_INPUTS
         and input.is_contiguous()
         and input.device.type == "cpu"
         and input.dtype in (torch.float32, torch.bfloat16)
-        and (input.dtype == torch.bfloat16 or max(splits) <= 16 or stride != (1, 1))
+        and (input.dtype == torch.bfloat16 or max(splits) <= _REORDER_LEVEL or stride != (1, 1))
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and not is_recorded()
     )
 
 

@@ -1,13 +1,28 @@
 """The levels of a contextual convolution: their dilations, their channels, and whether a convolution can take them."""
 
+import operator
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch.nn as nn
 
 from coconv_surgery.layers.functional import Dilation, level_padding, pair
 
 SplitRule = Literal["pow2", "even"]
+# cuDNN takes a dilation as a 32-bit integer.
+_LARGEST_DILATION = 2**31 - 1
+
+
+class Levels(NamedTuple):
+    """The levels of one convolution.
+
+    Attributes:
+        dilations: Dilation of each level, as it is computed (the convolution's own dilation included).
+        splits: Output channels of each level, or the rule that shares them out.
+    """
+
+    dilations: tuple[Dilation, ...]
+    splits: tuple[int, ...] | SplitRule = "pow2"
 
 
 def split_channels(channels: int, levels: int, rule: SplitRule = "pow2") -> tuple[int, ...]:
@@ -20,7 +35,7 @@ def split_channels(channels: int, levels: int, rule: SplitRule = "pow2") -> tupl
             two ≥ ``levels``; the units left over go one each to the first levels. ``"even"`` (Table 2) shares evenly.
 
     Returns:
-        One count a level, each at least 1. They always sum up to ``channels``: what does not divide goes to the
+        One count for each level, at least 1. They always sum up to ``channels``: what does not divide goes to the
         first level.
 
     Raises:
@@ -45,37 +60,90 @@ def split_channels(channels: int, levels: int, rule: SplitRule = "pow2") -> tupl
     return tuple(shares)
 
 
-def check_levels(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int]) -> None:
+def complete_levels(
+    conv: nn.Conv2d,
+    levels: int | None = None,
+    dilations: Sequence[Dilation] | None = None,
+    splits: Sequence[int] | SplitRule = "pow2",
+) -> Levels:
+    """Fill in what the caller left out, and check that a convolution can take the result.
+
+    Args:
+        conv: The convolution to be split.
+        levels: Number of levels; level k then has k times the convolution's own dilation.
+        dilations: Dilation of each level, instead of ``levels``.
+        splits: Output channels of each level, or the name of a split rule.
+
+    Returns:
+        Dilations and channels in numbers, one each for every level.
+
+    Raises:
+        ValueError: If the convolution cannot be split this way, or a value is not a number of the kind it should be.
+    """
+    if (levels is None) == (dilations is None):
+        raise ValueError("give either levels= (a number) or dilations= (one for each level)")
+    units, size = level_units(conv)
+    if dilations is None:
+        count = whole_number(levels, "levels")
+        if count < 1:
+            raise ValueError(f"levels={levels} must be at least 1")
+        _check_count(conv, count)
+        dilations = scale_dilations(conv.dilation, range(1, count + 1))
+    chosen = _sequence(dilations, "dilations")
+    if isinstance(splits, str):
+        _check_count(conv, len(chosen))
+        splits = [share * size for share in split_channels(units, max(1, len(chosen)), splits)]
+    return check_levels(conv, chosen, splits)
+
+
+def check_levels(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int]) -> Levels:
     """Check that a convolution can be split into these levels.
+
+    Args:
+        conv: The convolution.
+        dilations: Dilation of each level: a whole number, or one for each axis.
+        splits: Output channels of each level.
+
+    Returns:
+        The same levels in Python's own integers; a dilation that is the same along both axes is one number.
 
     Raises:
         ValueError: With the reason, if it cannot.
     """
+    chosen = level_dilations(dilations)
+    shares = tuple(whole_number(value, "splits") for value in _sequence(splits, "splits"))
     kernel, base = pair(conv.kernel_size), pair(conv.dilation)
-    if not dilations or len(dilations) != len(splits):
-        raise ValueError(f"dilations {tuple(dilations)} and splits {tuple(splits)} must have one entry for each level")
-    if any(channels < 1 for channels in splits) or sum(splits) != conv.out_channels:
-        raise ValueError(f"splits {tuple(splits)} must be positive and sum up to the {conv.out_channels} out_channels")
+    if not chosen or len(chosen) != len(shares):
+        raise ValueError(f"dilations {chosen} and splits {shares} must have one entry for each level")
+    if any(channels < 1 for channels in shares) or sum(shares) != conv.out_channels:
+        raise ValueError(f"splits {shares} must be positive and sum up to the {conv.out_channels} out_channels")
     _, unit = level_units(conv)
-    if any(channels % unit for channels in splits):
+    if any(channels % unit for channels in shares):
         raise ValueError(
-            f"splits {tuple(splits)} cut through a group: with groups={conv.groups} every level must be a multiple of "
+            f"splits {shares} cut through a group: with groups={conv.groups} every level must be a multiple of "
             f"{unit} channels, so that each weight row keeps its input channels"
         )
-    if any(min(pair(dilation)) < 1 for dilation in dilations):
-        raise ValueError(f"dilations {tuple(dilations)} must be at least 1")
-    if is_plain(conv, dilations):
-        return
-    if kernel == (1, 1):
-        raise ValueError("a 1×1 kernel has no dilation: it cannot take several levels")
-    if any(side % 2 == 0 for side in kernel):
-        raise ValueError(f"kernel_size {kernel} is even: no symmetric padding keeps the output size at other dilations")
-    for dilation in dilations:
-        if min(level_padding(kernel, conv.padding, base, pair(dilation))) < 0:
-            raise ValueError(
-                f"dilation {dilation} with padding {conv.padding} would need negative padding to keep the output size: "
-                f"use dilations of at least the conv's own, {conv.dilation}"
-            )
+    sides = [side for dilation in chosen for side in pair(dilation)]
+    if min(sides) < 1 or max(sides) > _LARGEST_DILATION:
+        raise ValueError(f"dilations {chosen} must be at least 1 and below 2³¹")
+    if not is_plain(conv, chosen):
+        _check_kernel(kernel)
+        for dilation in chosen:
+            if min(level_padding(kernel, conv.padding, base, pair(dilation))) < 0:
+                raise ValueError(
+                    f"dilation {dilation} with padding {conv.padding} would need negative padding to keep the output "
+                    f"size: use dilations of at least the conv's own, {conv.dilation}"
+                )
+    return Levels(chosen, shares)
+
+
+def level_dilations(values: Any) -> tuple[Dilation, ...]:
+    """Dilations in Python's own integers, one for each level, a pair where the axes differ.
+
+    Raises:
+        ValueError: If it is not a sequence of whole numbers or pairs of them.
+    """
+    return tuple(_dilation(value) for value in _sequence(values, "dilations"))
 
 
 def is_plain(conv: nn.Conv2d, dilations: Sequence[Dilation]) -> bool:
@@ -91,41 +159,6 @@ def level_units(conv: nn.Conv2d) -> tuple[int, int]:
     return (conv.out_channels, 1) if conv.groups == 1 else (conv.groups, conv.out_channels // conv.groups)
 
 
-def complete_levels(
-    conv: nn.Conv2d,
-    levels: int | None = None,
-    dilations: Sequence[Dilation] | None = None,
-    splits: Sequence[int] | SplitRule = "pow2",
-) -> tuple[tuple[Dilation, ...], tuple[int, ...]]:
-    """Fill in what the caller left out: the dilations and splits of every level.
-
-    Args:
-        conv: The convolution to be split.
-        levels: Number of levels; level k then has k times the convolution's own dilation.
-        dilations: Dilation of each level, instead of ``levels``.
-        splits: Output channels of each level, or the name of a split rule.
-
-    Raises:
-        ValueError: If the convolution cannot be split this way.
-    """
-    if (levels is None) == (dilations is None):
-        raise ValueError("give either levels= (a number) or dilations= (one for each level)")
-    if dilations is None:
-        assert levels is not None
-        if levels < 1:
-            raise ValueError(f"levels={levels} must be at least 1")
-        dilations = scale_dilations(conv.dilation, range(1, levels + 1))
-    chosen = tuple(_squeeze(dilation) for dilation in dilations)
-    if isinstance(splits, str):
-        units, size = level_units(conv)
-        if len(chosen) > units:
-            kind = "groups" if conv.groups > 1 else "out_channels"
-            raise ValueError(f"{len(chosen)} levels need at least as many {kind}, and this conv has {units}")
-        splits = [share * size for share in split_channels(units, max(1, len(chosen)), splits)]
-    check_levels(conv, chosen, splits)
-    return chosen, tuple(splits)
-
-
 def scale_dilations(dilation: int | Sequence[int], factors: Iterable[int]) -> tuple[Dilation, ...]:
     """Multiples of a convolution's own dilation.
 
@@ -136,6 +169,53 @@ def scale_dilations(dilation: int | Sequence[int], factors: Iterable[int]) -> tu
     return tuple(_squeeze((factor * height, factor * width)) for factor in factors)
 
 
-def _squeeze(dilation: Dilation) -> Dilation:
-    height, width = pair(dilation)
+def whole_number(value: Any, name: str) -> int:
+    """A value as a Python integer; numpy's integers and the like are fine.
+
+    Raises:
+        ValueError: If it is a boolean, or not a whole number of an integer type.
+
+    >>> whole_number(3, "levels")
+    3
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name}: {value!r} is not a whole number")
+
+
+def _sequence(values: Any, name: str) -> tuple[Any, ...]:
+    # A set has no order, and a dict or string means something else.
+    if isinstance(values, str | bytes | set | frozenset | dict) or not hasattr(values, "__iter__"):
+        raise ValueError(f"{name}={values!r} must be a sequence with one entry for each level")
+    return tuple(values)
+
+
+def _dilation(value: Any) -> Dilation:
+    if not hasattr(value, "__len__"):
+        return whole_number(value, "dilations")
+    sides = [whole_number(side, "dilations") for side in _sequence(value, "dilations")]
+    if len(sides) != 2:
+        raise ValueError(f"dilations: {value!r} is neither a number nor (height, width)")
+    return _squeeze((sides[0], sides[1]))
+
+
+def _check_count(conv: nn.Conv2d, count: int) -> None:
+    units, _ = level_units(conv)
+    if count > units:
+        kind = "groups" if conv.groups > 1 else "out_channels"
+        raise ValueError(f"{count} levels need at least as many {kind}, and this conv has {units}")
+
+
+def _check_kernel(kernel: tuple[int, int]) -> None:
+    if kernel == (1, 1):
+        raise ValueError("a 1×1 kernel has no dilation: it cannot take several levels")
+    if any(side % 2 == 0 for side in kernel):
+        raise ValueError(f"kernel_size {kernel} is even: no symmetric padding keeps the output size at other dilations")
+
+
+def _squeeze(dilation: tuple[int, int]) -> Dilation:
+    height, width = dilation
     return height if height == width else (height, width)

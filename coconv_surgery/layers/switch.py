@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch.nn as nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import Dilation
-from coconv_surgery.layers.levels import check_levels
+from coconv_surgery.layers.levels import SplitRule, complete_levels
+from coconv_surgery.layers.rollback import all_or_nothing, restorer
 
 # The contextual class of every convolution class that has one: registered, and made for those that inherit a forward.
 _REGISTERED: dict[type[nn.Conv2d], type[CoConv2d]] = {nn.Conv2d: CoConv2d}
@@ -90,11 +91,18 @@ def contextual_class(cls: type[nn.Conv2d]) -> type[CoConv2d] | None:
 
 def is_switchable(conv: nn.Conv2d) -> bool:
     """Whether a convolution's class, plain or contextual, can be switched to the other one."""
-    cls = _class_of(conv)
+    cls = cast(type[nn.Conv2d], type_before_parametrizations(conv))
     return cls in _CONTEXTUAL if issubclass(cls, CoConv2d) else contextual_class(cls) is not None
 
 
-def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int]) -> None:
+def hidden_attributes(conv: nn.Module) -> list[str]:
+    """Attributes of a plain convolution that a contextual one would hide behind its own."""
+    if isinstance(conv, CoConv2d):
+        return []
+    return [name for name in ("levels", "dilations", "splits") if name in vars(conv) or hasattr(type(conv), name)]
+
+
+def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int] | SplitRule = "pow2") -> None:
     """Turn a convolution into a :class:`CoConv2d` in place, or give a contextual one new levels.
 
     Only the module's class changes and the levels are set: parameters, hooks, flags and every reference to the module
@@ -104,45 +112,50 @@ def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[
         conv: An ``nn.Conv2d`` (its parameters may be parametrized), one of a subclass that inherits its forward or is
             known by :func:`register_coconv`, or a :class:`CoConv2d`.
         dilations: Dilation of each level.
-        splits: Output channels of each level.
+        splits: Output channels of each level, or the name of a split rule.
 
     Raises:
-        TypeError: If it is of a subclass with a forward of its own that none is registered for.
-        ValueError: If the convolution cannot be split this way. In either case it is left as it was.
+        TypeError: If it is of a subclass with a forward of its own that none is registered for, or has attributes that
+            the levels would hide.
+        ValueError: If the convolution cannot be split this way. In any case it is left as it was.
 
     >>> conv = nn.Conv2d(8, 8, 3, padding=1)
     >>> to_coconv_(conv, (1, 2), (4, 4))
     >>> conv
     CoConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilations=(1, 2), splits=(4, 4))
     """
-    check_levels(conv, dilations, splits)
-    if not isinstance(conv, CoConv2d):
-        cls = contextual_class(_class_of(conv))
-        if cls is None:
-            raise TypeError(f"{type(conv).__name__} has a forward of its own: tell its levels with register_coconv()")
-        _switch_class(conv, cls)
-    coconv = cast(CoConv2d, conv)
-    coconv.dilations, coconv.splits = tuple(dilations), tuple(splits)
+    if not isinstance(conv, nn.Conv2d):
+        raise TypeError(f"to_coconv_ takes an nn.Conv2d, not a {type(conv).__name__}")
+    levels = complete_levels(conv, dilations=dilations, splits=splits)
+    contextual = isinstance(conv, CoConv2d)
+    cls = None if contextual else contextual_class(cast(type[nn.Conv2d], type_before_parametrizations(conv)))
+    if cls is None and not contextual:
+        raise TypeError(f"{type(conv).__name__} has a forward of its own: tell its levels with register_coconv()")
+    if hidden := hidden_attributes(conv):
+        raise TypeError(f"{type(conv).__name__} has attributes of its own named {', '.join(hidden)}: rename them first")
+    with all_or_nothing() as undo:
+        undo.callback(restorer(conv))
+        vars(conv)["_coconv_levels"] = levels
+        if cls is not None:
+            switch_class(conv, cls)
 
 
 def to_conv_(coconv: CoConv2d) -> None:
     """Turn a contextual convolution into the plain one it replaces, in place.
 
     Raises:
-        TypeError: If it is no contextual convolution.
+        TypeError: If it is not a contextual convolution.
     """
     if not isinstance(coconv, CoConv2d):
         raise TypeError(f"to_conv_ takes a CoConv2d, not a {type(coconv).__name__}")
-    _switch_class(coconv, plain_class(type(coconv)))
-    del coconv.dilations, coconv.splits
+    with all_or_nothing() as undo:
+        undo.callback(restorer(coconv))
+        switch_class(coconv, plain_class(cast(type[nn.Conv2d], type_before_parametrizations(coconv))))
+        del vars(coconv)["_coconv_levels"]
 
 
-def _class_of(conv: nn.Conv2d) -> type[nn.Conv2d]:
-    # torch gives each parametrized module a class of its own, derived from the class it had.
-    return cast(type[nn.Conv2d], type(conv).__base__) if is_parametrized(conv) else type(conv)
-
-
-def _switch_class(module: nn.Conv2d, cls: type[nn.Conv2d]) -> None:
+def switch_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class in place; what is parametrized stays so."""
     if is_parametrized(module):
         own = type(module)
         members = {name: value for name, value in vars(own).items() if name not in ("__dict__", "__weakref__")}

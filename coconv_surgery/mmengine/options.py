@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch.nn as nn
 
 from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.levels import Levels
 from coconv_surgery.planning.plan import Plan
-from coconv_surgery.planning.policies import POLICIES, Answer, Levels, Policy, get_policy
+from coconv_surgery.planning.policies import POLICIES, Answer, Policy, get_policy
 from coconv_surgery.surgery import apply_plan, plan_conversion
 
 

@@ -3,62 +3,27 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
 
 from coconv_surgery.layers.functional import Dilation, Pair
+from coconv_surgery.planning.reasons import Reason
+from coconv_surgery.tracing.signature import Signature
 
 FORMAT = "coconv-plan"
 VERSION = 1
-ONE_LEVEL = "one level: the conv itself"
-_PLAIN: dict[str, Any] = {
-    "kernel_size": (1, 1),
-    "stride": (1, 1),
-    "padding": (0, 0),
-    "dilation": (1, 1),
-    "groups": 1,
-    "padding_mode": "zeros",
-}
 
 
 class PlanError(ValueError):
     """A plan that cannot be read, or does not fit the network."""
 
 
-@dataclass(frozen=True)
-class Signature:
-    """What makes a convolution the one that a plan means; fields as in :class:`torch.nn.Conv2d`."""
-
-    in_channels: int
-    out_channels: int
-    kernel_size: Pair
-    stride: Pair
-    padding: Pair | str
-    dilation: Pair
-    groups: int
-    padding_mode: str
-
-    @classmethod
-    def of(cls, conv: nn.Module) -> "Signature":
-        """Read the signature off a module; what other kinds of convolution lack is as in a plain one."""
-        found: dict[str, Any] = {field.name: getattr(conv, field.name, None) for field in fields(cls)}
-        for name, plain in _PLAIN.items():
-            value = found[name]
-            if isinstance(plain, tuple) and not isinstance(value, str):
-                found[name] = (value, value) if isinstance(value, int) else tuple(value or plain)
-                if len(found[name]) != 2 or not all(isinstance(side, int) for side in found[name]):
-                    found[name] = plain
-            elif value is None:
-                found[name] = plain
-        return cls(**found)
-
-    def differences(self, planned: "Signature") -> str:
-        """Say in words where a plan means another convolution."""
-        pairs = ((field.name, getattr(self, field.name), getattr(planned, field.name)) for field in fields(self))
-        return ", ".join(f"{name}={found}, planned {wanted}" for name, found, wanted in pairs if found != wanted)
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters of a network, each counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -75,6 +40,7 @@ class PlanRow:
         output_sizes: The different heights and widths of its output map.
         aliases: Other names of the same module.
         untraced: Why torch.fx has no node for it, where that is so.
+        reason_key: The reason for code to ask for; None where it becomes a CoConv, or a hand wrote the reason.
     """
 
     name: str
@@ -86,6 +52,7 @@ class PlanRow:
     output_sizes: tuple[Pair, ...] = ()
     aliases: tuple[str, ...] = ()
     untraced: str | None = None
+    reason_key: Reason | None = None
 
     @property
     def levels(self) -> int:
@@ -180,7 +147,8 @@ class Plan:
         Args:
             path: A file to write as well.
         """
-        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False)
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        text = json.dumps(content, indent=1, ensure_ascii=False, default=_reason_name)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
@@ -241,9 +209,18 @@ def _join(values: Iterable[Dilation]) -> str:
     return ", ".join(str(value) if isinstance(value, int) else "×".join(map(str, value)) for value in values)
 
 
+def _reason_name(reason: Reason) -> str:
+    return reason.name.lower()
+
+
 def _read_row(data: dict[str, Any]) -> PlanRow:
     signature = Signature(**{name: _tupled(value) for name, value in data["signature"].items()})
     row = PlanRow(**{**{name: _tupled(value) for name, value in data.items()}, "signature": signature})
+    if (key := data.get("reason_key")) is not None:
+        if key not in map(_reason_name, Reason):
+            raise TypeError(f"row {row.name!r} has a reason_key that does not exist: {key!r}")
+        # Whoever takes the reason out by hand means that the convolution is to be converted.
+        row = replace(row, reason_key=None if row.reason is None else Reason[key.upper()])
     texts = (row.name, *row.aliases, *(text for text in (row.reason, row.untraced) if text is not None))
     dilations = [side for value in row.dilations for side in (value if isinstance(value, tuple) else (value,))]
     sizes = [side for size in row.output_sizes for side in size]

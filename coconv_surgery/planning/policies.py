@@ -5,26 +5,21 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol, get_args
 
-import torch.nn as nn
-
-from coconv_surgery.layers.functional import Dilation
-from coconv_surgery.layers.levels import SplitRule, complete_levels, level_units, scale_dilations, split_channels
+from coconv_surgery.layers.functional import pair
+from coconv_surgery.layers.levels import (
+    Levels,
+    SplitRule,
+    complete_levels,
+    level_dilations,
+    level_units,
+    scale_dilations,
+    split_channels,
+    whole_number,
+)
+from coconv_surgery.planning.maps import check_maps
 from coconv_surgery.tracing.trace import TracedConv
-
-
-class Levels(NamedTuple):
-    """The levels of one convolution.
-
-    Attributes:
-        dilations: Dilation of each level, as it is computed (the convolution's own dilation included).
-        splits: Output channels of each level, or the rule that shares them out.
-    """
-
-    dilations: tuple[Dilation, ...]
-    splits: tuple[int, ...] | SplitRule = "pow2"
-
 
 Answer = Levels | int | Sequence[int]
 
@@ -55,8 +50,8 @@ class LevelPolicy:
     shared: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
-        if self.split not in ("pow2", "even"):
-            raise ValueError(f"split={self.split!r}: choose 'pow2' or 'even'")
+        if self.split not in get_args(SplitRule):
+            raise ValueError(f"split={self.split!r}: choose {' or '.join(map(repr, get_args(SplitRule)))}")
         if self.min_channels < 1:
             raise ValueError(f"min_channels={self.min_channels} must be at least 1")
         if self.shared not in ("min", "max"):
@@ -73,11 +68,18 @@ class LevelPolicy:
 
     def __call__(self, conv: TracedConv) -> Levels:
         """Choose the levels of a convolution."""
+        for count in range(self.levels(conv), 1, -1):
+            levels = self.build(conv, count)
+            if levels is not None and _suits_its_maps(conv, levels):
+                return levels
+        return complete_levels(conv.conv, 1)
+
+    def build(self, conv: TracedConv, count: int) -> Levels | None:
+        """Levels of a convolution, given their number; None if there are too few channels for so many."""
         units, size = level_units(conv.conv)
-        levels = max(1, min(self.levels(conv), units))
-        while levels > 1 and min(split_channels(units, levels, self.split)) * size < self.min_channels:
-            levels -= 1
-        return Levels(*complete_levels(conv.conv, levels, splits=self.split))
+        if count > units or min(split_channels(units, count, self.split)) * size < self.min_channels:
+            return None
+        return complete_levels(conv.conv, count, splits=self.split)
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,9 @@ class StagePolicy(LevelPolicy):
 class TopPolicy(StagePolicy):
     """Only the highest dilation of each stage: ``top(4, 3, 2, 1)`` of Table 3, the paper's counter-example."""
 
-    def __call__(self, conv: TracedConv) -> Levels:
-        """Choose the one level of a convolution."""
-        return Levels(scale_dilations(conv.conv.dilation, [self.levels(conv)]))
+    def build(self, conv: TracedConv, count: int) -> Levels | None:
+        """The one level of a convolution."""
+        return complete_levels(conv.conv, dilations=scale_dilations(conv.conv.dilation, [count]))
 
 
 @dataclass(frozen=True)
@@ -200,16 +202,27 @@ def get_policy(policy: str | Policy) -> Policy:
     return policy
 
 
-def settle(conv: nn.Conv2d, answer: Answer) -> Levels:
-    """Turn a policy's answer into dilations and splits that are sure to suit a convolution.
+def settle(conv: TracedConv, answer: Answer) -> Levels:
+    """Turn a policy's answer into dilations and splits that are sure to suit a convolution and its maps.
 
     Raises:
         ValueError: If they do not.
     """
     if isinstance(answer, Levels):
-        dilations, splits = complete_levels(conv, dilations=answer.dilations, splits=answer.splits)
-    elif isinstance(answer, int):
-        dilations, splits = complete_levels(conv, answer)
+        levels = complete_levels(conv.conv, dilations=answer.dilations, splits=answer.splits)
+    elif isinstance(answer, str) or not hasattr(answer, "__iter__"):
+        levels = complete_levels(conv.conv, whole_number(answer, "levels"))
     else:
-        dilations, splits = complete_levels(conv, dilations=scale_dilations(conv.dilation, answer))
-    return Levels(dilations, splits)
+        own = pair(conv.conv.dilation)
+        factors = [pair(dilation) for dilation in level_dilations(answer)]
+        levels = complete_levels(conv.conv, dilations=[(h * own[0], w * own[1]) for h, w in factors])
+    check_maps(conv.site.signature, levels, [call.input_size for call in conv.calls])
+    return levels
+
+
+def _suits_its_maps(conv: TracedConv, levels: Levels) -> bool:
+    try:
+        check_maps(conv.site.signature, levels, [call.input_size for call in conv.calls])
+    except ValueError:
+        return False
+    return True

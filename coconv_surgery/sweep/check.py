@@ -16,7 +16,8 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from coconv_surgery.planning.plan import ONE_LEVEL, Plan
+from coconv_surgery.planning.plan import Plan
+from coconv_surgery.planning.reasons import Reason
 from coconv_surgery.surgery import apply_plan, plan_conversion, revert
 from coconv_surgery.sweep.collections import Zoo
 from coconv_surgery.tracing.inputs import Inputs
@@ -154,7 +155,7 @@ def _describe(plan: Plan, row: Row) -> None:
     row.convs, row.convs_3x3, row.converted = len(plan.rows), len(rows_3x3), len(plan.converted)
     row.traced = plan.traced
     reasons = plan.reasons(rows_3x3)
-    row.one_level = reasons.pop(ONE_LEVEL, 0)
+    row.one_level = reasons.pop(Reason.ONE_LEVEL.value, 0)
     row.left_alone = json.dumps(reasons, ensure_ascii=False)
 
 

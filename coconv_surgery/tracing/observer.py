@@ -1,13 +1,11 @@
 """One forward pass, watched: which convolution is called on how large a map, and what becomes of its output."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.fx as fx
 import torch.nn as nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.utils.parametrize import ParametrizationList
@@ -16,9 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from coconv_surgery.layers.functional import Pair
 from coconv_surgery.tracing.dataflow import Reader, find_readers, upstream_first
-from coconv_surgery.tracing.graphs import function_convs
 from coconv_surgery.tracing.inputs import Inputs
-from coconv_surgery.tracing.sites import is_conv
 from coconv_surgery.tracing.twin import Twin
 
 
@@ -63,19 +59,16 @@ class _Output:
     padded_by: str | None
 
 
-def observe(twin: Twin, inputs: Inputs) -> Observation:
+def observe(twin: Twin, watched: Mapping[nn.Module, str], inputs: Inputs) -> Observation:
     """Run a twin, and see what its convolutions do.
 
     Args:
         twin: A copy of a network.
+        watched: Names of its convolutions.
         inputs: What to call it with.
     """
-    model = twin.model
-    call: Callable[..., Any] = partial(inputs.call, model) if inputs.call else model
-    with _Observer(model) as observer:
-        if isinstance(model, fx.GraphModule) and not inputs.call:
-            call = _FunctionConvs(model, observer.record)
-        ends, entered = twin.run(inputs.args, dict(inputs.kwargs), call)
+    with _Observer(twin.model, watched) as observer:
+        ends, entered = twin.run(inputs.args, dict(inputs.kwargs), inputs.call)
     activations = [*observer.activations, *_grad_nodes(entered)]
     nodes = [output.node for output in observer.outputs if output.node is not None]
     readers = find_readers(nodes, _grad_nodes(ends), activations)
@@ -92,7 +85,7 @@ def observe(twin: Twin, inputs: Inputs) -> Observation:
 class _Observer(TorchFunctionMode):
     """Watches a forward pass: calls of convolutions, activations, and weights used outside their convolution."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, watched: Mapping[nn.Module, str]) -> None:
         super().__init__()
         self.outputs: list[_Output] = []
         self.activations: list[Any] = []
@@ -103,12 +96,11 @@ class _Observer(TorchFunctionMode):
         self._handles: list[Any] = []
         # A function written in Python is part of the graph as long as its output is.
         self._alive: list[torch.Tensor] = []
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d):
+        for module in model.modules():
+            if module in watched:
+                self._watch_conv(watched[module], module)
                 for weight in _weights(module):
-                    self._names[id(weight)].append(name)
-            if is_conv(module):
-                self._watch_conv(name, module)
+                    self._names[id(weight)].append(watched[module])
             elif module._parameters and not isinstance(module, ParametrizationList):
                 self._handles.append(module.register_forward_hook(lambda module, args, output: self._activate(output)))
 
@@ -151,33 +143,13 @@ class _Observer(TorchFunctionMode):
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
 
-def _weights(conv: nn.Conv2d) -> list[torch.Tensor]:
+def _weights(conv: nn.Module) -> list[torch.Tensor]:
     """The parameters that a convolution's weight is made of."""
     parametrization = getattr(conv, "parametrizations", {})
     held = [conv._parameters.get("weight")]
     if "weight" in parametrization:
         held += parametrization["weight"].parameters(recurse=False)
     return [weight for weight in held if weight is not None]
-
-
-class _FunctionConvs(fx.Interpreter):
-    """Runs a graph module and reports its convolutions that are function calls."""
-
-    def __init__(self, model: fx.GraphModule, record: Any) -> None:
-        super().__init__(model, garbage_collect_values=False)
-        self.names = {node: name for name, node in function_convs(model)}
-        self.record = record
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        positions = [node.target for node in self.graph.nodes if node.op == "placeholder"]
-        return self.run(*args, *(kwargs[name] for name in positions[len(args) :] if name in kwargs))
-
-    def run_node(self, n: fx.Node) -> Any:
-        output = super().run_node(n)
-        if n in self.names:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self.record(self.names[n], args[0] if args else kwargs["input"], output)
-        return output
 
 
 def _padding_operation(input: torch.Tensor) -> str | None:

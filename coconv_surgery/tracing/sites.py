@@ -1,54 +1,347 @@
-"""Which convolutions a network has."""
+"""Where a network convolves: sites, of which a module is one kind and a node of a torch.fx graph the other.
 
+Whoever plans, applies, reverts or reads back works on sites, and never asks which kind one is.
+"""
+
+import abc
+import contextlib
+import copy
+import functools
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
 import torch.nn as nn
+import torch.nn.functional as F
 
-from coconv_surgery.tracing.graphs import function_convs, node_conv
+from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.functional import coconv2d
+from coconv_surgery.layers.levels import Levels, scale_dilations
+from coconv_surgery.layers.rollback import all_or_nothing, restorer
+from coconv_surgery.layers.switch import is_switchable, to_coconv_, to_conv_
+from coconv_surgery.tracing.graph_convs import GraphConv, find_graph_convs
+from coconv_surgery.tracing.graph_weights import Weight, WeightSource, find_weights
+from coconv_surgery.tracing.rewriting import restore, set_levels
+from coconv_surgery.tracing.signature import Signature
+
+_BEFORE = "_coconv_before"
 
 
-def find_convs(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], nn.Conv2d]]:
-    """All convolutions of a network: modules by their first name, then function calls of a graph.
+class Site(abc.ABC):
+    """A place where a network convolves.
 
-    Yields:
-        Name, other names of the same module, and the module (a description on the meta device for a function call).
+    Attributes:
+        name: Its qualified name.
+        aliases: Other names of the same.
+        conv: A description: the module itself, or one on the meta device that has the arguments of a graph's node. It
+            may be another kind of convolution, such as a deformable or transposed one, which has some of the
+            attributes of an ``nn.Conv2d``.
+        weight_source: Where its weight comes from.
+        weight_key: The same for sites of one weight, and for no others.
+        weight_read: Whether its weight is known to take part in something else as well.
+        fixed: Why it cannot take other levels, if so.
+        no_plain_form: Why it cannot become a plain convolution, if so.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    conv: nn.Conv2d
+    weight_source: WeightSource = WeightSource.PARAMETER
+    weight_key: Any
+    weight_read: bool = False
+    fixed: str | None = None
+    no_plain_form: str | None = None
+
+    @property
+    @abc.abstractmethod
+    def levels(self) -> Levels | None:
+        """Its levels, or None if it is not contextual."""
+
+    @property
+    def state(self) -> Levels:
+        """Its levels; of a plain convolution, the one that it is."""
+        return self.levels or self.plain
+
+    @property
+    def plain(self) -> Levels:
+        """The one level that its plain form is."""
+        return Levels(scale_dilations(self.signature.dilation, [1]), (self.signature.out_channels,))
+
+    @functools.cached_property
+    def signature(self) -> Signature:
+        """What makes it the convolution that a plan means."""
+        return Signature.of(self.conv)
+
+    @abc.abstractmethod
+    def switch(self, levels: Levels | None) -> None:
+        """Give it levels, or make it the plain convolution; within :func:`editing` only."""
+
+    @abc.abstractmethod
+    def revert(self) -> None:
+        """Make it what it was before the first switch; within :func:`editing` only."""
+
+    @abc.abstractmethod
+    def watched_in(self, twin: nn.Module) -> list[nn.Module]:
+        """The modules that are called where it convolves, in a copy of the network; nodes are replaced by some."""
+
+    @abc.abstractmethod
+    def holder(self) -> nn.Module:
+        """The module that a switch changes."""
+
+
+class ModuleSite(Site):
+    """A module that convolves."""
+
+    def __init__(self, name: str, aliases: tuple[str, ...], conv: nn.Conv2d) -> None:
+        self.name, self.aliases, self.conv = name, aliases, conv
+        weight = conv._parameters.get("weight")
+        self.weight_key = id(conv if weight is None else weight)
+
+    @property
+    def levels(self) -> Levels | None:
+        """Its levels, or None if it is not contextual."""
+        return Levels(self.conv.dilations, self.conv.splits) if isinstance(self.conv, CoConv2d) else None
+
+    def switch(self, levels: Levels | None) -> None:
+        """Give it levels, or make it the plain convolution."""
+        before = vars(self.conv).setdefault(_BEFORE, self.levels)
+        self._switch(levels)
+        if levels == before:
+            del vars(self.conv)[_BEFORE]
+
+    def revert(self) -> None:
+        """Make it what it was before the first switch; what was contextual from the start becomes plain then."""
+        self._switch(vars(self.conv).pop(_BEFORE, None))
+
+    def _switch(self, levels: Levels | None) -> None:
+        if levels is not None:
+            to_coconv_(self.conv, *levels)
+        elif isinstance(self.conv, CoConv2d) and is_switchable(self.conv):
+            to_conv_(self.conv)
+
+    def watched_in(self, twin: nn.Module) -> list[nn.Module]:
+        """The module of the same name."""
+        return [twin.get_submodule(self.name)]
+
+    def holder(self) -> nn.Module:
+        """The convolution."""
+        return self.conv
+
+
+class NodeSite(Site):
+    """Nodes of a graph that convolve with one weight in one way.
+
+    Args:
+        name: Its name.
+        aliases: Other names.
+        owner: The module of the graph, and its own name.
+        convs: The nodes, described.
+        weight: Their weight.
+    """
+
+    def __init__(
+        self, name: str, aliases: tuple[str, ...], owner: tuple[str, nn.Module], convs: list[GraphConv], weight: Weight
+    ) -> None:
+        self.name, self.aliases, self._convs = name, aliases, convs
+        self._owner_name, self._owner = owner
+        self.weight_source, self.weight_key, self.weight_read = weight.source, weight.key, weight.read_elsewhere
+        first = convs[0]
+        self.fixed, self.no_plain_form = first.fixed, first.no_plain_form
+        self.conv = _describe(first, weight.shape)
+
+    @property
+    def levels(self) -> Levels | None:
+        """Its levels, or None if it is not contextual."""
+        return self._convs[0].levels
+
+    def switch(self, levels: Levels | None) -> None:
+        """Give its nodes levels, or make them plain convolutions."""
+        self._convs = [set_levels(conv, levels) for conv in self._convs]
+
+    def revert(self) -> None:
+        """Make its nodes what they were before the first switch; what was contextual from the start becomes plain."""
+        self._convs = [restore(conv) for conv in self._convs]
+
+    def watched_in(self, twin: nn.Module) -> list[nn.Module]:
+        """Replaces its nodes in a copy of the network, of which the graph is one that is called, by one module."""
+        owner = twin.get_submodule(self._owner_name)
+        watched = WatchedConv(self._convs[0])
+        name = f"coconv_site_{len(owner._modules)}"
+        owner.add_module(name, watched)
+        for graph in graphs_of(owner).values():
+            nodes = {node.name: node for node in graph.nodes}
+            for conv in self._convs:
+                if (node := nodes.get(conv.node.name)) is not None:
+                    arguments = (conv.input, conv.weight, conv.bias)
+                    node.op, node.target = "call_module", name
+                    node.args = tuple(None if source is None else nodes[source.name] for source in arguments)
+                    node.kwargs = {}
+        return [watched]
+
+    def holder(self) -> nn.Module:
+        """The module of the graph."""
+        return self._owner
+
+
+class WatchedConv(nn.Module):
+    """Stands for a graph's convolution in a copy of the network, where it is called and watched as a module is."""
+
+    def __init__(self, conv: GraphConv) -> None:
+        super().__init__()
+        self.kind = replace(conv, node=None, input=None, weight=None, bias=None, parts=())  # type: ignore[arg-type]
+
+    def forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Convolve as the node does."""
+        kind = self.kind
+        if kind.output_padding is not None:
+            numbers = (kind.stride, kind.padding, kind.output_padding, kind.groups, kind.dilation)
+            return F.conv_transpose2d(input, weight, bias, *numbers)  # type: ignore[arg-type]
+        levels = kind.levels or Levels((kind.dilation,), (weight.shape[0],))
+        return coconv2d(
+            input,
+            weight,
+            bias,
+            kind.stride,
+            kind.padding,
+            kind.dilation,
+            kind.groups,
+            dilations=levels.dilations,
+            splits=cast(tuple[int, ...], levels.splits),
+            padding_mode=kind.padding_mode,
+        )
+
+
+# -- Finding them -----------------------------------------------------------------------------------------------------
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """All places where a network convolves: modules in the order of ``named_modules()``, then the nodes of graphs.
+
+    A module or a graph that has several names is found once, under the first. The nodes of one graph that convolve
+    with one weight in one way are one site, named by the module that holds the weight where that tells; a name that is
+    taken gets a counter.
     """
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_conv(module):
-            names[module].append(name)
-    for conv, (name, *aliases) in names.items():
-        yield name, tuple(aliases), cast(nn.Conv2d, conv)
-    if isinstance(model, fx.GraphModule):
-        for name, node in function_convs(model):
-            yield name, (), node_conv(node, _weight(model, node))
+        names[module].append(name)
+    sites: list[Site] = [
+        ModuleSite(first, tuple(aliases), cast(nn.Conv2d, module))
+        for module, (first, *aliases) in names.items()
+        if is_conv(module)
+    ]
+    taken = {name for site in sites for name in (site.name, *site.aliases)}
+    for module, owner_names in names.items():
+        sites.extend(_node_sites(owner_names, module, taken))
+    return sites
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether a module is a 2D convolution: torch's, or another kind that describes itself in the same words."""
+    """Whether a module is a 2D convolution: torch's, or another kind that describes itself in the same words.
+
+    Nothing of the module is evaluated: reading a weight may compute it, and a property may do anything.
+    """
     if isinstance(module, nn.Conv2d):
         return True
-    kernel = getattr(module, "kernel_size", None)
-    named = all(hasattr(module, name) for name in ("in_channels", "out_channels", "weight"))
+    kernel = vars(module).get("kernel_size", vars(type(module)).get("kernel_size"))
+    named = all(_has(module, name) for name in ("in_channels", "out_channels", "weight"))
     return named and isinstance(kernel, tuple | list) and len(kernel) == 2
 
 
-def weight_id(conv: nn.Conv2d) -> int:
-    """The same for convolutions that hold the same weight, and for no others."""
-    weight = conv._parameters.get("weight")
-    return id(conv if weight is None else weight)
+def _has(module: nn.Module, name: str) -> bool:
+    tables = (vars(module), module._parameters, module._buffers)
+    return any(name in table for table in tables) or any(name in vars(cls) for cls in type(module).__mro__)
 
 
-def _weight(model: fx.GraphModule, node: fx.Node) -> torch.Tensor:
-    weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
-    assert isinstance(weight, fx.Node)
-    if weight.op == "get_attr":
-        owner, _, attribute = str(weight.target).rpartition(".")
-        value: torch.Tensor = getattr(model.get_submodule(owner), attribute)
-        return value
-    described: torch.Tensor = weight.meta["val"]
-    return described
+def graphs_of(module: nn.Module) -> dict[str, fx.Graph]:
+    """The graphs that a module runs, by attribute: one, or one each for training and evaluation."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, fx.Graph)}
+
+
+def _node_sites(owner_names: list[str], owner: nn.Module, taken: set[str]) -> Iterator[Site]:
+    alike: dict[Any, tuple[Weight, list[GraphConv]]] = {}
+    for graph in {id(graph): graph for graph in graphs_of(owner).values()}.values():
+        convs = find_graph_convs(graph)
+        for conv, weight in zip(convs, find_weights(owner, convs), strict=True):
+            if weight.shape is not None and len(weight.shape) != 4:
+                continue
+            kernel = weight.shape[2:] if weight.shape is not None else None
+            conv = replace(conv, kernel=cast(Any, kernel))
+            _, nodes = alike.setdefault((weight.key, conv.arguments), (weight, []))
+            nodes.append(conv)
+    for weight, nodes in alike.values():
+        local = weight.name.removesuffix(".weight") if weight.name is not None else nodes[0].node.name
+        name, *aliases = [".".join(filter(None, (prefix, local))) for prefix in owner_names]
+        count = 1
+        while name in taken:
+            count += 1
+            name = f"{name.partition('#')[0]}#{count}"
+        taken.add(name)
+        yield NodeSite(name, tuple(aliases), (owner_names[0], owner), nodes, weight)
+
+
+def _describe(conv: GraphConv, shape: tuple[int, ...] | None) -> nn.Conv2d:
+    transposed = conv.output_padding is not None
+    first, second, *kernel = shape or (conv.groups, 1, 1, 1)
+    inputs, outputs = (first, second * conv.groups) if transposed else (second * conv.groups, first)
+    kind: Any = nn.ConvTranspose2d if transposed else nn.Conv2d
+    described = kind(
+        inputs,
+        outputs,
+        tuple(kernel),
+        conv.stride,
+        conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+        device="meta",
+    )
+    if shape is None:
+        described.in_channels, described.out_channels, described.kernel_size = 0, 0, (0, 0)
+    return cast(nn.Conv2d, described)
+
+
+# -- Changing them ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def editing(sites: Iterable[Site]) -> Iterator[contextlib.ExitStack]:
+    """Switch sites in a block that finishes or leaves no trace; graphs are compiled anew at its end.
+
+    Args:
+        sites: Those that may be switched.
+
+    Yields:
+        A stack for what else has to be put back, see :func:`~coconv_surgery.layers.rollback.all_or_nothing`.
+    """
+    holders = {id(holder): holder for holder in (site.holder() for site in sites)}.values()
+    owners = [holder for holder in holders if graphs_of(holder)]
+    with all_or_nothing() as undo:
+        for holder in holders:
+            undo.callback(_graph_restorer(holder) if graphs_of(holder) else restorer(holder))
+        yield undo
+        for owner in owners:
+            recompile(owner)
+
+
+def _graph_restorer(owner: nn.Module) -> Callable[[], None]:
+    copies = {id(graph): copy.deepcopy(graph) for graph in graphs_of(owner).values()}
+    by_name: Mapping[str, fx.Graph] = {name: copies[id(graph)] for name, graph in graphs_of(owner).items()}
+
+    def restore_graphs() -> None:
+        vars(owner).update(by_name)
+        for graph in copies.values():
+            graph.owning_module = cast(Any, owner)
+        recompile(owner)
+
+    return restore_graphs
+
+
+def recompile(model: nn.Module) -> None:
+    """Compile the graphs in a module anew, after a change."""
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            module.recompile()

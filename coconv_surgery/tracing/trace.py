@@ -2,6 +2,7 @@
 
 import inspect
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
 from coconv_surgery.layers.functional import Pair
-from coconv_surgery.tracing.graphs import GraphMap, map_graphs
+from coconv_surgery.tracing.fx_map import GraphMap, map_graphs
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.observer import Call, Observation, observe
-from coconv_surgery.tracing.sites import find_convs, weight_id
+from coconv_surgery.tracing.sites import Site, recompile
 from coconv_surgery.tracing.twin import FORWARD_ERRORS, Twin
 
 
@@ -22,26 +23,39 @@ class TracedConv:
     """One convolution of a network, as seen by the trace.
 
     Attributes:
-        name: Its qualified name.
-        aliases: Other names of the same module.
-        conv: The module; for a convolution that is a function call in a graph, a description of it on the meta device.
-            It may be another kind of convolution, such as a deformable or transposed one, which has some of the
-            attributes of an ``nn.Conv2d``.
-        calls: Its calls in one forward pass, in order, and those of other modules that hold the same weight.
+        site: Where it is.
+        calls: Its calls in one forward pass, in order, and those of other sites that hold the same weight.
         network_size: Height and width of the network's input, if it has an image for one.
         nodes: Names of the graph nodes that call it, as far as torch.fx can trace.
         untraced: Why torch.fx could not trace to it, if so: the module, and the reason.
-        weight_read: Whether its weight takes part in the forward pass outside its own forward.
+        weight_read: Whether its weight takes part in the forward pass outside its own convolution.
     """
 
-    name: str
-    conv: nn.Conv2d
-    aliases: tuple[str, ...] = ()
+    site: Site
     calls: tuple[Call, ...] = ()
     network_size: Pair | None = None
     nodes: tuple[str, ...] = ()
     untraced: str | None = None
     weight_read: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its qualified name."""
+        return self.site.name
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Other names of the same."""
+        return self.site.aliases
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The module; for a node of a graph, a description of it on the meta device.
+
+        It may be another kind of convolution, such as a deformable or transposed one, which has some of the attributes
+        of an ``nn.Conv2d``.
+        """
+        return self.site.conv
 
 
 @dataclass(frozen=True)
@@ -49,8 +63,7 @@ class Trace:
     """What a trace found.
 
     Attributes:
-        convs: One entry for each module that is a 2D convolution of some kind, and for each convolution called as a
-            function in a graph module, in the order of ``model.named_modules()``.
+        convs: One entry for each site, in their order.
         how: How torch.fx went through the network, and where map sizes come from, for a reader.
     """
 
@@ -58,7 +71,7 @@ class Trace:
     how: str
 
 
-def trace_network(model: nn.Module, inputs: Inputs) -> Trace:
+def trace_network(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Trace:
     """Trace every convolution of a network; the network is neither run nor changed.
 
     torch.fx says which graph nodes call a convolution. Map sizes and dataflow come from one forward pass in evaluation
@@ -66,6 +79,7 @@ def trace_network(model: nn.Module, inputs: Inputs) -> Trace:
 
     Args:
         model: The network.
+        sites: Where it convolves, see :func:`~coconv_surgery.tracing.sites.find_sites`.
         inputs: What to call it with.
 
     Raises:
@@ -73,39 +87,46 @@ def trace_network(model: nn.Module, inputs: Inputs) -> Trace:
     """
     cuda = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(cuda):
-        graphs, observed = _trace(model, inputs)
-    convs = list(find_convs(model))
-    tied: dict[int, list[str]] = defaultdict(list)
-    for name, _, conv in convs:
-        tied[weight_id(conv)].append(name)
+        graphs, paths, observed = _trace(model, sites, inputs)
+    tied: dict[Any, list[str]] = defaultdict(list)
+    for site in sites:
+        tied[site.weight_key].append(site.name)
     traced = tuple(
         TracedConv(
-            name=name,
-            conv=conv,
-            aliases=aliases,
-            calls=tuple(call for other in tied[weight_id(conv)] for call in observed.calls.get(other, ())),
+            site=site,
+            calls=tuple(call for other in tied[site.weight_key] for call in observed.calls.get(other, ())),
             network_size=inputs.image_size,
-            nodes=tuple(node for alias in (name, *aliases) for node in _nodes(graphs, alias)),
-            untraced=None if _nodes(graphs, name) else graphs.why_unseen(name),
-            weight_read=name in observed.weight_reads,
+            nodes=tuple(node for path in paths[site.name] for node in graphs.calls.get(path, ())),
+            untraced=next(
+                (None if path in graphs.calls else graphs.why_unseen(path) for path in paths[site.name]), None
+            ),
+            weight_read=site.weight_read or site.name in observed.weight_reads,
         )
-        for name, aliases, conv in convs
+        for site in sites
     )
     apart = len(graphs.failures)
     whole = "torch.fx, whole" if not apart else f"torch.fx, around {apart} module{'s' if apart > 1 else ''}"
     return Trace(traced, f"{whole}; sizes from {'shapes alone' if observed.fake else 'a real forward pass'}")
 
 
-def _trace(model: nn.Module, inputs: Inputs) -> tuple[GraphMap, Observation]:
+def _trace(
+    model: nn.Module, sites: Sequence[Site], inputs: Inputs
+) -> tuple[GraphMap, dict[str, list[str]], Observation]:
     twin = Twin(model)
+    watched = _watch(twin, sites)
+    paths: dict[str, list[str]] = defaultdict(list)
+    for path, module in twin.model.named_modules(remove_duplicate=False):
+        if module in watched:
+            paths[watched[module]].append(path)
     graphs = map_graphs(twin.model, _constants(twin.model, inputs))
     if not inputs.needs_numbers:
         try:
-            return graphs, observe(twin, inputs)
+            return graphs, paths, observe(twin, watched, inputs)
         except FORWARD_ERRORS:
             pass
     try:
-        return graphs, observe(Twin(model, fake=False), inputs)
+        twin = Twin(model, fake=False)
+        return graphs, paths, observe(twin, _watch(twin, sites), inputs)
     except FORWARD_ERRORS as error:
         size = " × ".join(map(str, inputs.image_size or ()))
         raise ValueError(
@@ -114,8 +135,11 @@ def _trace(model: nn.Module, inputs: Inputs) -> tuple[GraphMap, Observation]:
         ) from error
 
 
-def _nodes(graphs: GraphMap, name: str) -> list[str]:
-    return graphs.calls.get(name, [])
+def _watch(twin: Twin, sites: Sequence[Site]) -> dict[nn.Module, str]:
+    """Where a twin convolves: modules, by the names of their sites."""
+    watched = {module: site.name for site in sites for module in site.watched_in(twin.model)}
+    recompile(twin.model)
+    return watched
 
 
 def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -66,14 +67,15 @@ class Twin:
         Args:
             args: Positional inputs; tensors are replaced by shapes where the twin is fake.
             kwargs: Inputs by name.
-            call: What to call instead of the twin's model.
+            call: What to call instead of the twin's model, with that before the inputs.
 
         Returns:
             The outputs, and the inputs as the twin saw them.
         """
         with self._mode(), torch.set_grad_enabled(True):
             args, kwargs = tree_map_only(torch.Tensor, self._enter, (args, kwargs))
-            return (call or self.model)(*args, **kwargs), (args, kwargs)
+            outputs = self.model(*args, **kwargs) if call is None else call(self.model, *args, **kwargs)
+            return outputs, (args, kwargs)
 
     def _mode(self) -> AbstractContextManager[Any]:
         if self._fake_mode is not None:
@@ -104,12 +106,45 @@ class Twin:
         tables = [(module, name) for module in model.modules() for name in _HOOK_TABLES]
         for module, name in tables:
             memo[id(getattr(module, name))] = OrderedDict()
-        twin = copy.deepcopy(model, memo)
+        twin = copy_module(model, memo)
         for module, name in tables:
             for key, hook in getattr(module, name).items():
                 if id(_owner(hook)) in memo:
                     memo[id(getattr(module, name))][key] = copy.deepcopy(hook, memo)
         return twin
+
+
+def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a module deeply; attributes that refuse to be copied and hold no tensors, such as locks, are shared.
+
+    Args:
+        module: The module.
+        memo: As of :func:`copy.deepcopy`; it is filled.
+
+    Raises:
+        Exception: What the module raises, if it cannot be copied.
+    """
+    memo = {} if memo is None else memo
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name not in _TABLES and not isinstance(value, _COPIED) and not _is_copied(value):
+                memo[id(value)] = value
+    return copy.deepcopy(module, memo)
+
+
+# What a module keeps its own things in, and what is known to be copied.
+_TABLES = frozenset(vars(nn.Module()))
+_COPIED = (bool, int, float, str, bytes, type(None), tuple, list, dict, torch.Tensor, nn.Module, FunctionType, type)
+
+
+def _is_copied(value: Any) -> bool:
+    if any(isinstance(leaf, torch.Tensor | nn.Module) for leaf in getattr(value, "__dict__", {}).values()):
+        return True
+    try:
+        copy.deepcopy(value)
+    except Exception:  # whatever the value's own code raises
+        return False
+    return True
 
 
 def _own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:

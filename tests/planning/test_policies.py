@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 import coconv_surgery as cs
 from coconv_surgery.planning.policies import get_policy, settle
 from coconv_surgery.tracing.dataflow import Reader
-from coconv_surgery.tracing.trace import Call, TracedConv
+from coconv_surgery.tracing.observer import Call
+from coconv_surgery.tracing.sites import ModuleSite
+from coconv_surgery.tracing.trace import TracedConv
 
 
 def traced(*sides, channels=64, groups=1, network=224):
     conv = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, device="meta")
     calls = tuple(Call((side, side), (side, side), Reader.LAYER) for side in sides)
-    return TracedConv("conv", conv, calls=calls, network_size=(network, network))
+    return TracedConv(ModuleSite("conv", (), conv), calls=calls, network_size=(network, network))
 
 
 @pytest.mark.parametrize(("side", "levels"), [(56, 4), (28, 3), (14, 2), (7, 1)])
@@ -60,7 +62,7 @@ def test_stage_rounds_odd_sizes_to_their_stage():
 
 @pytest.mark.parametrize(("side", "dilation"), [(56, 4), (28, 3), (14, 2), (7, 1)])
 def test_top_keeps_the_highest_dilation_alone(side, dilation):
-    assert settle(traced(side).conv, cs.TopPolicy()(traced(side))) == cs.Levels((dilation,), (64,))
+    assert settle(traced(side), cs.TopPolicy()(traced(side))) == cs.Levels((dilation,), (64,))
 
 
 def test_min_channels_takes_levels_away():

@@ -19,6 +19,7 @@ from torchvision.ops import DeformConv2d
 import coconv_surgery as cs
 from coconv_surgery.tracing.dataflow import Reader
 from coconv_surgery.tracing.inputs import Inputs
+from coconv_surgery.tracing.sites import find_sites
 from coconv_surgery.tracing.trace import trace_network
 
 QCONFIG = get_default_qat_qconfig()
@@ -42,7 +43,7 @@ class Model(nn.Module):
 
 
 def trace(model, side=16, channels=4):
-    traced = trace_network(model, Inputs((torch.ones(1, channels, side, side),))).convs
+    traced = trace_network(model, find_sites(model), Inputs((torch.ones(1, channels, side, side),))).convs
     return {entry.name: entry for entry in traced}
 
 
@@ -241,9 +242,9 @@ class Deformable(nn.Module):
 @pytest.mark.parametrize(
     ("build", "name", "reason"),
     [
-        (Deformable, "part.conv", "DeformConv2d is no nn.Conv2d"),
-        (Conditional, "part.conv", "CondConv2d is no nn.Conv2d"),
-        (lambda: nn.ConvTranspose2d(4, 4, 3, padding=1), "part", "ConvTranspose2d is no nn.Conv2d"),
+        (Deformable, "part.conv", "DeformConv2d is not an nn.Conv2d"),
+        (Conditional, "part.conv", "CondConv2d is not an nn.Conv2d"),
+        (lambda: nn.ConvTranspose2d(4, 4, 3, padding=1), "part", "ConvTranspose2d is not an nn.Conv2d"),
         (lambda: Partial(4, 4, 3, padding=1), "part", "Partial has a forward of its own"),
         (lambda: qat.Conv2d(4, 4, 3, padding=1, qconfig=QCONFIG), "part", "torch.ao.nn.qat.modules.conv.Conv2d has a"),
     ],
@@ -269,7 +270,7 @@ def test_a_quantised_conv_is_in_the_plan_with_its_reason():
         mix=nn.Conv2d(4, 2, 1),
     )
     row = cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0]
-    assert (row.name, row.reason) == ("part", "torch.ao.nn.quantized.modules.conv.Conv2d is no nn.Conv2d")
+    assert (row.name, row.reason) == ("part", "torch.ao.nn.quantized.modules.conv.Conv2d is not an nn.Conv2d")
 
 
 def test_a_plan_with_other_convolutions_replays_from_its_file(tmp_path):
@@ -279,11 +280,11 @@ def test_a_plan_with_other_convolutions_replays_from_its_file(tmp_path):
     assert cs.Plan.from_json(tmp_path / "plan.json") == plan
     cs.apply_plan(model, cs.Plan.from_json(tmp_path / "plan.json"))
     assert cs.get_plan(model).diff(plan) == []
-    forced = cs.Plan.from_json(plan.to_json().replace('"reason": "DeformConv2d is no nn.Conv2d"', '"reason": null'))
+    forced = cs.Plan.from_json(plan.to_json().replace('"reason": "DeformConv2d is not an nn.Conv2d"', '"reason": null'))
     forced = replace(
         forced, rows=tuple(replace(r, dilations=(1, 2), splits=(2, 2)) for r in forced.rows[:1]) + forced.rows[1:]
     )
-    with pytest.raises(cs.PlanError, match=r"part.conv \(DeformConv2d is no nn.Conv2d\)"):
+    with pytest.raises(cs.PlanError, match=r"part.conv \(DeformConv2d is not an nn.Conv2d\)"):
         cs.apply_plan(model, forced)
 
 
@@ -385,7 +386,7 @@ def test_a_module_that_is_odd_stops_no_plan(attributes):
     model = Model(lambda m, x: m.mix(m.conv(m.odd(pair=(x, x))[0])), odd=Odd(**attributes), conv=conv(), mix=conv(4, 2))
     plan = cs.plan_conversion(model, input_size=(4, 16, 16))
     assert [(row.name, row.converted) for row in plan.rows][:2] == [("odd", False), ("conv", True)]
-    assert plan.rows[0].reason == "Odd is no nn.Conv2d"
+    assert plan.rows[0].reason == "Odd is not an nn.Conv2d"
     assert cs.Plan.from_json(plan.to_json()) == plan
     cs.apply_plan(model, plan)
 
@@ -421,15 +422,24 @@ def test_convs_that_share_a_weight_get_the_same_levels():
 # -- Padding that is not the conv's ---------------------------------------------------------------------------------
 
 
-def test_reflect_padding_wider_than_the_map_is_an_error_before_anything_changes():
+def test_levels_asked_for_whose_reflect_padding_is_wider_than_the_map_are_an_error_before_anything_changes():
     model = Model(
         lambda m, x: m.mix(m.conv(x)),
         conv=nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
         mix=nn.Conv2d(4, 2, 1),
     )
     with pytest.raises(ValueError, match=r"conv.*reflect padding of 4 at dilation 4 needs more than a side of 4"):
-        cs.convert(model, cs.UniformPolicy(4), input_size=(4, 4, 4))
+        cs.convert(model, overrides={"conv": cs.Levels((1, (4, 1)))}, input_size=(4, 4, 6))
     assert type(model.conv) is nn.Conv2d
+
+
+def test_a_named_policy_gives_no_more_levels_than_fit_on_the_map():
+    for mode, side in (("reflect", 4), ("circular", 4), ("zeros", 4)):
+        first = nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode)
+        plan = cs.plan_conversion(
+            nn.Sequential(first, nn.Conv2d(4, 2, 1)), cs.UniformPolicy(4), input_size=(4, side, side)
+        )
+        assert plan.rows[0].dilations == (1, 2, 3)
 
 
 # -- Networks and their inputs ------------------------------------------------------------------------------------

@@ -1,0 +1,96 @@
+"""All or nothing: what a block changes is put back when the block is left by an exception of any kind."""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.nn as nn
+
+
+@contextlib.contextmanager
+def all_or_nothing() -> Iterator[contextlib.ExitStack]:
+    """Run a block that finishes or leaves no trace, interrupts included.
+
+    Yields:
+        A stack that takes, before each change, a ``callback`` which puts things back. The callbacks run, last first,
+        if the block raises.
+
+    >>> things = [1]
+    >>> with contextlib.suppress(KeyboardInterrupt), all_or_nothing() as undo:
+    ...     _ = undo.callback(things.pop)
+    ...     things.append(2)
+    ...     raise KeyboardInterrupt
+    >>> things
+    [1]
+    """
+    with contextlib.ExitStack() as undo:
+        yield undo
+        undo.pop_all()
+
+
+def restorer(module: nn.Module) -> Callable[[], None]:
+    """Remember a module's class and attributes.
+
+    Returns:
+        A function that gives them back: the same class, and the same objects under the same names.
+    """
+    cls, attributes = type(module), dict(vars(module))
+
+    def restore() -> None:
+        if type(module) is not cls:
+            object.__setattr__(module, "__class__", cls)
+        vars(module).clear()
+        vars(module).update(attributes)
+
+    return restore
+
+
+def deep_restorer(model: nn.Module) -> Callable[[], None]:
+    """Remember everything that a module and those in it are: classes, attributes, and the numbers of tensors.
+
+    It takes as much memory as the module's tensors.
+
+    Returns:
+        A function that puts it all back, into the same objects.
+    """
+    modules = [restorer(module) for module in model.modules()]
+    containers = [
+        (value, copy.copy(value))
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, dict | list | set)
+    ]
+    refills = [functools.partial(_refill, *pair) for pair in containers]
+    restorers: list[Callable[[], None]] = [*modules, *refills, tensor_restorer(model)]
+
+    def restore() -> None:
+        for put_back in restorers:
+            put_back()
+
+    return restore
+
+
+def tensor_restorer(model: nn.Module) -> Callable[[], None]:
+    """Remember a network's parameters and buffers: the objects, their numbers, and whether they require gradients.
+
+    Returns:
+        A function that puts the numbers back, into the same objects.
+    """
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    kept = [(tensor, tensor.data, tensor.detach().clone(), tensor.requires_grad) for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, storage, numbers, requires_grad in kept:
+            tensor.data = storage
+            if tensor.is_leaf:
+                tensor.requires_grad_(requires_grad)
+            storage.copy_(numbers)
+
+    return restore
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(content)

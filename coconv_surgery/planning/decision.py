@@ -1,0 +1,115 @@
+"""What is to become of each convolution that a trace found."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from coconv_surgery.layers.levels import Levels, is_plain
+from coconv_surgery.planning.eligibility import obstacle, reason_to_leave
+from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
+from coconv_surgery.planning.plan import PlanRow
+from coconv_surgery.planning.policies import Answer, Policy, get_policy, settle
+from coconv_surgery.planning.reasons import Reason, Why
+from coconv_surgery.tracing.sites import Site
+from coconv_surgery.tracing.trace import TracedConv
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user asks for, checked against the names that there are; see :func:`~coconv_surgery.plan_conversion`.
+
+    Attributes:
+        policy: A policy, or the name of one.
+        include: Glob patterns of convolutions to consider. Default: all.
+        exclude: Patterns of convolutions that stay what they are.
+        overrides: Levels by pattern.
+    """
+
+    policy: str | Policy = "resolution"
+    include: Patterns | None = None
+    exclude: Patterns | None = None
+    overrides: Mapping[str, Answer | None] | None = None
+    _decide: Policy = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_decide", get_policy(self.policy))
+
+    @property
+    def label(self) -> str:
+        """The policy, for a reader."""
+        return self.policy if isinstance(self.policy, str) else repr(self.policy)
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Check that every pattern matches a site.
+
+        Raises:
+            ValueError: If one does not.
+        """
+        names = [name for site in sites for name in (site.name, *site.aliases)]
+        given = {
+            "include": as_list(() if self.include is None else self.include),
+            "exclude": as_list(self.exclude or ()),
+            "overrides": list(self.overrides or {}),
+        }
+        check_patterns(given, names)
+
+    def row(self, conv: TracedConv) -> PlanRow:
+        """Decide on a convolution.
+
+        Raises:
+            ValueError: If a policy or an override gives it levels that it cannot take.
+        """
+        names, overrides = (conv.name, *conv.aliases), dict(self.overrides or {})
+        override = first_match(names, overrides)
+        if override is None:
+            why = self._left_out(names) or obstacle(conv) or reason_to_leave(conv)
+            return _untouched(conv, why) if why else _settled(conv, self._decide(conv), f"policy {self.label}")
+        answer, source = overrides[override], f"overrides[{override!r}]"
+        if answer is None:
+            return _untouched(conv, Reason.EXCLUDED.because())
+        if why := obstacle(conv):
+            if override in names:
+                raise ValueError(f"{source} names a conv that cannot be split: {why.text}")
+            return _untouched(conv, why)
+        if override not in names and (why := reason_to_leave(conv)):
+            return _untouched(conv, why)
+        return _settled(conv, answer, source)
+
+    def _left_out(self, names: Sequence[str]) -> Why | None:
+        if self.include is not None and first_match(names, as_list(self.include)) is None:
+            return Reason.NOT_INCLUDED.because()
+        excluded = first_match(names, as_list(self.exclude or ())) is not None
+        return Reason.EXCLUDED.because() if excluded else None
+
+
+def found_row(site: Site) -> PlanRow:
+    """A row that says what a site is, without a trace."""
+    why = None if site.levels is not None else Reason.PLAIN.because()
+    return _row(TracedConv(site), site.state, why)
+
+
+def _untouched(conv: TracedConv, why: Why) -> PlanRow:
+    return _row(conv, conv.site.state, None if conv.site.levels is not None else why)
+
+
+def _settled(conv: TracedConv, answer: Answer, source: str) -> PlanRow:
+    try:
+        levels = settle(conv, answer)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} gave {conv.name} the levels {answer!r}: {error}") from error
+    return _row(conv, levels, Reason.ONE_LEVEL.because() if is_plain(conv.conv, levels.dilations) else None)
+
+
+def _row(conv: TracedConv, levels: Levels, why: Why | None) -> PlanRow:
+    assert not isinstance(levels.splits, str)
+    return PlanRow(
+        conv.name,
+        conv.site.signature,
+        levels.dilations,
+        levels.splits,
+        why.text if why else None,
+        calls=len(conv.calls),
+        output_sizes=tuple(dict.fromkeys(call.output_size for call in conv.calls)),
+        aliases=conv.aliases,
+        untraced=conv.untraced,
+        reason_key=why.reason if why else None,
+    )

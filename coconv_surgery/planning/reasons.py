@@ -1,0 +1,51 @@
+"""Why a convolution is left alone: a key for code to ask for, and a text for a reader."""
+
+import enum
+from typing import NamedTuple
+
+
+class Reason(enum.Enum):
+    """Why a convolution is left alone. The value is the text, with braces around what differs."""
+
+    NOT_CONV2D = "{kind} is not an nn.Conv2d"
+    UNKNOWN_FORWARD = "{kind} has a forward of its own that register_coconv() does not know"
+    REPLACED_FORWARD = "its forward was replaced on the instance"
+    HIDDEN_ATTRIBUTES = "its attributes {names} would be hidden by a contextual convolution's"
+    UNKNOWN_WEIGHT = "its weight is computed, and its shape is not known"
+    PART_OF_WEIGHT = "its weight is a part of a parameter"
+    KERNEL = "kernel {height}×{width}"
+    WEIGHT_READ = "its weight is also used outside its own forward"
+    FIXED_LEVELS = "{why}"
+    NOT_CALLED = "did not run in evaluation mode"
+    WEIGHT_FROM_INPUT = "its weight comes from the network's input"
+    WEIGHT_NOT_LEARNED = "its weight is not a parameter"
+    PREDICTION = "prediction layer: no learned layer makes features of its output"
+    READ_BY_POSITION = "its output is read by position, as the offsets, mask or kernel of another operation"
+    PADDED_OUTSIDE = "{mode} padding by another layer is too narrow for larger dilations"
+    ONE_LEVEL = "one level: the conv itself"
+    EXCLUDED = "excluded"
+    NOT_INCLUDED = "not included"
+    PLAIN = "a plain conv"
+
+    def because(self, **details: object) -> "Why":
+        """The reason for one convolution.
+
+        Args:
+            **details: What the text has in braces.
+
+        >>> Reason.KERNEL.because(height=1, width=1).text
+        'kernel 1×1'
+        """
+        return Why(self, self.value.format(**details))
+
+
+class Why(NamedTuple):
+    """Why one convolution is left alone.
+
+    Attributes:
+        reason: The key.
+        text: The same in words.
+    """
+
+    reason: Reason
+    text: str

@@ -1,0 +1,45 @@
+"""Networks that cannot be converted in place, told before anything else is tried."""
+
+from types import FunctionType
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
+def check_convertible(model: nn.Module) -> None:
+    """Check that a network's convolutions can be switched where they are.
+
+    Raises:
+        TypeError: If it is not a module, or holds one that is wrapped, scripted, or has a replaced forward.
+        ValueError: If it holds a lazy module without weights.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        path = f"model.{name}" if name else "model"
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS:
+                raise TypeError(
+                    f"{path} is wrapped in {type(module).__name__}: convert {path}.{_WRAPPERS[cls.__name__]} instead, "
+                    "best before wrapping it"
+                )
+        replaced = isinstance(vars(module).get("forward"), FunctionType)
+        if replaced and any(isinstance(child, nn.Conv2d) for child in module.modules() if child is not module):
+            raise TypeError(
+                f"the forward of {path} was replaced by a function, which a copy of it would share: convert it "
+                "before replacing (or compiling) its forward"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{path} is scripted, its convolutions are compiled in: convert it before torch.jit")
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise ValueError(
+                f"{path} is a lazy {type(module).__name__} without weights yet: run the network once first"
+            )
