@@ -28,6 +28,11 @@ class PlanError(ValueError):
     """A plan that cannot be read, or does not fit the network."""
 
 
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters of a network, each counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 @dataclass(frozen=True)
 class Signature:
     """What makes a convolution the one that a plan means; fields as in :class:`torch.nn.Conv2d`."""
