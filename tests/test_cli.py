@@ -61,6 +61,19 @@ def test_plan_takes_policies_patterns_and_their_settings(coconv):
     assert "20 convs: 2 converted" in done.out
 
 
+@pytest.mark.parametrize(("policy", "dilations"), [("stage(3,3,2,1)", "1, 2, 3"), ("top(4,3,2,1)", "4")])
+def test_a_policy_by_name_works_on_the_command_line(coconv, policy, dilations):
+    code, out, _ = coconv("plan", "resnet18", "--policy", policy)
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("layer1.0.conv1")]
+    assert [cell.strip() for cell in line.split("  ") if cell][4] == dilations
+
+
+def test_a_policys_numbers_survive_other_options(coconv):
+    _, out, _ = coconv("plan", "resnet18", "--policy", "stage(3,3,2,1)", "--split", "even")
+    assert "22, 21, 21" in out
+
+
 def test_convert_writes_weights_that_load_with_their_plan(coconv, tmp_path):
     weights = timm.create_model("resnet18", zero_init_last=False)
     torch.save({"state_dict": weights.state_dict()}, tmp_path / "w.pth")
@@ -112,6 +125,21 @@ def test_a_mistake_is_one_message(coconv, monkeypatch, tmp_path, arguments, code
     assert (done.code, done.out) == (code, "")
     assert message in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_prints_the_table_and_times(coconv):
+    done = coconv("table", 1, "--time")
+    assert done.code == 0, done.err
+    plain, contextual = [line.split() for line in done.out.splitlines() if "ResNet-50  " in line]
+    assert float(plain[-2]) > 0
+    assert plain[-1] == "1.00"
+    assert float(contextual[-1]) == pytest.approx(float(contextual[-2]) / float(plain[-2]), abs=0.02)
+
+
+def test_the_command_knows_six_tables(coconv):
+    code, out, err = coconv("table", 7)
+    assert (code, out) == (2, "")
+    assert "7 is not in the range 1<=x<=6" in err
 
 
 def test_sweep_writes_rows_a_page_and_the_table_of_collections(coconv, tmp_path):

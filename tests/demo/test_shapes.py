@@ -15,7 +15,7 @@ from PIL import Image
 
 from coconv_surgery.demo.shapes import CLASSES, write_shapes
 
-CONFIG = Path(__file__).parent.parent / "configs" / "shapes" / "ssd_coresnet18_shapes.py"
+CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "ssd_coresnet18_shapes.py"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
