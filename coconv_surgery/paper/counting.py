@@ -10,6 +10,8 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from coconv_surgery.planning.plan import count_parameters
+
 # What the paper counts for them, by its figures: see Cost.wide.
 _PER_ELEMENT: dict[type[nn.Module], int] = {_BatchNorm: 4, nn.ReLU: 1, nn.LeakyReLU: 1}
 
@@ -52,7 +54,7 @@ def count(model: nn.Module, *args: Any, **kwargs: Any) -> Cost:
     for handle in handles:
         handle.remove()
     multiply_adds = counter.get_total_flops() // 2
-    return Cost(sum(p.numel() for p in model.parameters()), multiply_adds, multiply_adds + elements)
+    return Cost(count_parameters(model), multiply_adds, multiply_adds + elements)
 
 
 def time_side_by_side(calls: Sequence[tuple[nn.Module, tuple[torch.Tensor, ...]]], rounds: int = 5) -> list[float]:

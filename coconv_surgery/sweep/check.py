@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from coconv_surgery.planning.plan import ONE_LEVEL, Plan
+from coconv_surgery.planning.plan import ONE_LEVEL, Plan, count_parameters
 from coconv_surgery.surgery import apply_plan, plan_conversion, revert
 from coconv_surgery.sweep.collections import Zoo
 from coconv_surgery.tracing.inputs import Inputs
@@ -133,14 +133,14 @@ def _quiet_log() -> Iterator[None]:
 
 def _convert_and_compare(model: nn.Module, inputs: Inputs, row: Row) -> None:
     classes, state = _classes(model), _state(model)
-    row.parameters_before, row.keys_before = _count(model), len(state)
+    row.parameters_before, row.keys_before = count_parameters(model), len(state)
     row.outputs_before = _outputs(model, inputs)
     start = time.perf_counter()
     plan = plan_conversion(model, example_inputs=inputs)
     _describe(plan, row)
     apply_plan(model, plan)
     row.seconds = time.perf_counter() - start
-    row.parameters_after, row.keys_after = _count(model), len(_state(model))
+    row.parameters_after, row.keys_after = count_parameters(model), len(_state(model))
     row.same_state = _state(model) == state
     row.outputs_after = _outputs(model, inputs) if row.outputs_before else ""
     start = time.perf_counter()
@@ -180,10 +180,6 @@ def _classes(model: nn.Module) -> dict[str, type[nn.Module]]:
 
 def _state(model: nn.Module) -> dict[str, torch.Size | None]:
     return {key: getattr(value, "shape", None) for key, value in model.state_dict().items()}
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _message(error: BaseException) -> str:
