@@ -1,5 +1,6 @@
 """Layers and networks, plain and contextual, side by side."""
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -14,7 +15,6 @@ from coconv_surgery.bench.timing import Ratio, interleave, quiet
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import complete_levels
 from coconv_surgery.layers.switch import to_coconv_
-from coconv_surgery.paper.tables import ssd
 
 Mode = Literal["eval", "train"]
 Layout = Literal["NCHW", "channels_last"]
@@ -110,6 +110,12 @@ LAYERS = {
 }
 
 
+def _ssd(backbone: str) -> nn.Module:
+    from coconv_surgery.mmdet.building import build_ssd
+
+    return build_ssd(backbone)
+
+
 def _maps(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
     return [scores for maps in model(image) for scores in maps]
 
@@ -121,7 +127,7 @@ NETWORKS = {
         (4, 3, 224, 224),
         _outputs,
     ),
-    "SSD300-ResNet50, 2×300×300": Subject(lambda: ssd("r50"), lambda: ssd("coresnet50"), (2, 3, 300, 300), _maps),
+    "SSD300-ResNet50, 2×300×300": Subject(lambda: _ssd("r50"), lambda: _ssd("coresnet50"), (2, 3, 300, 300), _maps),
 }
 SUBJECTS = {**LAYERS, **NETWORKS}
 # A layer in eager mode has a fourth, "alone".
@@ -148,7 +154,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> Timing:
         calls = {name: prepare(contender(subject, name), subject, case, device) for name in names}
         times = interleave(calls, rounds=rounds, device=device)
     ratios = {name: Ratio.of(times[name], times["plain"]) for name in names if name != "plain"}
-    return Timing(case, 1000 * sorted(times["plain"])[rounds // 2], **ratios)
+    return Timing(case, 1000 * statistics.median(times["plain"]), **ratios)
 
 
 def contender(subject: Subject, which: str) -> nn.Module:

@@ -1,8 +1,5 @@
-"""What a network costs: parameters and multiply-adds, counted, and time, measured side by side."""
+"""What a network costs: its parameters and multiply-adds, counted."""
 
-import statistics
-import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,32 +52,3 @@ def count(model: nn.Module, *args: Any, **kwargs: Any) -> Cost:
         handle.remove()
     multiply_adds = counter.get_total_flops() // 2
     return Cost(count_parameters(model), multiply_adds, multiply_adds + elements)
-
-
-def time_side_by_side(calls: Sequence[tuple[nn.Module, tuple[torch.Tensor, ...]]], rounds: int = 5) -> list[float]:
-    """Time forward passes, interleaved: every round times each network once, so that all see the same machine.
-
-    A pass that is not timed goes before each that is, so that none has to wait for memory that its neighbour left cold.
-
-    Args:
-        calls: Networks in evaluation mode, and what to call each with.
-        rounds: How often each is timed.
-
-    Returns:
-        The median of each in seconds.
-    """
-    torch.set_flush_denormal(True)  # untrained networks would be slow for their tiny numbers
-    with torch.inference_mode():
-        times = [[_time(model, args) for model, args in calls] for _ in range(rounds)]
-    torch.set_flush_denormal(False)
-    return [statistics.median(series) for series in zip(*times, strict=True)]
-
-
-def _time(model: nn.Module, args: tuple[torch.Tensor, ...]) -> float:
-    start = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        model(*args)
-        if any(arg.is_cuda for arg in args):
-            torch.cuda.synchronize()
-    return time.perf_counter() - start

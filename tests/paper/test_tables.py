@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import coconv_surgery as cs
-from coconv_surgery.paper.counting import count, time_side_by_side
-from coconv_surgery.paper.tables import TABLES, render
+from coconv_surgery.paper.counting import count
+from coconv_surgery.paper.tables import TABLES, Row, Table, render
 from coconv_surgery.zoo.progan import Generator, coprogan, progan
 
 COUNTED = (1, 2, 3, 4, 5)
@@ -125,19 +125,18 @@ def test_table_6_says_what_is_missing_without_mmdet():
     assert "RuntimeError: Table 6 is of detectors, and" in done.stderr
 
 
-def test_times_are_of_each_network_side_by_side():
-    ran = []
-
-    class Sleepy(torch.nn.Module):
-        def __init__(self, name, size):
+def test_times_are_of_each_network_side_by_side(monkeypatch):
+    class Product(torch.nn.Module):
+        def __init__(self, size):
             super().__init__()
-            self.name, self.size = name, size
+            self.size = size
 
         def forward(self, x):
-            ran.append(self.name)
             return torch.ones(self.size, self.size) @ torch.ones(self.size, self.size)
 
-    x = (torch.zeros(1),)
-    small, large = time_side_by_side([(Sleepy("small", 8), x), (Sleepy("large", 800), x)], rounds=3)
-    assert ran == ["small", "small", "large", "large"] * 3
-    assert 0 < small < large
+    rows = (Row("small", lambda: Product(8), 0.0, 0.0), Row("large", lambda: Product(800), 0.0, 0.0))
+    monkeypatch.setitem(TABLES, 7, Table("products", rows))
+    small, large = [line.split() for line in render(7, timed=True).splitlines() if line.startswith(("small", "large"))]
+    assert small[-1] == "1.00"
+    assert float(large[-2]) > float(small[-2])
+    assert float(large[-1]) > 1
