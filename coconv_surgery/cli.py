@@ -235,7 +235,7 @@ def bench(target: str, only: str, engines: tuple[str, ...], rounds: int, output:
     from coconv_surgery.bench.run import run
 
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
-        paths = run(
+        files = run(
             cast(Any, target),
             output,
             only=only,
@@ -243,8 +243,8 @@ def bench(target: str, only: str, engines: tuple[str, ...], rounds: int, output:
             rounds=rounds,
             track=lambda items: bar.track(items, description=target),
         )
-    click.echo(paths[1].read_text(encoding="utf-8"))
-    click.echo("\n".join(map(str, paths)))
+    click.echo(files.page.read_text(encoding="utf-8"))
+    click.echo("\n".join(str(path) for path in files if path is not None))
 
 
 @app.command()

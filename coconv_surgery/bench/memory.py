@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -11,22 +12,36 @@ from coconv_surgery.bench.heap import return_freed_memory
 from coconv_surgery.bench.speed import CONTENDERS, SUBJECTS, Case, cases, contender, prepare
 
 
-def measure_memory(subjects: Iterable[str], device: torch.device) -> list[tuple[str, float, float]]:
-    """Peak memory of a training step in single precision, the contextual network's and the authors' over the plain's.
+class Peak(NamedTuple):
+    """Peak memory of a training step, over that of the plain network.
+
+    Attributes:
+        network: The network and its memory format.
+        coconv: The ratio of the contextual network.
+        authors: The ratio of the network in the authors' layout.
+    """
+
+    network: str
+    coconv: float
+    authors: float
+
+
+def measure_memory(subjects: Iterable[str], device: torch.device) -> list[Peak]:
+    """Measure the peak memory of a training step in single precision.
 
     Args:
         subjects: Names of networks.
         device: Where to compute.
 
     Returns:
-        For each layout of each network its name and the two ratios.
+        The peaks of each network in each memory format.
     """
-    rows = []
+    peaks = []
     for case in cases(subjects, ("eager",)):
         if case.mode == "train" and case.precision == "fp32":
             plain, coconv, authors = (peak_mib(case, which, device) for which in CONTENDERS)
-            rows.append((f"{case.subject}, {case.layout}", coconv / plain, authors / plain))
-    return rows
+            peaks.append(Peak(f"{case.subject}, {case.layout}", coconv / plain, authors / plain))
+    return peaks
 
 
 def peak_mib(case: Case, which: str, device: torch.device) -> float:

@@ -41,6 +41,11 @@ class Case:
     precision: Precision
     engine: Engine
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """How the subject is run."""
+        return self.mode, self.layout, self.precision, self.engine
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -3,6 +3,7 @@
 import multiprocessing
 import statistics
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -62,10 +63,15 @@ def measure(name: str, repeats: int) -> Cost:
         return executor.submit(_measure, name, repeats, torch.get_num_threads()).result()
 
 
-def growth(costs: list[Cost]) -> float:
-    """Seconds a convolution in a network of 1,000 over those in one of 100: 1 where cost is linear."""
-    short, long = (next(cost for cost in costs if cost.model == f"{count} convs in a row") for count in (100, 1000))
-    return (long.convert_s / long.convs) / (short.convert_s / short.convs)
+def growth(costs: Iterable[Cost]) -> float | None:
+    """Seconds a convolution in a network of 1,000 over those in one of 100: 1 where cost is linear.
+
+    Returns:
+        The ratio, or None if either network was not measured.
+    """
+    seconds = {cost.model: cost.convert_s / cost.convs for cost in costs}
+    short, long = seconds.get("100 convs in a row"), seconds.get("1000 convs in a row")
+    return None if short is None or long is None else long / short
 
 
 def _measure(name: str, repeats: int, threads: int) -> Cost:
