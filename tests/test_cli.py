@@ -43,6 +43,23 @@ def test_the_installed_command_ends_a_mistake_with_one_line():
     assert done.stderr.count("\n") == 1
 
 
+WITHOUT_CLICK = "import sys; sys.modules['click'] = None; "
+
+
+def test_without_click_the_command_says_in_one_line_what_to_install():
+    code = WITHOUT_CLICK + "from coconv_surgery.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "coconv: click is not installed: pip install 'coconv-surgery[cli]'\n"
+
+
+def test_without_click_an_import_of_the_commands_fails_and_does_not_exit():
+    code = WITHOUT_CLICK + "\ntry: import coconv_surgery.cli.commands\nexcept ImportError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "click is not installed: pip install 'coconv-surgery[cli]'\n"
+
+
 def test_plan_prints_the_table_and_the_summary_and_saves_json_and_a_picture(coconv, tmp_path):
     json_path, figure = tmp_path / "plan.json", tmp_path / "plan.png"
     done = coconv("plan", "resnet18", "--input-size", 64, "--json", json_path, "--figure", figure)
@@ -116,6 +133,7 @@ def test_demo_converts_a_network_on_a_photograph(coconv, tmp_path):
         (["convert", "resnet18", "--plan", "no.json", "-o", "x"], 2, "'no.json' does not exist"),
         (["convert", "resnet18", "--pretrained", "--checkpoint", __file__, "-o", "x"], 2, "choose one"),
         (["convert", "resnet18", "--plan", __file__, "--policy", "top", "-o", "x"], 2, "leave out --policy"),
+        (["convert", "resnet18", "--plan", __file__, "--min-channels", "8", "-o", "x"], 2, "leave out --min-channels"),
         (["convert", "resnet18", "--plan", __file__, "-o", "x"], 1, "is not JSON"),
     ],
 )
