@@ -45,12 +45,14 @@ def measure_memory(subjects: Iterable[str], device: torch.device) -> list[Peak]:
 
 
 def peak_mib(case: Case, which: str, device: torch.device) -> float:
-    """Peak memory of building a model and of two steps, in MiB, in a process of its own.
+    """Measure the peak memory of building a model and running two steps, in MiB, in a process of its own.
+
+    On the CPU it is what the process grows by, on CUDA what torch allocates.
 
     Args:
         case: The case.
         which: ``"plain"``, ``"coconv"`` or ``"authors"``.
-        device: Where to compute; on the CPU it is what the process grows by, on CUDA what torch allocates.
+        device: Where to compute.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         return executor.submit(_peak_mib, case, which, device.type, torch.get_num_threads()).result()
@@ -73,6 +75,6 @@ def _peak_mib(case: Case, which: str, device_type: str, threads: int) -> float:
 
 def high_water_mib() -> float:
     """Peak resident memory of this process so far, in MiB."""
-    # Not what getrusage() says: a process starts with the peak of the one that started it there.
+    # getrusage() would include the peak of the process that started this one.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) / 1024

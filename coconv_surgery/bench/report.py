@@ -33,7 +33,7 @@ class Files(NamedTuple):
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What a measurement belongs to: processor or GPU, threads and versions."""
+    """Describe what was measured on: processor or GPU, threads and versions."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
@@ -55,10 +55,10 @@ def save(
     """Write what a target measured.
 
     Args:
-        folder: Where to.
+        folder: Where to write; created if it is missing.
         name: Name of the files, without suffix.
-        device: Where it was measured.
-        command: What made the files.
+        device: What was measured on.
+        command: The command that made the files.
         timings: Layers or networks side by side.
         memory: Peak memory of a training step.
         costs: What surgery costs.

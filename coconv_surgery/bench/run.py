@@ -26,17 +26,17 @@ def run(
     rounds: int = 15,
     track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Files:
-    """Measure a target, on the GPU if there is one, and write what came out.
+    """Measure a target, on the GPU if there is one, and write the results.
 
-    Of networks in eager mode that is the peak memory of a training step, too.
+    For networks in eager mode these include the peak memory of a training step.
 
     Args:
         target: Layers or networks, contextual beside plain, or what surgery costs.
         output: Folder of the files.
-        only: A glob that the names of layers or networks must match.
-        engines: Engines to run in; both if empty. The files' names have them.
-        rounds: How often each thing is timed.
-        track: Wraps what is gone through one by one, to show progress.
+        only: A glob that chooses layers or networks by name.
+        engines: Engines to run in; both if empty. They are part of the files' names.
+        rounds: How often to time each contender.
+        track: Wraps the sequence of what is measured, to show progress.
 
     Returns:
         The files.
@@ -45,10 +45,9 @@ def run(
         ValueError: If no name matches.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subjects = _SUBJECTS[target]
-    chosen = [name for name in subjects if fnmatchcase(name, only)]
+    chosen = [name for name in _SUBJECTS[target] if fnmatchcase(name, only)]
     if not chosen:
-        raise ValueError(f"no benchmark of {target} matches {only!r}: choose from {', '.join(subjects)}")
+        raise ValueError(f"no benchmark of {target} matches {only!r}: choose from {', '.join(_SUBJECTS[target])}")
     command = f"coconv bench {target}" + "".join(f" --engine {engine}" for engine in engines)
     command += ("" if only == "*" else f" --only '{only}'") + f" --rounds {rounds}"
     name = "-".join([target, *engines]) + ("-gpu" if device.type == "cuda" else "")

@@ -56,8 +56,8 @@ class Timing:
         plain_ms: Median milliseconds of the plain convolution or network.
         coconv: The contextual one over the plain one.
         authors: The authors' layout over the plain one.
-        alone: The convolutions of a layer's levels and nothing else over the plain one; None for a network and
-            where compiled.
+        alone: The convolutions of a layer's levels and nothing else over the plain one; None for a network, and for
+            a compiled layer.
     """
 
     case: Case
@@ -75,7 +75,7 @@ class Subject:
         plain: Builds the plain one.
         contextual: Builds the contextual one.
         shape: Shape of the input.
-        outputs: What a training step differentiates, a function of the model and its input.
+        outputs: Calls the model on an input, and returns what a training step differentiates.
     """
 
     plain: Callable[[], nn.Module]
@@ -151,7 +151,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> Timing:
     Args:
         case: The case.
         device: Where to compute.
-        rounds: How often each contender is timed.
+        rounds: How often to time each contender, at least twice.
     """
     subject = SUBJECTS[case.subject]
     names = (*CONTENDERS, "alone") if case.subject in LAYERS and case.engine == "eager" else CONTENDERS
@@ -163,7 +163,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> Timing:
 
 
 def contender(subject: Subject, which: str) -> nn.Module:
-    """Build a contender: the same weights in each, as the same seed draws them."""
+    """Build a contender, with the same weights as the others: all are drawn from one seed."""
     torch.manual_seed(0)
     if which == "plain":
         return subject.plain()
@@ -174,10 +174,10 @@ def contender(subject: Subject, which: str) -> nn.Module:
 
 
 def prepare(model: nn.Module, subject: Subject, case: Case, device: torch.device) -> Callable[[], Any]:
-    """Make a model ready for a case.
+    """Prepare a model for a case.
 
     Returns:
-        What runs it once: a forward pass, or a training step.
+        A function that runs it once: a forward pass, or a training step.
     """
     memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]
@@ -195,8 +195,7 @@ def prepare(model: nn.Module, subject: Subject, case: Case, device: torch.device
 
         return evaluate
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-    image.requires_grad_(case.subject in LAYERS)  # as a layer in the middle of a network has it
-
+    image.requires_grad_(case.subject in LAYERS)  # as in the middle of a network
     gradients: list[torch.Tensor] = []
 
     def train() -> None:

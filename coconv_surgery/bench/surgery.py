@@ -44,7 +44,7 @@ class Cost:
         convs: Its convolutions.
         plan_s: Median seconds to plan a conversion.
         convert_s: Median seconds to plan and apply it.
-        weights_mib: What its weights take, in MiB.
+        weights_mib: Memory of its weights in MiB.
         memory: Peak memory of planning and converting, over that of the weights.
     """
 
@@ -78,7 +78,7 @@ def _measure(name: str, repeats: int, threads: int) -> Cost:
     torch.set_num_threads(threads)
     return_freed_memory()
     with torch.device("meta"):
-        plan_conversion(timm.create_model("resnet18"))  # imports and caches of torch
+        plan_conversion(timm.create_model("resnet18"))  # warms torch's imports and caches up
     model, inputs = _build(name)
     before = high_water_mib()
     revert(convert(model, example_inputs=inputs))

@@ -11,7 +11,7 @@ from coconv_surgery.mmdet.paths import config_path
 
 
 def build_detector(model: Any) -> nn.Module:
-    """Build a detector, whatever scope is in force.
+    """Build a detector, whichever scope is the default one.
 
     Args:
         model: The ``model`` of a config.

@@ -29,12 +29,12 @@ class Cost(NamedTuple):
 
 
 def count(model: nn.Module, *args: Any, **kwargs: Any) -> Cost:
-    """Count a network's parameters and multiply-adds. On the meta device nothing is computed.
+    """Count a network's parameters and multiply-adds. On the meta device this computes nothing.
 
     Args:
         model: The network, in evaluation mode.
-        *args: What to call it with.
-        **kwargs: What to call it with.
+        *args: Positional arguments to call it with.
+        **kwargs: Keyword arguments to call it with.
 
     >>> count(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU()), torch.zeros(1, 3, 4, 4))
     Cost(parameters=216, multiply_adds=3456, wide=3584)
@@ -45,7 +45,8 @@ def count(model: nn.Module, *args: Any, **kwargs: Any) -> Cost:
         nonlocal elements
         elements += output.numel() * next(cost for kind, cost in _PER_ELEMENT.items() if isinstance(module, kind))
 
-    handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, tuple(_PER_ELEMENT))]
+    counted = [module for module in model.modules() if isinstance(module, tuple(_PER_ELEMENT))]
+    handles = [module.register_forward_hook(add) for module in counted]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*args, **kwargs)
     for handle in handles:

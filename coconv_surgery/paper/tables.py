@@ -1,4 +1,4 @@
-"""The networks of the paper's Tables 1 to 6, counted here, next to the paper's figures: ``coconv table``."""
+"""The networks of the paper's Tables 1 to 6, counted here beside the paper's figures: ``coconv table``."""
 
 import statistics
 from collections import Counter
@@ -27,7 +27,7 @@ class Row(NamedTuple):
         network: Its name.
         build: Builds it.
         parameters: The paper's parameters in millions.
-        gflops: The paper's GFLOPs; it means multiply-adds.
+        gflops: The paper's GFLOPs, which are multiply-adds.
         results: The paper's results.
     """
 
@@ -44,9 +44,9 @@ class Table(NamedTuple):
     Attributes:
         title: What it compares.
         rows: Its networks.
-        results: What the paper's results are.
+        results: What the paper's results measure.
         input: Shape of one input.
-        notes: What a reader must know, besides how things are counted.
+        notes: What a reader must know beside how things are counted.
         layout: A network to show the levels of, map by map.
     """
 
@@ -187,11 +187,11 @@ TABLES = {
 
 
 def render(number: int, *, timed: bool = False) -> str:
-    """Count the networks of one of the paper's tables, and set the paper's figures beside.
+    """Count the networks of one of the paper's tables beside the paper's own figures.
 
     Args:
-        number: Of the table, 1 to 6.
-        timed: Time one forward pass of each as well, side by side, on the first GPU if there is one.
+        number: The table's, 1 to 6.
+        timed: Also time a forward pass of each, side by side, on the first GPU if there is one.
 
     Returns:
         The table, for a reader.
