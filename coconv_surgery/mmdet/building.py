@@ -11,13 +11,13 @@ from coconv_surgery.mmdet.paths import config_path
 
 
 def build_detector(model: Any) -> nn.Module:
-    """Build a detector, whichever scope is the default one.
+    """Build a detector, whatever the current scope.
 
     Args:
         model: The ``model`` of a config.
 
     Returns:
-        The detector, in training mode, without the weights of a checkpoint.
+        The detector in training mode, without weights from a checkpoint.
     """
     with DefaultScope.overwrite_default_scope("mmdet"):
         detector: nn.Module = MODELS.build(model)

@@ -1,10 +1,10 @@
-"""Where this project's configs are."""
+"""Paths of this project's configs."""
 
 from pathlib import Path
 
 
 def config_path(name: str) -> Path:
-    """Find a config: in the installed package, or beside the package in a checkout.
+    """Find a config: inside an installed package, or beside it in a checkout.
 
     Args:
         name: Path below ``configs/``, such as ``"ssd/ssd300_coresnet50_coco.py"``.
@@ -19,4 +19,4 @@ def config_path(name: str) -> Path:
     for folder in (package / ".mim" / "configs", package.parent / "configs"):
         if (folder / name).exists():
             return folder / name
-    raise FileNotFoundError(f"no config {name} below {package / '.mim'} or beside the package")
+    raise FileNotFoundError(f"found no config {name}, neither in {package / '.mim'} nor beside the package")
