@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 import coconv_surgery as cs
-from coconv_surgery.sweep.collections import Zoo
+from coconv_surgery.sweep.collections import Collection
 from coconv_surgery.tracing.inputs import Inputs
 
 NAMES = ["exits", "first", "killed", "last", "not built", "raises", "wrong shape"]
@@ -44,4 +44,4 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
     return Net(name).eval(), Inputs((torch.zeros(1, 3, 16, 16),))
 
 
-MISHAPS = Zoo("Mishaps", "torch", list_names, str.upper, build)
+MISHAPS = Collection("Mishaps", "torch", list_names, str.upper, build)

@@ -43,6 +43,23 @@ def test_the_installed_command_ends_a_mistake_with_one_line():
     assert done.stderr.count("\n") == 1
 
 
+WITHOUT_CLICK = "import sys; sys.modules['click'] = None; "
+
+
+def test_without_click_the_command_says_in_one_line_what_to_install():
+    code = WITHOUT_CLICK + "from coconv_surgery.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "coconv: click is not installed: pip install 'coconv-surgery[cli]'\n"
+
+
+def test_without_click_an_import_of_the_commands_fails_and_does_not_exit():
+    code = WITHOUT_CLICK + "\ntry: import coconv_surgery.cli.commands\nexcept ImportError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "click is not installed: pip install 'coconv-surgery[cli]'\n"
+
+
 def test_plan_prints_the_table_and_the_summary_and_saves_json_and_a_picture(coconv, tmp_path):
     json_path, figure = tmp_path / "plan.json", tmp_path / "plan.png"
     done = coconv("plan", "resnet18", "--input-size", 64, "--json", json_path, "--figure", figure)
@@ -59,6 +76,19 @@ def test_plan_takes_policies_patterns_and_their_settings(coconv):
     )
     assert done.code == 0, done.err
     assert "20 convs: 2 converted" in done.out
+
+
+@pytest.mark.parametrize(("policy", "dilations"), [("stage(3,3,2,1)", "1, 2, 3"), ("top(4,3,2,1)", "4")])
+def test_a_policy_by_name_works_on_the_command_line(coconv, policy, dilations):
+    code, out, _ = coconv("plan", "resnet18", "--policy", policy)
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("layer1.0.conv1")]
+    assert [cell.strip() for cell in line.split("  ") if cell][4] == dilations
+
+
+def test_a_policys_numbers_survive_other_options(coconv):
+    _, out, _ = coconv("plan", "resnet18", "--policy", "stage(3,3,2,1)", "--split", "even")
+    assert "22, 21, 21" in out
 
 
 def test_convert_writes_weights_that_load_with_their_plan(coconv, tmp_path):
@@ -103,6 +133,7 @@ def test_demo_converts_a_network_on_a_photograph(coconv, tmp_path):
         (["convert", "resnet18", "--plan", "no.json", "-o", "x"], 2, "'no.json' does not exist"),
         (["convert", "resnet18", "--pretrained", "--checkpoint", __file__, "-o", "x"], 2, "choose one"),
         (["convert", "resnet18", "--plan", __file__, "--policy", "top", "-o", "x"], 2, "leave out --policy"),
+        (["convert", "resnet18", "--plan", __file__, "--min-channels", "8", "-o", "x"], 2, "leave out --min-channels"),
         (["convert", "resnet18", "--plan", __file__, "-o", "x"], 1, "is not JSON"),
     ],
 )
@@ -112,6 +143,21 @@ def test_a_mistake_is_one_message(coconv, monkeypatch, tmp_path, arguments, code
     assert (done.code, done.out) == (code, "")
     assert message in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_prints_the_table_and_times(coconv):
+    done = coconv("table", 1, "--time")
+    assert done.code == 0, done.err
+    plain, contextual = [line.split() for line in done.out.splitlines() if "ResNet-50  " in line]
+    assert float(plain[-2]) > 0
+    assert plain[-1] == "1.00"
+    assert float(contextual[-1]) == pytest.approx(float(contextual[-2]) / float(plain[-2]), abs=0.02)
+
+
+def test_the_command_knows_six_tables(coconv):
+    code, out, err = coconv("table", 7)
+    assert (code, out) == (2, "")
+    assert "7 is not in the range 1<=x<=6" in err
 
 
 def test_sweep_writes_rows_a_page_and_the_table_of_collections(coconv, tmp_path):

@@ -40,7 +40,7 @@ class LevelConvs(nn.Module):
 
 
 class LevelsAlone(nn.Module):
-    """The convolutions of the levels and nothing else: no way to call one for each level can be faster.
+    """The convolutions of the levels and nothing else: a lower bound for every form that calls one for each level.
 
     Nothing is sliced, concatenated or, in the backward pass, added up.
 
@@ -55,7 +55,7 @@ class LevelsAlone(nn.Module):
         self.parts: list[torch.Tensor] = []
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Convolve ``(N, C, H, W)`` once a level, each level's input as it was at the first call."""
+        """Convolve once a level, always the ``(N, C, H, W)`` of the first call."""
         if not self.parts:
             if self.inputs is None:
                 self.parts = [x.detach() for _ in self.levels]
@@ -70,7 +70,7 @@ def use_authors_layout(model: nn.Module) -> nn.Module:
     """Replace every contextual convolution of a network with one module a level.
 
     Returns:
-        The same network; for a contextual convolution, what replaces it.
+        The same network, or the replacement if ``model`` itself is a contextual convolution.
     """
     if isinstance(model, CoConv2d):
         return LevelConvs(model)

@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -11,31 +12,47 @@ from coconv_surgery.bench.heap import return_freed_memory
 from coconv_surgery.bench.speed import CONTENDERS, SUBJECTS, Case, cases, contender, prepare
 
 
-def measure_memory(subjects: Iterable[str], device: torch.device) -> list[tuple[str, float, float]]:
-    """Peak memory of a training step in single precision, the contextual network's and the authors' over the plain's.
+class Peak(NamedTuple):
+    """Peak memory of a training step, over that of the plain network.
+
+    Attributes:
+        network: The network and its memory format.
+        coconv: The ratio of the contextual network.
+        authors: The ratio of the network in the authors' layout.
+    """
+
+    network: str
+    coconv: float
+    authors: float
+
+
+def measure_memory(subjects: Iterable[str], device: torch.device) -> list[Peak]:
+    """Measure the peak memory of a training step in single precision.
 
     Args:
         subjects: Names of networks.
         device: Where to compute.
 
     Returns:
-        For each layout of each network its name and the two ratios.
+        The peaks of each network in each memory format.
     """
-    rows = []
+    peaks = []
     for case in cases(subjects, ("eager",)):
         if case.mode == "train" and case.precision == "fp32":
             plain, coconv, authors = (peak_mib(case, which, device) for which in CONTENDERS)
-            rows.append((f"{case.subject}, {case.layout}", coconv / plain, authors / plain))
-    return rows
+            peaks.append(Peak(f"{case.subject}, {case.layout}", coconv / plain, authors / plain))
+    return peaks
 
 
 def peak_mib(case: Case, which: str, device: torch.device) -> float:
-    """Peak memory of building a model and of two steps, in MiB, in a process of its own.
+    """Measure the peak memory of building a model and running two steps, in MiB, in a process of its own.
+
+    On the CPU it is what the process grows by, on CUDA what torch allocates.
 
     Args:
         case: The case.
         which: ``"plain"``, ``"coconv"`` or ``"authors"``.
-        device: Where to compute; on the CPU it is what the process grows by, on CUDA what torch allocates.
+        device: Where to compute.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         return executor.submit(_peak_mib, case, which, device.type, torch.get_num_threads()).result()
@@ -58,6 +75,6 @@ def _peak_mib(case: Case, which: str, device_type: str, threads: int) -> float:
 
 def high_water_mib() -> float:
     """Peak resident memory of this process so far, in MiB."""
-    # Not what getrusage() says: a process starts with the peak of the one that started it there.
+    # getrusage() would include the peak of the process that started this one.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) / 1024

@@ -2,21 +2,38 @@
 
 import json
 import platform
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from coconv_surgery.bench.memory import Peak
 from coconv_surgery.bench.speed import Timing
 from coconv_surgery.bench.surgery import Cost, growth
 from coconv_surgery.bench.timing import Ratio
+from coconv_surgery.viz.tables import markdown_table
+
+
+class Files(NamedTuple):
+    """What a benchmark writes.
+
+    Attributes:
+        data: The measurements, as JSON.
+        page: The same as tables, in Markdown.
+        picture: The timings, as PNG; None where nothing was timed side by side.
+    """
+
+    data: Path
+    page: Path
+    picture: Path | None
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What a measurement belongs to: processor or GPU, threads and versions."""
+    """Describe what was measured on: processor or GPU, threads and versions."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
@@ -32,22 +49,22 @@ def save(
     command: str,
     *,
     timings: Sequence[Timing] = (),
-    memory: Sequence[tuple[str, float, float]] = (),
+    memory: Sequence[Peak] = (),
     costs: Sequence[Cost] = (),
-) -> list[Path]:
+) -> Files:
     """Write what a target measured.
 
     Args:
-        folder: Where to.
+        folder: Where to write; created if it is missing.
         name: Name of the files, without suffix.
-        device: Where it was measured.
-        command: What made the files.
+        device: What was measured on.
+        command: The command that made the files.
         timings: Layers or networks side by side.
-        memory: Networks, with the peak memory of a training step over the plain network's: contextual, authors' layout.
+        memory: Peak memory of a training step.
         costs: What surgery costs.
 
     Returns:
-        The files: JSON, Markdown, and a picture where there are timings.
+        The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     header = machine(device)
@@ -57,23 +74,20 @@ def save(
         data["timings"] = [asdict(timing) for timing in timings]
         lines += _timings(timings)
     if memory:
-        data["memory"] = [dict(zip(("network", "coconv", "authors"), row, strict=True)) for row in memory]
-        cells = [(network, f"{coconv:.3f}", f"{authors:.3f}") for network, coconv, authors in memory]
-        lines += ["\nPeak memory of a training step, plain = 1:\n", _markdown(("network", "CoConv", "authors"), cells)]
+        data["memory"] = [peak._asdict() for peak in memory]
+        rows = [(peak.network, f"{peak.coconv:.3f}", f"{peak.authors:.3f}") for peak in memory]
+        lines += ["\nPeak memory of a training step, plain = 1:\n", markdown_table(_MEMORY, rows)]
     if costs:
         data["costs"] = [asdict(cost) for cost in costs]
-        lines.append(_markdown(_COSTS, [_cost(cost) for cost in costs]))
-        if any(cost.model.startswith("1000 ") for cost in costs):
-            lines.append(f"\nSeconds a convolution, at 1,000 over at 100: {growth(list(costs)):.2f}")
-    paths = [folder / f"{name}.json", folder / f"{name}.md"]
-    paths[0].write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    paths[1].write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if timings:
-        from coconv_surgery.viz.timings import draw_timings
-
-        paths.append(folder / f"{name}.png")
-        draw_timings(timings, paths[-1], title=header["device"])
-    return paths
+        lines.append(markdown_table(_COSTS, [_cost(cost) for cost in costs]))
+        if (ratio := growth(costs)) is not None:
+            lines.append(f"\nSeconds a convolution, at 1,000 over at 100: {ratio:.2f}")
+    files = Files(folder / f"{name}.json", folder / f"{name}.md", folder / f"{name}.png" if timings else None)
+    files.data.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if files.picture is not None:
+        _draw(timings, files.picture, header["device"])
+    return files
 
 
 _LEGEND = (
@@ -82,19 +96,40 @@ _LEGEND = (
 )
 _ALONE = " *levels alone* is the levels' convolutions without anything around them."
 _TIMINGS = ("", "mode", "layout", "precision", "engine", "plain ms", "CoConv", "authors")
+_MEMORY = ("network", "CoConv", "authors")
 _COSTS = ("network", "convs", "plan s", "convert s", "weights MiB", "peak memory / weights")
 
 
 def _timings(timings: Sequence[Timing]) -> list[str]:
     rows = []
     for timing in timings:
-        case = timing.case
-        settings = (case.subject, case.mode, case.layout, case.precision, case.engine, f"{timing.plain_ms:.2f}")
-        rows.append((*settings, *map(_ratio, (timing.coconv, timing.authors))))
+        what = (timing.case.subject, *timing.case.settings, f"{timing.plain_ms:.2f}")
+        rows.append((*what, _ratio(timing.coconv), _ratio(timing.authors)))
     if all(timing.alone is None for timing in timings):
-        return [f"{_LEGEND}\n", _markdown(_TIMINGS, rows)]
+        return [f"{_LEGEND}\n", markdown_table(_TIMINGS, rows)]
     rows = [(*row, _ratio(timing.alone)) for row, timing in zip(rows, timings, strict=True)]
-    return [f"{_LEGEND}{_ALONE}\n", _markdown((*_TIMINGS, "levels alone"), rows)]
+    return [f"{_LEGEND}{_ALONE}\n", markdown_table((*_TIMINGS, "levels alone"), rows)]
+
+
+def _draw(timings: Sequence[Timing], path: Path, title: str) -> None:
+    from coconv_surgery.viz.timings import Panel, draw_timings
+
+    subjects: dict[str, list[Timing]] = defaultdict(list)
+    for timing in timings:
+        subjects[timing.case.subject].append(timing)
+    panels = [
+        Panel(
+            subject,
+            [" · ".join(timing.case.settings) for timing in members],
+            {
+                "the levels' convolutions alone": [timing.alone for timing in members],
+                "authors' layout": [timing.authors for timing in members],
+                "CoConv": [timing.coconv for timing in members],
+            },
+        )
+        for subject, members in subjects.items()
+    ]
+    draw_timings(panels, path, title)
 
 
 def _ratio(ratio: Ratio | None) -> str:
@@ -104,10 +139,6 @@ def _ratio(ratio: Ratio | None) -> str:
 def _cost(cost: Cost) -> tuple[str, ...]:
     seconds = (f"{cost.plan_s:.2f}", f"{cost.convert_s:.2f}")
     return (cost.model, str(cost.convs), *seconds, f"{cost.weights_mib:.0f}", f"{cost.memory:.3f}")
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def _version(package: str) -> str:

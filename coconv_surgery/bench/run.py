@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 
 from coconv_surgery.bench.memory import measure_memory
-from coconv_surgery.bench.report import save
+from coconv_surgery.bench.report import Files, save
 from coconv_surgery.bench.speed import ENGINES, LAYERS, NETWORKS, Engine, cases, measure
 from coconv_surgery.bench.surgery import MODELS
 from coconv_surgery.bench.surgery import measure as measure_surgery
 
 Target = Literal["layers", "networks", "surgery"]
+_SUBJECTS: dict[Target, Iterable[str]] = {"layers": LAYERS, "networks": NETWORKS, "surgery": MODELS}
 
 
 def run(
@@ -24,33 +25,32 @@ def run(
     engines: Sequence[Engine] = (),
     rounds: int = 15,
     track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
-) -> list[Path]:
-    """Measure a target, on the GPU if there is one, and write what came out.
+) -> Files:
+    """Measure a target, on the GPU if there is one, and write the results.
 
-    Of networks in eager mode that is the peak memory of a training step, too.
+    For networks in eager mode these include the peak memory of a training step.
 
     Args:
         target: Layers or networks, contextual beside plain, or what surgery costs.
         output: Folder of the files.
-        only: A glob that the names of layers or networks must match.
-        engines: Engines to run in; both if empty. The files' names have them.
-        rounds: How often each thing is timed.
-        track: Wraps what is gone through one by one, to show progress.
+        only: A glob that chooses layers or networks by name.
+        engines: Engines to run in; both if empty. They are part of the files' names.
+        rounds: How often to time each contender.
+        track: Wraps the sequence of what is measured, to show progress.
 
     Returns:
-        The files: JSON, Markdown, and a picture where there are timings.
+        The files.
 
     Raises:
         ValueError: If no name matches.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subjects = {"layers": LAYERS, "networks": NETWORKS, "surgery": MODELS}[target]
-    chosen = [name for name in subjects if fnmatchcase(name, only)]
+    chosen = [name for name in _SUBJECTS[target] if fnmatchcase(name, only)]
     if not chosen:
-        raise ValueError(f"no benchmark of {target} matches {only!r}: choose from {', '.join(subjects)}")
+        raise ValueError(f"no benchmark of {target} matches {only!r}: choose from {', '.join(_SUBJECTS[target])}")
     command = f"coconv bench {target}" + "".join(f" --engine {engine}" for engine in engines)
     command += ("" if only == "*" else f" --only '{only}'") + f" --rounds {rounds}"
-    name = "-".join([target, *engines, *(["gpu"] if device.type == "cuda" else [])])
+    name = "-".join([target, *engines]) + ("-gpu" if device.type == "cuda" else "")
     if target == "surgery":
         costs = [measure_surgery(model, rounds) for model in track(chosen)]
         return save(output, name, device, command, costs=costs)

@@ -1,5 +1,6 @@
 """Layers and networks, plain and contextual, side by side."""
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -14,7 +15,6 @@ from coconv_surgery.bench.timing import Ratio, interleave, quiet
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import complete_levels
 from coconv_surgery.layers.switch import to_coconv_
-from coconv_surgery.paper.tables import ssd
 
 Mode = Literal["eval", "train"]
 Layout = Literal["NCHW", "channels_last"]
@@ -41,6 +41,11 @@ class Case:
     precision: Precision
     engine: Engine
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """How the subject is run."""
+        return self.mode, self.layout, self.precision, self.engine
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -51,8 +56,8 @@ class Timing:
         plain_ms: Median milliseconds of the plain convolution or network.
         coconv: The contextual one over the plain one.
         authors: The authors' layout over the plain one.
-        alone: The convolutions of a layer's levels and nothing else over the plain one; None for a network and
-            where compiled.
+        alone: The convolutions of a layer's levels and nothing else over the plain one; None for a network, and for
+            a compiled layer.
     """
 
     case: Case
@@ -70,7 +75,7 @@ class Subject:
         plain: Builds the plain one.
         contextual: Builds the contextual one.
         shape: Shape of the input.
-        outputs: What a training step differentiates, a function of the model and its input.
+        outputs: Calls the model on an input, and returns what a training step differentiates.
     """
 
     plain: Callable[[], nn.Module]
@@ -110,6 +115,12 @@ LAYERS = {
 }
 
 
+def _ssd(backbone: str) -> nn.Module:
+    from coconv_surgery.mmdet.building import build_ssd
+
+    return build_ssd(backbone)
+
+
 def _maps(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
     return [scores for maps in model(image) for scores in maps]
 
@@ -121,7 +132,7 @@ NETWORKS = {
         (4, 3, 224, 224),
         _outputs,
     ),
-    "SSD300-ResNet50, 2×300×300": Subject(lambda: ssd("r50"), lambda: ssd("coresnet50"), (2, 3, 300, 300), _maps),
+    "SSD300-ResNet50, 2×300×300": Subject(lambda: _ssd("r50"), lambda: _ssd("coresnet50"), (2, 3, 300, 300), _maps),
 }
 SUBJECTS = {**LAYERS, **NETWORKS}
 # A layer in eager mode has a fourth, "alone".
@@ -140,7 +151,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> Timing:
     Args:
         case: The case.
         device: Where to compute.
-        rounds: How often each contender is timed.
+        rounds: How often to time each contender, at least twice.
     """
     subject = SUBJECTS[case.subject]
     names = (*CONTENDERS, "alone") if case.subject in LAYERS and case.engine == "eager" else CONTENDERS
@@ -148,11 +159,11 @@ def measure(case: Case, device: torch.device, rounds: int) -> Timing:
         calls = {name: prepare(contender(subject, name), subject, case, device) for name in names}
         times = interleave(calls, rounds=rounds, device=device)
     ratios = {name: Ratio.of(times[name], times["plain"]) for name in names if name != "plain"}
-    return Timing(case, 1000 * sorted(times["plain"])[rounds // 2], **ratios)
+    return Timing(case, 1000 * statistics.median(times["plain"]), **ratios)
 
 
 def contender(subject: Subject, which: str) -> nn.Module:
-    """Build a contender: the same weights in each, as the same seed draws them."""
+    """Build a contender, with the same weights as the others: all are drawn from one seed."""
     torch.manual_seed(0)
     if which == "plain":
         return subject.plain()
@@ -163,10 +174,10 @@ def contender(subject: Subject, which: str) -> nn.Module:
 
 
 def prepare(model: nn.Module, subject: Subject, case: Case, device: torch.device) -> Callable[[], Any]:
-    """Make a model ready for a case.
+    """Prepare a model for a case.
 
     Returns:
-        What runs it once: a forward pass, or a training step.
+        A function that runs it once: a forward pass, or a training step.
     """
     memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]
@@ -184,8 +195,7 @@ def prepare(model: nn.Module, subject: Subject, case: Case, device: torch.device
 
         return evaluate
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-    image.requires_grad_(case.subject in LAYERS)  # as a layer in the middle of a network has it
-
+    image.requires_grad_(case.subject in LAYERS)  # as in the middle of a network
     gradients: list[torch.Tensor] = []
 
     def train() -> None:

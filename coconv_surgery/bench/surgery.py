@@ -3,6 +3,7 @@
 import multiprocessing
 import statistics
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Cost:
         convs: Its convolutions.
         plan_s: Median seconds to plan a conversion.
         convert_s: Median seconds to plan and apply it.
-        weights_mib: What its weights take, in MiB.
+        weights_mib: Memory of its weights in MiB.
         memory: Peak memory of planning and converting, over that of the weights.
     """
 
@@ -62,17 +63,22 @@ def measure(name: str, repeats: int) -> Cost:
         return executor.submit(_measure, name, repeats, torch.get_num_threads()).result()
 
 
-def growth(costs: list[Cost]) -> float:
-    """Seconds a convolution in a network of 1,000 over those in one of 100: 1 where cost is linear."""
-    short, long = (next(cost for cost in costs if cost.model == f"{count} convs in a row") for count in (100, 1000))
-    return (long.convert_s / long.convs) / (short.convert_s / short.convs)
+def growth(costs: Iterable[Cost]) -> float | None:
+    """Seconds a convolution in a network of 1,000 over those in one of 100: 1 where cost is linear.
+
+    Returns:
+        The ratio, or None if either network was not measured.
+    """
+    seconds = {cost.model: cost.convert_s / cost.convs for cost in costs}
+    short, long = seconds.get("100 convs in a row"), seconds.get("1000 convs in a row")
+    return None if short is None or long is None else long / short
 
 
 def _measure(name: str, repeats: int, threads: int) -> Cost:
     torch.set_num_threads(threads)
     return_freed_memory()
     with torch.device("meta"):
-        plan_conversion(timm.create_model("resnet18"))  # imports and caches of torch
+        plan_conversion(timm.create_model("resnet18"))  # warms torch's imports and caches up
     model, inputs = _build(name)
     before = high_water_mib()
     revert(convert(model, example_inputs=inputs))

@@ -1,4 +1,4 @@
-"""Times of several calls, taken in turn, so that a drift of the machine's speed meets all of them alike."""
+"""Times of several calls, taken in turn, so that a drift of the machine's speed affects all of them alike."""
 
 import contextlib
 import random
@@ -21,7 +21,7 @@ class Ratio(NamedTuple):
 
     @classmethod
     def of(cls, times: list[float], baseline: list[float]) -> "Ratio":
-        """Pair times up by the round that they were taken in."""
+        """Pair times of the same round."""
         low, median, high = statistics.quantiles([a / b for a, b in zip(times, baseline, strict=True)], n=4)
         return cls(median, low, high)
 
@@ -29,11 +29,11 @@ class Ratio(NamedTuple):
 def interleave(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Time calls in turn, each round in an order of its own: a call finds the caches as the one before it left them.
+    """Time calls in turn, in a new order each round, because a call finds the caches as the one before it left them.
 
     Args:
         calls: What to time, by name.
-        rounds: How often each is timed, at least 2.
+        rounds: How often to time each, at least once.
         device: Where the calls compute; on CUDA the times are those of events on its stream.
         warmup: Rounds that do not count.
 
@@ -55,9 +55,9 @@ def interleave(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep from the times what is not the calls' own: numbers too small to matter, and fresh pages of memory.
+    """Keep denormal numbers and fresh pages of memory from distorting times.
 
-    Denormal numbers slow random networks down at random; page faults of large tensors cost up to as much as a
+    Denormal numbers slow random networks down at random; the page faults of a large tensor can cost as much as a
     convolution.
     """
     torch.set_flush_denormal(True)

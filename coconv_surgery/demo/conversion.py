@@ -1,4 +1,4 @@
-"""The main job on real input, in one command."""
+"""A conversion on real input, in one command."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def convert_and_compare(name: str, output: Path) -> str:
         output: Folder for ``plan.txt``, ``plan.json`` and ``plan.png``.
 
     Returns:
-        What was done and checked, for a reader.
+        A report for a reader.
 
     Raises:
         RuntimeError: If parameters or shapes differ, or reverting does not restore the outputs.
@@ -46,7 +46,7 @@ def convert_and_compare(name: str, output: Path) -> str:
     return "\n".join(
         [
             str(plan),
-            f"photograph {photograph.width}×{photograph.height} → output {tuple(after.shape)}, the shape of before; "
+            f"photograph {photograph.width}×{photograph.height} → output {tuple(after.shape)}, as before; "
             f"the logits moved by {change:.0%} of their norm",
             f"{len(parameters)} parameter tensors are the same objects; reverted, the output is bit-identical",
             f"plan: {output / 'plan.txt'}, {output / 'plan.json'}, {output / 'plan.png'}",

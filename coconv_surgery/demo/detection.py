@@ -12,6 +12,7 @@ from pathlib import Path
 import mmdet
 import numpy as np
 from mmdet.apis import inference_detector, init_detector
+from mmengine.config import Config
 from pycocotools.coco import COCO
 
 from coconv_surgery.demo.shapes import CLASSES, write_shapes
@@ -21,7 +22,6 @@ from coconv_surgery.viz.detections import Boxes, save_detections
 _CONFIG = "shapes/ssd_coresnet18_shapes.py"
 _PICTURED = 4
 _STEP = re.compile(r"Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*\bloss: ([\d.]+)")
-_LENGTH = re.compile(r"^max_epochs = (\d+)", re.MULTILINE)
 
 Progress = Callable[[float, str], None]
 
@@ -30,14 +30,14 @@ def train_and_detect(output: Path, progress: Progress) -> str:
     """Draw the data set, train an SSD on a CoResNet on it, evaluate it, and picture its detections.
 
     Training is mmdet's ``tools/train.py`` in a process of its own. It resumes where an earlier call was interrupted,
-    and does nothing after one that was not.
+    and does nothing if an earlier call has finished it.
 
     Args:
         output: Folder for the data set, the work dir, the training log and ``detections.png``.
-        progress: Called with the share of the training that is done, and what is going on.
+        progress: Called with the share of the training that is done, and what is happening.
 
     Returns:
-        What was done, with COCO's figures, for a reader.
+        A report for a reader, with COCO's figures.
 
     Raises:
         RuntimeError: If training fails.
@@ -63,14 +63,14 @@ def train_and_detect(output: Path, progress: Progress) -> str:
 
 def _train(config: Path, work_dir: Path, output: Path, progress: Progress) -> None:
     tool = Path(mmdet.__file__).parent / ".mim" / "tools" / "train.py"
-    epochs = int(_LENGTH.search(config.read_text())[1])  # type: ignore[index]
+    epochs = Config.fromfile(config, import_custom_modules=False).train_cfg.max_epochs
     command = [sys.executable, str(tool), str(config), "--work-dir", str(work_dir), "--resume"]
     with (
         open(output / "train.log", "w", buffering=1, encoding="utf-8") as log,
         subprocess.Popen(
             command,
             cwd=output,
-            # Threads that wait give up their core, so that training gets along with whatever else runs.
+            # Waiting threads give up their core, so that training does not slow down whatever else runs.
             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

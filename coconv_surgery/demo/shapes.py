@@ -1,8 +1,8 @@
 """A small detection data set of drawn shapes, for trying a detector out without a download.
 
 A class is an outline together with its surroundings: the same outline is one class when bare and another inside a ring.
-The ring lies wholly outside the box, so the outline tells half of the class and the context the other half; rings
-around nothing, which belong to no class, see to it that a ring alone tells nothing.
+The ring lies wholly outside the box, so the outline tells half of the class and the context the other half. Rings
+around nothing, which do not belong to any class, ensure that a ring alone tells nothing.
 """
 
 import json
@@ -17,10 +17,10 @@ from PIL import Image
 OUTLINES = ("disc", "square", "triangle")
 CLASSES = tuple(f"{surroundings}{outline}" for outline in OUTLINES for surroundings in ("", "ringed "))
 
-_FORMAT = 1  # to be raised when the same arguments come to draw other images
+_FORMAT = 1  # raise it when the same arguments draw other images
 _META = "shapes.json"
-_CORNERS = {"square": 4, "triangle": 3}
-# In radii of the circle around the outline, whose box ends at 1.42 in its corners.
+_CORNERS = {"disc": 0, "square": 4, "triangle": 3}
+# In radii of the circle around the outline; the corners of the outline's box lie at up to 1.42.
 _RING = (1.5, 1.7)
 _REACH = 1.75
 
@@ -31,7 +31,7 @@ def write_shapes(root: str | Path, *, train: int = 512, val: int = 128, size: in
     """Write the data set in COCO format: ``train/``, ``val/``, ``annotations/train.json`` and ``annotations/val.json``.
 
     The same arguments give the same bytes (with the same numpy and Pillow), and an image does not depend on how many
-    there are. The folder appears whole or not at all: it is written beside its place, then renamed.
+    others there are. The folder appears whole or not at all: it is written under another name, then renamed.
 
     Args:
         root: The folder; created with its parents.
@@ -72,11 +72,11 @@ def write_shapes(root: str | Path, *, train: int = 512, val: int = 128, size: in
 
 
 def _holds(root: Path, meta: dict[str, int]) -> bool:
-    """Whether the folder holds this data set already; an error if it holds anything else."""
+    """Whether the folder already holds this data set; raises if it holds anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     if not (root / _META).is_file():
-        raise ValueError(f"{root} exists and is no shapes data set: choose another folder")
+        raise ValueError(f"{root} exists and is not a shapes data set: choose another folder")
     found = json.loads((root / _META).read_text())
     changed = [f"{key}={found.get(key)} instead of {value}" for key, value in meta.items() if found.get(key) != value]
     if changed:
@@ -124,9 +124,10 @@ class _Thing(NamedTuple):
     angle: float
 
     def corners(self) -> _Floats:
-        """The directions in which the outline's corners lie; a disc has none."""
-        count = _CORNERS.get(self.outline or "", 0)
-        return self.angle + 2 * np.pi / max(count, 1) * np.arange(count)
+        """The directions of the outline's corners; a disc has none."""
+        if self.outline is None:
+            return np.empty(0)
+        return self.angle + np.linspace(0, 2 * np.pi, _CORNERS[self.outline], endpoint=False)
 
     def box(self) -> list[float]:
         """The outline's box, ``[x, y, width, height]``."""

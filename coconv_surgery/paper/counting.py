@@ -1,14 +1,13 @@
-"""What a network costs: parameters and multiply-adds, counted, and time, measured side by side."""
+"""What a network costs: its parameters and multiply-adds, counted."""
 
-import statistics
-import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
+
+from coconv_surgery.planning.plan import count_parameters
 
 # What the paper counts for them, by its figures: see Cost.wide.
 _PER_ELEMENT: dict[type[nn.Module], int] = {_BatchNorm: 4, nn.ReLU: 1, nn.LeakyReLU: 1}
@@ -30,12 +29,12 @@ class Cost(NamedTuple):
 
 
 def count(model: nn.Module, *args: Any, **kwargs: Any) -> Cost:
-    """Count a network's parameters and multiply-adds. On the meta device nothing is computed.
+    """Count a network's parameters and multiply-adds. On the meta device this computes nothing.
 
     Args:
         model: The network, in evaluation mode.
-        *args: What to call it with.
-        **kwargs: What to call it with.
+        *args: Positional arguments to call it with.
+        **kwargs: Keyword arguments to call it with.
 
     >>> count(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU()), torch.zeros(1, 3, 4, 4))
     Cost(parameters=216, multiply_adds=3456, wide=3584)
@@ -46,39 +45,11 @@ def count(model: nn.Module, *args: Any, **kwargs: Any) -> Cost:
         nonlocal elements
         elements += output.numel() * next(cost for kind, cost in _PER_ELEMENT.items() if isinstance(module, kind))
 
-    handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, tuple(_PER_ELEMENT))]
+    counted = [module for module in model.modules() if isinstance(module, tuple(_PER_ELEMENT))]
+    handles = [module.register_forward_hook(add) for module in counted]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*args, **kwargs)
     for handle in handles:
         handle.remove()
     multiply_adds = counter.get_total_flops() // 2
-    return Cost(sum(p.numel() for p in model.parameters()), multiply_adds, multiply_adds + elements)
-
-
-def time_side_by_side(calls: Sequence[tuple[nn.Module, tuple[torch.Tensor, ...]]], rounds: int = 5) -> list[float]:
-    """Time forward passes, interleaved: every round times each network once, so that all see the same machine.
-
-    A pass that is not timed goes before each that is, so that none has to wait for memory that its neighbour left cold.
-
-    Args:
-        calls: Networks in evaluation mode, and what to call each with.
-        rounds: How often each is timed.
-
-    Returns:
-        The median of each in seconds.
-    """
-    torch.set_flush_denormal(True)  # untrained networks would be slow for their tiny numbers
-    with torch.inference_mode():
-        times = [[_time(model, args) for model, args in calls] for _ in range(rounds)]
-    torch.set_flush_denormal(False)
-    return [statistics.median(series) for series in zip(*times, strict=True)]
-
-
-def _time(model: nn.Module, args: tuple[torch.Tensor, ...]) -> float:
-    start = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        model(*args)
-        if any(arg.is_cuda for arg in args):
-            torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return Cost(count_parameters(model), multiply_adds, multiply_adds + elements)

@@ -1,5 +1,6 @@
-"""The networks of the paper's Tables 1 to 6, counted here, next to the paper's figures: ``coconv table``."""
+"""The networks of the paper's Tables 1 to 6, counted here beside the paper's figures: ``coconv table``."""
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,7 +10,8 @@ import timm
 import torch
 import torch.nn as nn
 
-from coconv_surgery.paper.counting import count, time_side_by_side
+from coconv_surgery.bench.timing import interleave, quiet
+from coconv_surgery.paper.counting import count
 from coconv_surgery.paper.peers import dilated_resnet, nonlocal_resnet, preact_resnet, resnet, se_resnet
 from coconv_surgery.planning.plan import Plan, PlanRow, align
 from coconv_surgery.surgery import get_plan
@@ -25,7 +27,7 @@ class Row(NamedTuple):
         network: Its name.
         build: Builds it.
         parameters: The paper's parameters in millions.
-        gflops: The paper's GFLOPs; it means multiply-adds.
+        gflops: The paper's GFLOPs, which are multiply-adds.
         results: The paper's results.
     """
 
@@ -42,9 +44,9 @@ class Table(NamedTuple):
     Attributes:
         title: What it compares.
         rows: Its networks.
-        results: What the paper's results are.
+        results: What the paper's results measure.
         input: Shape of one input.
-        notes: What a reader must know, besides how things are counted.
+        notes: What a reader must know beside how things are counted.
         layout: A network to show the levels of, map by map.
     """
 
@@ -62,27 +64,23 @@ def coresnet(depth: int, **arguments: object) -> nn.Module:
     return model
 
 
-def ssd(name: str) -> nn.Module:
-    """The SSD of Table 6, from its config.
+def ssd(backbone: str) -> nn.Module:
+    """The SSD of Table 6.
 
     Args:
-        name: Of the backbone in the config's name, as ``"coresnet50"``.
+        backbone: As the config's name has it, such as ``"coresnet50"``.
 
     Raises:
         RuntimeError: If MMDetection is not installed.
     """
     try:
-        import coconv_surgery.mmdet  # noqa: F401
+        from coconv_surgery.mmdet.building import build_ssd
     except ImportError as error:
         raise RuntimeError(f"Table 6 is of detectors, and {error}") from error
-    from mmengine.config import Config
-
-    from coconv_surgery.mmdet.building import build_detector
-    from coconv_surgery.mmdet.paths import config_path
-
-    return build_detector(Config.fromfile(config_path(f"ssd/ssd300_{name}_coco.py")).model)
+    return build_ssd(backbone)
 
 
+_ROUNDS = 5  # how often a forward pass is timed
 _ERRORS = ("top-1 error, %", "top-5 error, %")
 
 _NON_LOCAL = (
@@ -93,25 +91,25 @@ _PRE_ACTIVATION = "pre-act. ResNet: timm's has no norms in its shortcuts, 7,680 
 _SQUEEZE = "SE ResNet: without biases in its two layers, which gives the paper's parameters."
 
 _TABLE_5 = {
-    "ResNet-{}": (
+    "ResNet": (
         resnet,
-        {50: (25.56, 4.14, 23.88, 7.06), 101: (44.55, 7.88, 22.00, 6.10), 152: (60.19, 11.62, 21.55, 5.74)},
+        {50: (25.56, 4.14, (23.88, 7.06)), 101: (44.55, 7.88, (22.00, 6.10)), 152: (60.19, 11.62, (21.55, 5.74))},
     ),
-    "pre-act. ResNet-{}": (
+    "pre-act. ResNet": (
         preact_resnet,
-        {50: (25.56, 4.14, 23.77, 7.04), 101: (44.55, 7.88, 22.11, 6.26), 152: (60.19, 11.62, 21.41, 5.78)},
+        {50: (25.56, 4.14, (23.77, 7.04)), 101: (44.55, 7.88, (22.11, 6.26)), 152: (60.19, 11.62, (21.41, 5.78))},
     ),
-    "SE ResNet-{}": (
+    "SE ResNet": (
         se_resnet,
-        {50: (28.07, 4.15, 22.74, 6.37), 101: (49.29, 7.90, 21.31, 5.79), 152: (66.77, 11.65, 21.38, 5.80)},
+        {50: (28.07, 4.15, (22.74, 6.37)), 101: (49.29, 7.90, (21.31, 5.79)), 152: (66.77, 11.65, (21.38, 5.80))},
     ),
-    "NL ResNet-{}": (
+    "NL ResNet": (
         nonlocal_resnet,
-        {50: (36.72, 6.18, 22.91, 6.42), 101: (55.71, 9.91, 21.40, 5.83), 152: (71.35, 13.66, 21.91, 6.11)},
+        {50: (36.72, 6.18, (22.91, 6.42)), 101: (55.71, 9.91, (21.40, 5.83)), 152: (71.35, 13.66, (21.91, 6.11))},
     ),
-    "CoResNet-{}": (
+    "CoResNet": (
         coresnet,
-        {50: (25.56, 4.14, 22.73, 6.49), 101: (44.55, 7.88, 21.29, 5.72), 152: (60.19, 11.62, 20.97, 5.48)},
+        {50: (25.56, 4.14, (22.73, 6.49)), 101: (44.55, 7.88, (21.29, 5.72)), 152: (60.19, 11.62, (20.97, 5.48))},
     ),
 }
 
@@ -166,10 +164,9 @@ TABLES = {
     5: Table(
         "CoResNet and other networks at three depths",
         tuple(
-            Row(name.format(depth), partial(build, depth), parameters, gflops, tuple(errors))
+            Row(f"{name}-{depth}", partial(build, depth), *figures[depth])
             for depth in (50, 101, 152)
             for name, (build, figures) in _TABLE_5.items()
-            for parameters, gflops, *errors in [figures[depth]]
         ),
         _ERRORS,
         notes=(_PRE_ACTIVATION, _SQUEEZE, _NON_LOCAL),
@@ -190,11 +187,11 @@ TABLES = {
 
 
 def render(number: int, *, timed: bool = False) -> str:
-    """Count the networks of one of the paper's tables, and set the paper's figures beside.
+    """Count the networks of one of the paper's tables beside the paper's own figures.
 
     Args:
-        number: Of the table, 1 to 6.
-        timed: Time one forward pass of each as well, side by side, on the first GPU if there is one.
+        number: The table's, 1 to 6.
+        timed: Also time a forward pass of each, side by side, on the first GPU if there is one.
 
     Returns:
         The table, for a reader.
@@ -211,8 +208,8 @@ def render(number: int, *, timed: bool = False) -> str:
     lines = [[*_counts(row, table), *(f"{result:.2f}" for result in row.results)] for row in table.rows]
     header += [f"paper: {name}" for name in table.results]
     if timed:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        header += [f"ms ({device})", "× first"]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        header += [f"ms ({device.type})", "× first"]
         times = _time(table, device)
         lines = [[*line, f"{t * 1e3:.1f}", f"{t / times[0]:.2f}"] for line, t in zip(lines, times, strict=True)]
     parts.append(align([header, *lines]))
@@ -233,9 +230,14 @@ def _counts(row: Row, table: Table) -> list[str]:
     ]
 
 
-def _time(table: Table, device: str) -> list[float]:
-    args = (torch.randn(table.input, device=device),)
-    return time_side_by_side([(row.build().eval().to(device), args) for row in table.rows])
+def _time(table: Table, device: torch.device) -> list[float]:
+    """Median seconds of a forward pass of each network."""
+    images = torch.randn(table.input, device=device)
+    models = {row.network: row.build().eval().to(device) for row in table.rows}
+    calls = {network: partial(model, images) for network, model in models.items()}
+    with quiet(), torch.inference_mode():
+        times = interleave(calls, rounds=_ROUNDS, device=device)
+    return [statistics.median(times[row.network]) for row in table.rows]
 
 
 def _notes(table: Table) -> Sequence[str]:

@@ -16,14 +16,14 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from coconv_surgery.planning.plan import Plan
+from coconv_surgery.planning.plan import Plan, count_parameters
 from coconv_surgery.planning.reasons import Reason
 from coconv_surgery.surgery import apply_plan, plan_conversion, revert
-from coconv_surgery.sweep.collections import Zoo
+from coconv_surgery.sweep.collections import Collection
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.twin import Twin
 
-_PLACES = re.compile(r"https?://[^\s'\"]+|/(?:[\w.+-]+/)+")  # folders of this machine, and what it asks elsewhere
+_PLACES = re.compile(r"https?://[^\s'\"]+|/(?:[\w.+-]+/)+")  # this machine's folders, and addresses that it asks
 CONVERTED, NOT_BUILT, FAILED, CRASHED = "converted", "not built", "failed", "crashed"
 
 
@@ -34,25 +34,24 @@ class Row:
     Attributes:
         name: The network.
         family: Its family.
-        status: ``"converted"``, ``"not built"`` (the collection itself cannot build it here), ``"failed"`` (an
-            exception in planning, converting, running or reverting) or ``"crashed"`` (its process died or took too
-            long).
+        status: ``"converted"``, ``"not built"`` (the collection itself cannot build it here), ``"failed"`` (planning,
+            converting, running or reverting raised an exception) or ``"crashed"`` (its process died or took too long).
         error: The exception, if any.
         convs: 2D convolutions.
         convs_3x3: Those with a 3×3 kernel.
         converted: Convolutions converted.
-        one_level: 3×3 convolutions that stay what they are because their map has room for one level only.
-        left_alone: Other 3×3 convolutions that are left alone, by reason, as JSON.
+        one_level: 3×3 convolutions that stay as they are because their map has room for one level only.
+        left_alone: Numbers of other 3×3 convolutions left alone, by reason, as JSON.
         traced: How convolutions and map sizes were found.
         parameters_before: Parameters of the network.
         parameters_after: The same, converted.
         keys_before: Keys of its state dict.
-        keys_after: The same, converted; names and shapes are compared, too.
+        keys_after: The same, converted.
         same_state: Whether all keys and shapes are the same.
         outputs_before: Shapes of the outputs, as JSON; empty if the forward does not run.
         outputs_after: The same, converted.
         reverted: Whether every module has its class back in the end.
-        seconds: What planning, converting and reverting took.
+        seconds: Seconds for planning, converting and reverting.
         seconds_in_all: The same with building the network and running it twice.
     """
 
@@ -79,13 +78,12 @@ class Row:
 
     @classmethod
     def read(cls, record: dict[str, str]) -> "Row":
-        """Read what a CSV file has of a row."""
-        kinds = {field.name: field.type for field in fields(cls)}
-        read = {int: int, float: float, bool: "True".__eq__, str: str}
-        return cls(**{name: read[kinds[name]](value) for name, value in record.items()})  # type: ignore[index,operator]
+        """Read a row of a CSV file."""
+        kinds: dict[str, Any] = {field.name: field.type for field in fields(cls)}
+        return cls(**{name: _parse(text, kinds[name]) for name, text in record.items()})
 
     def record(self) -> dict[str, Any]:
-        """The row as a CSV file has it."""
+        """The row for a CSV file."""
         return asdict(self)
 
     @property
@@ -95,22 +93,26 @@ class Row:
         return self.status == CONVERTED and same and self.same_state and self.reverted
 
 
-def check(zoo: Zoo, name: str) -> Row:
+def _parse(text: str, kind: type) -> Any:
+    return text == "True" if kind is bool else kind(text)
+
+
+def check(collection: Collection, name: str) -> Row:
     """Build a network, convert it, compare it with what it was, and revert it.
 
     Args:
-        zoo: The collection.
+        collection: The collection.
         name: The network.
 
     Returns:
-        What happened; an exception is part of it.
+        What happened, including any exception.
     """
-    row = Row(name=name, family=zoo.family(name))
+    row = Row(name=name, family=collection.family(name))
     start = time.perf_counter()
     with warnings.catch_warnings(), _quiet_log():
         warnings.simplefilter("ignore")
         try:
-            model, inputs = zoo.build(name)
+            model, inputs = collection.build(name)
         except Exception as error:  # whatever a collection raises is its answer, and goes into the row
             row.status, row.error = NOT_BUILT, _message(error)
         else:
@@ -134,14 +136,14 @@ def _quiet_log() -> Iterator[None]:
 
 def _convert_and_compare(model: nn.Module, inputs: Inputs, row: Row) -> None:
     classes, state = _classes(model), _state(model)
-    row.parameters_before, row.keys_before = _count(model), len(state)
+    row.parameters_before, row.keys_before = count_parameters(model), len(state)
     row.outputs_before = _outputs(model, inputs)
     start = time.perf_counter()
     plan = plan_conversion(model, example_inputs=inputs)
     _describe(plan, row)
     apply_plan(model, plan)
     row.seconds = time.perf_counter() - start
-    row.parameters_after, row.keys_after = _count(model), len(_state(model))
+    row.parameters_after, row.keys_after = count_parameters(model), len(_state(model))
     row.same_state = _state(model) == state
     row.outputs_after = _outputs(model, inputs) if row.outputs_before else ""
     start = time.perf_counter()
@@ -160,11 +162,11 @@ def _describe(plan: Plan, row: Row) -> None:
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> str:
-    """Shapes of a network's outputs; nothing where its forward needs numbers that a network without data lacks."""
+    """Shapes of a network's outputs; empty where its forward needs numbers and it is on the meta device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with torch.no_grad(), torch.device(device):
         try:
-            # What is called instead of the network may change it, as it is given a copy by the trace.
+            # Such a call may change the network: it expects a copy, as the trace gives it.
             call = partial(inputs.call, Twin(model, fake=False).model) if inputs.call else model
             outputs = call(*inputs.args, **inputs.kwargs)
         except Exception:
@@ -183,12 +185,8 @@ def _state(model: nn.Module) -> dict[str, torch.Size | None]:
     return {key: getattr(value, "shape", None) for key, value in model.state_dict().items()}
 
 
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _message(error: BaseException) -> str:
-    """What went wrong and what is behind it, without the places it was looked for."""
+    """The error and its root cause, without folders and addresses."""
     root: BaseException = error
     while (deeper := root.__cause__ or root.__context__) is not None:
         root = deeper

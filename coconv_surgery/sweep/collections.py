@@ -1,4 +1,4 @@
-"""Collections of networks to try a conversion on: timm's, torchvision's and transformers'."""
+"""Collections of networks to try a conversion on: timm's, torchvision's, transformers' and MMDetection's."""
 
 import importlib
 import inspect
@@ -15,7 +15,7 @@ from coconv_surgery.tracing.inputs import Inputs, infer_inputs
 
 
 @dataclass(frozen=True)
-class Zoo:
+class Collection:
     """A collection of networks.
 
     Attributes:
@@ -24,7 +24,7 @@ class Zoo:
         names: Lists the members, those of a family next to each other.
         family: Tells the family of a member.
         build: Builds a member with random weights, in evaluation mode, and says what to call it with; or raises what
-            keeps it from being built here. Processes build for themselves, so it is a function of a module.
+            keeps it from being built here. It must be picklable: each process builds its own networks.
     """
 
     title: str
@@ -32,6 +32,10 @@ class Zoo:
     names: Callable[[], list[str]]
     family: Callable[[str], str]
     build: Callable[[str], tuple[nn.Module, Inputs]]
+
+
+def _folder(name: str) -> str:
+    return name.partition("/")[0]
 
 
 # -- timm -------------------------------------------------------------------------------------------------------------
@@ -66,10 +70,6 @@ def _torchvision_names() -> list[str]:
     return [f"{kind}/{name}" for kind, module in modules.items() for name in list_models(module)]
 
 
-def _kind(name: str) -> str:
-    return name.partition("/")[0]
-
-
 def _build_torchvision(name: str) -> tuple[nn.Module, Inputs]:
     from torchvision.models import get_model
 
@@ -84,7 +84,7 @@ def _build_torchvision(name: str) -> tuple[nn.Module, Inputs]:
 
 
 def _detect(model: nn.Module, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    # How many objects a detector finds is no shape of its.
+    # How many objects a detector finds says nothing about the shapes of its outputs.
     return [{name: value[:0] for name, value in found.items()} for found in model(images)]
 
 
@@ -98,7 +98,7 @@ def _transformers_classes() -> dict[str, tuple[type, type]]:
     found = {}
     for config, classes in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.items():
         cls = classes[0] if isinstance(classes, tuple | list) else classes
-        # Some want pixels as tokens, or the images cut into patches of any number.
+        # Others take pixels as tokens, or images cut into any number of patches.
         if cls.main_input_name == "pixel_values" and "spatial_shapes" not in inspect.signature(cls.forward).parameters:
             found[config.model_type] = config, cls
     return found
@@ -106,6 +106,10 @@ def _transformers_classes() -> dict[str, tuple[type, type]]:
 
 def _transformers_names() -> list[str]:
     return sorted(_transformers_classes())
+
+
+def _itself(model_type: str) -> str:
+    return model_type
 
 
 def _build_transformers(name: str) -> tuple[nn.Module, Inputs]:
@@ -118,8 +122,25 @@ def _build_transformers(name: str) -> tuple[nn.Module, Inputs]:
         return model, Inputs(kwargs={"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), *sides)})
 
 
-ZOOS: dict[str, Zoo] = {
-    "timm": Zoo("timm", "timm", _timm_names, _timm_family, _build_timm),
-    "torchvision": Zoo("torchvision", "torchvision", _torchvision_names, _kind, _build_torchvision),
-    "transformers": Zoo("transformers", "transformers", _transformers_names, _kind, _build_transformers),
+# -- MMDetection ------------------------------------------------------------------------------------------------------
+
+
+def _mmdet_names() -> list[str]:
+    from coconv_surgery.sweep.mmdet_configs import list_configs
+
+    return list_configs()
+
+
+def _build_mmdet(name: str) -> tuple[nn.Module, Inputs]:
+    from coconv_surgery.sweep.mmdet_configs import build
+
+    return build(name)
+
+
+# Each imports its package when it lists or builds, so that the others work without it.
+COLLECTIONS: dict[str, Collection] = {
+    "timm": Collection("timm", "timm", _timm_names, _timm_family, _build_timm),
+    "torchvision": Collection("torchvision", "torchvision", _torchvision_names, _folder, _build_torchvision),
+    "transformers": Collection("transformers", "transformers", _transformers_names, _itself, _build_transformers),
+    "mmdet": Collection("MMDetection", "mmdet", _mmdet_names, _folder, _build_mmdet),
 }

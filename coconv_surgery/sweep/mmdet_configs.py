@@ -1,4 +1,4 @@
-"""The configs that mmdet's wheel brings, as a collection to try a conversion on."""
+"""The configs in mmdet's wheel, and how to build their detectors."""
 
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from coconv_surgery.layers.functional import Pair
 from coconv_surgery.mmdet.building import build_detector
 from coconv_surgery.mmdet.inputs import example_inputs
 from coconv_surgery.mmengine.options import resized_to
-from coconv_surgery.sweep.collections import Zoo
 from coconv_surgery.tracing.inputs import Inputs
 
 CONFIGS = Path(mmdet.__file__).parent / ".mim" / "configs"
@@ -19,7 +18,8 @@ CONFIGS = Path(mmdet.__file__).parent / ".mim" / "configs"
 IMAGE_SIZE = (256, 256)
 
 
-def _names() -> list[str]:
+def list_configs() -> list[str]:
+    """List the configs that describe a model, by path below :data:`CONFIGS` without suffix."""
     paths = sorted(path for path in CONFIGS.rglob("*.py") if "_base_" not in path.parts)
     return [str(path.relative_to(CONFIGS).with_suffix("")) for path in paths if _describes_a_model(path)]
 
@@ -32,11 +32,8 @@ def _describes_a_model(path: Path) -> bool:
         return True
 
 
-def _family(name: str) -> str:
-    return name.partition("/")[0]
-
-
-def _build(name: str) -> tuple[nn.Module, Inputs]:
+def build(name: str) -> tuple[nn.Module, Inputs]:
+    """Build the detector of a config with random weights, in evaluation mode, and say what to call it with."""
     config = Config.fromfile(CONFIGS / f"{name}.py")
     if "MMSyncBN" in str(config.model) and not distributed.is_initialized():
         # It asks for the group of its processes when it is built: here, this one.
@@ -53,6 +50,3 @@ def _fixed_size(config: Config) -> Pair | None:
     pipeline = config.get("test_pipeline", [])
     resizes = [transform for transform in pipeline if transform.get("scale") and not transform.get("keep_ratio")]
     return resized_to(pipeline) if resizes else None
-
-
-ZOO = Zoo("MMDetection", "mmdet", _names, _family, _build)

@@ -11,14 +11,15 @@ from importlib.metadata import version
 import torch
 
 from coconv_surgery.sweep.check import CONVERTED, CRASHED, FAILED, NOT_BUILT, Row
-from coconv_surgery.sweep.collections import Zoo
+from coconv_surgery.sweep.collections import Collection
+from coconv_surgery.viz.tables import markdown_table
 
 
-def render(zoo: Zoo, rows: Sequence[Row], command: str) -> str:
+def render(collection: Collection, rows: Sequence[Row], command: str) -> str:
     """Write the page of a collection: totals, families, and every network.
 
     Args:
-        zoo: The collection.
+        collection: The collection.
         rows: Its rows.
         command: The command that made them.
     """
@@ -26,13 +27,13 @@ def render(zoo: Zoo, rows: Sequence[Row], command: str) -> str:
     for row in rows:
         families[row.family].append(row)
     parts = [
-        f"# What conversion does to {zoo.title}",
-        f"Made by `{command}` with {zoo.package} {version(zoo.package)}, torch {torch.__version__}, "
+        f"# What conversion does to {collection.title}",
+        f"Made by `{command}` with {collection.package} {version(collection.package)}, torch {torch.__version__}, "
         f"Python {platform.python_version()} on {platform.machine()}; one thread a process.",
         _totals(rows),
         "## Families",
         _LEGEND,
-        _table(
+        markdown_table(
             ("family", "networks", *_COUNTS, "left alone because"),
             [
                 (f"[{name}](#{_anchor(name)})", str(len(members)), *_counts(members), _reasons(members))
@@ -44,26 +45,26 @@ def render(zoo: Zoo, rows: Sequence[Row], command: str) -> str:
     if not_built:
         parts += [
             "## Not built here",
-            f"What {zoo.title} itself cannot build in this environment, in its own words.",
-            _table(("network", "error"), [(f"`{row.name}`", _cell(row.error)) for row in not_built]),
+            f"What {collection.title} itself cannot build in this environment, in its own words.",
+            markdown_table(("network", "error"), [(f"`{row.name}`", _cell(row.error)) for row in not_built]),
         ]
     for name, members in sorted(families.items()):
         parts += [
             f"## {name}",
-            _table(("network", *_COUNTS, "million parameters", "outputs", "s"), map(_line, members)),
+            markdown_table(_HEADER, map(_line, members)),
         ]
     return "\n\n".join(parts) + "\n"
 
 
-def render_index(zoos: Mapping[str, Sequence[Row]]) -> str:
+def render_index(tables: Mapping[str, Sequence[Row]]) -> str:
     """Write the table of all collections.
 
     Args:
-        zoos: The rows of each by its name, which is also that of its page.
+        tables: The rows of each by its name, which is also that of its page.
     """
     header = ("collection", "networks", "converted", "not built", "failed or changed", "3×3", "contextual", "median s")
     lines = []
-    for name, rows in sorted(zoos.items()):
+    for name, rows in sorted(tables.items()):
         statuses = Counter(row.status for row in rows)
         unsound = sum(not row.sound for row in rows if row.status != NOT_BUILT)
         counts = (len(rows), statuses[CONVERTED], statuses[NOT_BUILT], unsound)
@@ -71,7 +72,7 @@ def render_index(zoos: Mapping[str, Sequence[Row]]) -> str:
         seconds = statistics.median([row.seconds for row in rows if row.status == CONVERTED] or [0.0])
         cells = (f"{count:,}" for count in (*counts, *convs))
         lines.append((f"[{name}]({name}.md)", *cells, f"{seconds:.2f}"))
-    return f"# Coverage\n\n{_INDEX}\n\n{_table(header, lines)}\n"
+    return f"# Coverage\n\n{_INDEX}\n\n{markdown_table(header, lines)}\n"
 
 
 _INDEX = (
@@ -112,7 +113,7 @@ def _totals(rows: Sequence[Row]) -> str:
         "slowest",
     ]
     bullets = "\n".join(f"- {line}" for line in lines)
-    why = _table(
+    why = markdown_table(
         ("3×3 convolutions", "left alone because"), [(f"{n:,}", _cell(why)) for why, n in reasons.most_common()]
     )
     return f"{bullets}\n\n{why}" if reasons else bullets
@@ -149,11 +150,6 @@ def _left_alone(rows: Iterable[Row]) -> Counter[str]:
 
 def _reasons(rows: Iterable[Row]) -> str:
     return _cell("; ".join(f"{count} {reason}" for reason, count in _left_alone(rows).most_common()))
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _cell(text: str) -> str:

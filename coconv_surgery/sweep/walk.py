@@ -11,15 +11,15 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 
 from coconv_surgery.sweep.check import CONVERTED, CRASHED, NOT_BUILT, Row, check
-from coconv_surgery.sweep.collections import Zoo
+from coconv_surgery.sweep.collections import Collection
 
 _COLUMNS = [field.name for field in fields(Row)]
-# Processes are renewed after so many networks, as memory of a large one is not all given back.
+# A process is replaced after so many networks, because it does not give all of a large one's memory back.
 _NETWORKS_A_PROCESS = 50
 
 
 def walk(
-    zoo: Zoo,
+    collection: Collection,
     names: Sequence[str],
     path: Path,
     *,
@@ -29,27 +29,28 @@ def walk(
 ) -> list[Row]:
     """Check networks of a collection, and write a CSV file with a row for each.
 
-    Rows are appended as they come, so an interrupted walk goes on where it was: what the file says was converted, or
-    could not be built, is not done again. Rows of other networks stay in the file.
+    Rows are appended as they come, so an interrupted walk resumes where it stopped: networks that the file has as
+    converted or not built are not tried again. Rows of other networks stay in the file.
 
     Args:
-        zoo: The collection.
+        collection: The collection.
         names: Which of its networks.
         path: The file.
         jobs: Number of processes, of one thread each.
         timeout: Seconds after which a network is given up.
-        progress: Called with each row of ``names`` that is done, also with those that the file had.
+        progress: Called with the row of each name that is done, including those already in the file.
 
     Returns:
         All rows of the file, by family. Where a process dies or a network takes too long, its row says so.
 
     Raises:
-        ValueError: If the file is another one.
+        ValueError: If the file has other columns than a sweep's.
     """
     rows = {row.name: row for row in read_rows(path)}
     todo = [name for name in names if name not in rows or rows[name].status not in (CONVERTED, NOT_BUILT)]
-    for name in set(names) - set(todo):
-        progress(rows[name])
+    for name in names:
+        if name not in todo:
+            progress(rows[name])
     _write(path, rows.values())
     with ProcessPool(
         max_workers=jobs,
@@ -59,10 +60,10 @@ def walk(
         context=multiprocessing.get_context("spawn"),
     ) as pool:
         futures: dict[Future[Row], str] = {
-            pool.schedule(check, args=[zoo, name], timeout=timeout): name for name in todo
+            pool.schedule(check, args=[collection, name], timeout=timeout): name for name in todo
         }
         for future in as_completed(futures):
-            row = _result(zoo, futures[future], future)
+            row = _result(collection, futures[future], future)
             rows[row.name] = row
             _append(path, row)
             progress(row)
@@ -72,10 +73,10 @@ def walk(
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a CSV file, but for a last line that was not written to its end; none if there is no file.
+    """Read the rows of a CSV file, without a last line that is cut short; none if the file does not exist.
 
     Raises:
-        ValueError: If it has the columns of something else.
+        ValueError: If the file has other columns than a sweep's.
     """
     if not path.exists():
         return []
@@ -86,7 +87,7 @@ def read_rows(path: Path) -> list[Row]:
         return [Row.read(record) for record in reader if None not in record.values()]
 
 
-def _result(zoo: Zoo, name: str, future: Future[Row]) -> Row:
+def _result(collection: Collection, name: str, future: Future[Row]) -> Row:
     try:
         return future.result()
     except ProcessExpired as error:
@@ -95,7 +96,7 @@ def _result(zoo: Zoo, name: str, future: Future[Row]) -> Row:
         problem = "it took too long"
     except SystemExit as error:
         problem = f"it ended its process with exit code {error.code}"
-    return Row(name=name, family=zoo.family(name), status=CRASHED, error=problem)
+    return Row(name=name, family=collection.family(name), status=CRASHED, error=problem)
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 
@@ -15,7 +18,7 @@ class Boxes(NamedTuple):
     Attributes:
         corners: ``(n, 4)``: left, top, right and bottom in pixels.
         labels: ``(n,)``: indices into the class names.
-        scores: ``(n,)``: None for ground truth.
+        scores: ``(n,)``; None for ground truth.
     """
 
     corners: npt.ArrayLike
@@ -35,20 +38,17 @@ def save_detections(
 ) -> None:
     """Draw images with their ground truth above and their detections below, one image a column.
 
-    Needs matplotlib, which the ``viz`` extra brings.
-
     Args:
-        path: File to write; its suffix chooses the format.
+        path: The picture's file; its suffix chooses the format.
         images: One or more, as files or as ``(height, width, 3)`` RGB arrays; four make a good picture.
         truth: Boxes of each image.
         detections: Boxes of each image, with scores.
         classes: Class names.
-        score_threshold: Detections below it are not drawn.
+        score_threshold: Detections with lower scores are not drawn.
         title: Text above the whole.
 
     Raises:
-        ImportError: If matplotlib is missing.
-        ValueError: If there are no images, or not as many ``truth`` or ``detections`` as images.
+        ValueError: If ``images`` is empty, or ``truth`` or ``detections`` are not as many.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "detections.png"
@@ -60,14 +60,9 @@ def save_detections(
     """
     if not images or not len(images) == len(truth) == len(detections):
         raise ValueError(
-            f"{len(images)} images, {len(truth)} truth and {len(detections)} detections: give one of each an image, "
-            "and at least one image"
+            f"{len(images)} images, {len(truth)} truth and {len(detections)} detections: give at least one image, and "
+            "as many of the others"
         )
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'coconv-surgery[viz]'") from error
-
     figure = Figure(figsize=(3.2 * len(images), 6.8), layout="constrained")
     if title is not None:
         figure.suptitle(title)
@@ -91,9 +86,6 @@ def _read(image: str | Path | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _draw(axes: Any, boxes: Boxes, size: tuple[int, int], classes: Sequence[str], score_threshold: float) -> None:
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
     corners, labels = np.reshape(boxes.corners, (-1, 4)), np.reshape(boxes.labels, -1).astype(int)
     scores = np.full(len(labels), np.inf) if boxes.scores is None else np.reshape(boxes.scores, -1)
     # The best last, so that they lie on top.

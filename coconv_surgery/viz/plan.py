@@ -13,13 +13,13 @@ from coconv_surgery.planning.plan import Plan, PlanRow
 
 
 def draw_plan(plan: Plan, path: str | Path, title: str = "") -> None:
-    """Draw how the output channels of each convolution are shared out over dilations, next to the map sizes.
+    """Draw how the output channels of each convolution are shared out over dilations, and the sizes of the maps.
 
-    Other kernels than 3×3 that are left alone are not drawn, as in the plan's table.
+    As in the plan's table, other kernels than 3×3 are left out unless they are converted.
 
     Args:
         plan: The plan.
-        path: The picture's file; the suffix says which format.
+        path: The picture's file; its suffix chooses the format.
         title: A heading, such as the network's name.
 
     Raises:
@@ -47,7 +47,8 @@ def draw_plan(plan: Plan, path: str | Path, title: str = "") -> None:
     sizes.set_ylabel("side of output map")
     shares.set_ylabel("share of output channels")
     shares.set_ylim(0, 1)
-    shares.set_title(f"{title}: {len(plan.converted)} of {len(plan.rows)} convolutions become CoConv".lstrip(": "))
+    converted = f"{len(plan.converted)} of {len(plan.rows)} convolutions become CoConv"
+    shares.set_title(f"{title}: {converted}" if title else converted)
     handles = [Patch(color=colours(d - 1), label=f"dilation {d}") for d in range(1, highest + 1)]
     if any(not row.converted for row in rows):
         handles.append(Patch(color=colours(0), alpha=0.35, label="left alone"))

@@ -1,10 +1,11 @@
 """The generator of ProGAN (Karras et al., ICLR 2018) at its full depth, as Table 2 has it.
 
-Plain: it is for counting and converting. What ProGAN's training adds, the growing by fading layers in and the equalised
-learning rate, changes neither the convolutions nor their number.
+It is for counting and converting, and leaves out what only training needs: growing, which fades layers in, and the
+equalised learning rate. Neither changes the convolutions or their number.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -18,15 +19,15 @@ class PixelNorm(nn.Module):
     """Scales the channels at every position to a mean square of 1."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(N, C, H, W)`` to the same."""
+        """Normalise ``(N, C, H, W)`` over the channels."""
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
 
 
 class Generator(nn.Module):
-    """From a latent to an image of 4 · 2ⁿ⁻¹ pixels a side, for n resolutions.
+    """Generates images of 4 · 2ⁿ⁻¹ pixels a side from latents, for n resolutions.
 
-    Each resolution after the first doubles the map by nearest-neighbour upsampling and has two 3×3 convolutions. The
-    first has a linear layer, which makes the 4×4 map, and one 3×3 convolution.
+    The first resolution has a linear layer, which makes the 4×4 map, and one 3×3 convolution. Each other one doubles
+    the map by nearest-neighbour upsampling and has two 3×3 convolutions.
 
     Args:
         channels: Channels at each resolution. Default: Table 2's, for 128×128 pixels.
@@ -45,7 +46,7 @@ class Generator(nn.Module):
         self.act = nn.LeakyReLU(0.2)
         self.norm = PixelNorm()
         stages = [nn.Sequential(*_conv(channels[0], channels[0]))]
-        for narrow, wide in zip(channels[1:], channels, strict=False):
+        for wide, narrow in pairwise(channels):
             stages.append(nn.Sequential(nn.Upsample(scale_factor=2), *_conv(wide, narrow), *_conv(narrow, narrow)))
         self.stages = nn.Sequential(*stages)
         self.to_rgb = nn.Conv2d(channels[-1], colours, 1)

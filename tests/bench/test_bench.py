@@ -11,7 +11,7 @@ from PIL import Image
 import coconv_surgery as cs
 from coconv_surgery.bench import speed, surgery
 from coconv_surgery.bench.authors import LevelConvs, LevelsAlone, use_authors_layout
-from coconv_surgery.bench.memory import peak_mib
+from coconv_surgery.bench.memory import Peak, peak_mib
 from coconv_surgery.bench.report import save
 from coconv_surgery.bench.run import run
 from coconv_surgery.bench.speed import LAYERS, SUBJECTS, Case, contender, measure, prepare
@@ -19,6 +19,7 @@ from coconv_surgery.bench.surgery import Cost, growth
 from coconv_surgery.bench.timing import Ratio, interleave
 from coconv_surgery.layers.levels import complete_levels
 from coconv_surgery.layers.switch import to_coconv_
+from coconv_surgery.planning.plan import count_parameters
 
 CPU = torch.device("cpu")
 TINY = speed._layer(8, 6, 2)
@@ -63,7 +64,7 @@ def test_the_authors_layout_computes_the_same(options):
     image = torch.randn(2, 8, 12, 10)
     layout = LevelConvs(conv)
     torch.testing.assert_close(layout(image), conv(image))
-    assert sum(p.numel() for p in layout.parameters()) == sum(p.numel() for p in conv.parameters())
+    assert count_parameters(layout) == count_parameters(conv)
 
 
 @pytest.mark.parametrize("options", [{}, {"groups": 8}], ids=["dense", "depthwise"])
@@ -92,8 +93,7 @@ def test_a_network_in_the_authors_layout_has_no_contextual_convolution_left(net,
 @pytest.mark.parametrize("name", list(SUBJECTS))
 def test_every_subject_builds_with_as_many_parameters_plain_and_contextual(name):
     plain, contextual, authors = (contender(SUBJECTS[name], which) for which in ("plain", "coconv", "authors"))
-    counts = {sum(p.numel() for p in model.parameters()) for model in (plain, contextual, authors)}
-    assert len(counts) == 1
+    assert count_parameters(plain) == count_parameters(contextual) == count_parameters(authors)
     assert any(isinstance(module, cs.CoConv2d) for module in contextual.modules())
     assert not any(isinstance(module, cs.CoConv2d) for module in plain.modules())
 
@@ -118,20 +118,20 @@ def test_a_case_is_measured_and_written_as_json_table_and_picture(tiny, tmp_path
     timing = measure(Case("tiny", "eval", "NCHW", "fp32", "eager"), CPU, rounds=4)
     for ratio in (timing.coconv, timing.authors, timing.alone):
         assert ratio.low <= ratio.median <= ratio.high
-    paths = save(tmp_path, "layers", CPU, "coconv bench layers", timings=[timing], memory=[("tiny", 1.01, 1.02)])
-    data = json.loads(paths[0].read_text())
+    files = save(tmp_path, "layers", CPU, "coconv bench layers", timings=[timing], memory=[Peak("tiny", 1.01, 1.02)])
+    data = json.loads(files.data.read_text())
     assert data["timings"][0]["case"]["subject"] == "tiny"
     assert torch.__version__.startswith(data["machine"]["torch"])
-    assert "| tiny | eval | NCHW | fp32 | eager |" in paths[1].read_text()
-    assert "| tiny | 1.010 | 1.020 |" in paths[1].read_text()
-    assert "| levels alone |" in paths[1].read_text()
-    assert Image.open(paths[2]).size > (300, 100)
+    assert "| tiny | eval | NCHW | fp32 | eager |" in files.page.read_text()
+    assert "| tiny | 1.010 | 1.020 |" in files.page.read_text()
+    assert "| levels alone |" in files.page.read_text()
+    assert Image.open(files.picture).size > (300, 100)
 
 
 def test_a_table_has_no_column_for_levels_that_were_not_timed_alone(tmp_path):
     ratio = Ratio(1.0, 0.9, 1.1)
     timing = speed.Timing(Case("tiny", "eval", "NCHW", "fp32", "compile"), 2.0, ratio, ratio)
-    table = save(tmp_path, "layers", CPU, "coconv bench layers", timings=[timing])[1].read_text()
+    table = save(tmp_path, "layers", CPU, "coconv bench layers", timings=[timing]).page.read_text()
     assert table.splitlines()[-1] == (
         "| tiny | eval | NCHW | fp32 | compile | 2.00 | 1.00 (0.90–1.10) | 1.00 (0.90–1.10) |"
     )
@@ -139,9 +139,9 @@ def test_a_table_has_no_column_for_levels_that_were_not_timed_alone(tmp_path):
 
 
 def test_only_chosen_subjects_are_run_and_the_files_say_by_which_engine(tiny, tmp_path):
-    paths = run("layers", tmp_path, only="tiny", engines=["eager"], rounds=2)
-    assert [path.name for path in paths] == ["layers-eager.json", "layers-eager.md", "layers-eager.png"]
-    data = json.loads(paths[0].read_text())
+    files = run("layers", tmp_path, only="tiny", engines=["eager"], rounds=2)
+    assert [path.name for path in files] == ["layers-eager.json", "layers-eager.md", "layers-eager.png"]
+    data = json.loads(files.data.read_text())
     assert data["command"] == "coconv bench layers --engine eager --only 'tiny' --rounds 2"
     assert len(data["timings"]) == 8
     with pytest.raises(ValueError, match=r"no benchmark of layers matches 'vgg\*': choose from .*tiny"):
@@ -152,8 +152,8 @@ def test_surgery_is_measured_in_a_process_of_its_own(tmp_path):
     cost = surgery.measure("100 convs in a row", repeats=2)
     assert cost.convs == 100
     assert cost.plan_s > 0
-    paths = save(tmp_path, "surgery", CPU, "coconv bench surgery", costs=[cost])
-    assert "| 100 convs in a row | 100 |" in paths[1].read_text()
+    files = save(tmp_path, "surgery", CPU, "coconv bench surgery", costs=[cost])
+    assert "| 100 convs in a row | 100 |" in files.page.read_text()
 
 
 def test_peak_memory_of_a_step_is_that_of_the_step_alone():
@@ -165,6 +165,7 @@ def test_peak_memory_of_a_step_is_that_of_the_step_alone():
     assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
 
 
-def test_linear_growth_is_one():
+def test_linear_growth_is_one_and_takes_both_networks():
     costs = [Cost(f"{n} convs in a row", n, 0.0, n / 500, 1.0, 1.0) for n in (100, 1000)]
     assert growth(costs) == pytest.approx(1.0)
+    assert growth(costs[1:]) is None

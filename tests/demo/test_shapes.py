@@ -15,7 +15,7 @@ from PIL import Image
 
 from coconv_surgery.demo.shapes import CLASSES, write_shapes
 
-CONFIG = Path(__file__).parent.parent / "configs" / "shapes" / "ssd_coresnet18_shapes.py"
+CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "ssd_coresnet18_shapes.py"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -123,7 +123,7 @@ def test_a_bad_argument_is_named_and_nothing_is_written(tmp_path, name, value):
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="no shapes data set"):
+    with pytest.raises(ValueError, match="not a shapes data set"):
         write_shapes(tmp_path, train=2, val=1, size=64)
     assert contents(tmp_path) == {"mine.txt": b"mine"}
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from coconv_surgery import CoConv2d, PlanRow, ResolutionPolicy, get_plan, plan_conversion
 from coconv_surgery.mmengine.options import SurgeryOptions, resized_to
-from coconv_surgery.sweep.mmdet_configs import ZOO
+from coconv_surgery.sweep import mmdet_configs
 
 CONVERT = Path(__file__).parents[2] / "configs" / "convert"
 NAMES = sorted(path.stem for path in CONVERT.glob("*.py"))
@@ -266,7 +266,7 @@ def test_folding_norms_gives_the_same_outputs(speed_up, lively):
 
 
 def traced(name: str) -> dict[str, PlanRow]:
-    detector, inputs = ZOO.build(name)
+    detector, inputs = mmdet_configs.build(name)
     return {row.name: row for row in plan_conversion(detector, example_inputs=inputs).rows}
 
 
@@ -287,7 +287,7 @@ def test_the_heads_of_a_tracker_are_seen():
 
 
 def test_planning_leaves_proposals_and_mmcvs_kernels_as_they_were():
-    detector, inputs = ZOO.build("faster_rcnn/faster-rcnn_r50_fpn_1x_coco")
+    detector, inputs = mmdet_configs.build("faster_rcnn/faster-rcnn_r50_fpn_1x_coco")
     extension = ext_loader.load_ext("_ext", ["nms"])
     before = copy.deepcopy(detector.test_cfg), detector.rpn_head.predict, dict(vars(extension))
     plan_conversion(detector, example_inputs=inputs)

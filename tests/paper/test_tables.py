@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import coconv_surgery as cs
-from coconv_surgery.paper.counting import count, time_side_by_side
-from coconv_surgery.paper.tables import TABLES, render
+from coconv_surgery.paper.counting import count
+from coconv_surgery.paper.tables import TABLES, Row, Table, render
 from coconv_surgery.zoo.progan import Generator, coprogan, progan
 
 COUNTED = (1, 2, 3, 4, 5)
@@ -125,47 +125,18 @@ def test_table_6_says_what_is_missing_without_mmdet():
     assert "RuntimeError: Table 6 is of detectors, and" in done.stderr
 
 
-def test_times_are_of_each_network_side_by_side():
-    ran = []
-
-    class Sleepy(torch.nn.Module):
-        def __init__(self, name, size):
+def test_times_are_of_each_network_side_by_side(monkeypatch):
+    class Product(torch.nn.Module):
+        def __init__(self, size):
             super().__init__()
-            self.name, self.size = name, size
+            self.size = size
 
         def forward(self, x):
-            ran.append(self.name)
             return torch.ones(self.size, self.size) @ torch.ones(self.size, self.size)
 
-    x = (torch.zeros(1),)
-    small, large = time_side_by_side([(Sleepy("small", 8), x), (Sleepy("large", 800), x)], rounds=3)
-    assert ran == ["small", "small", "large", "large"] * 3
-    assert 0 < small < large
-
-
-def test_the_command_prints_the_table_and_times(coconv):
-    code, out, _ = coconv("table", 1, "--time")
-    assert code == 0
-    plain, contextual = [line.split() for line in out.splitlines() if "ResNet-50  " in line]
-    assert float(plain[-2]) > 0
-    assert plain[-1] == "1.00"
-    assert float(contextual[-1]) == pytest.approx(float(contextual[-2]) / float(plain[-2]), abs=0.02)
-
-
-def test_the_command_knows_six_tables(coconv):
-    code, out, err = coconv("table", 7)
-    assert (code, out) == (2, "")
-    assert "7 is not in the range 1<=x<=6" in err
-
-
-@pytest.mark.parametrize(("policy", "dilations"), [("stage(3,3,2,1)", "1, 2, 3"), ("top(4,3,2,1)", "4")])
-def test_a_policy_by_name_works_on_the_command_line(coconv, policy, dilations):
-    code, out, _ = coconv("plan", "resnet18", "--policy", policy)
-    assert code == 0
-    (line,) = [line for line in out.splitlines() if line.startswith("layer1.0.conv1")]
-    assert [cell.strip() for cell in line.split("  ") if cell][4] == dilations
-
-
-def test_a_policys_numbers_survive_other_options(coconv):
-    _, out, _ = coconv("plan", "resnet18", "--policy", "stage(3,3,2,1)", "--split", "even")
-    assert "22, 21, 21" in out
+    rows = (Row("small", lambda: Product(8), 0.0, 0.0), Row("large", lambda: Product(800), 0.0, 0.0))
+    monkeypatch.setitem(TABLES, 7, Table("products", rows))
+    small, large = [line.split() for line in render(7, timed=True).splitlines() if line.startswith(("small", "large"))]
+    assert small[-1] == "1.00"
+    assert float(large[-2]) > float(small[-2])
+    assert float(large[-1]) > 1

@@ -3,7 +3,8 @@
 import pytest
 
 from coconv_surgery.sweep.check import NOT_BUILT, check
-from coconv_surgery.sweep.mmdet_configs import CONFIGS, ZOO
+from coconv_surgery.sweep.collections import COLLECTIONS
+from coconv_surgery.sweep.mmdet_configs import CONFIGS, list_configs
 
 SAMPLE = [
     "cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco",
@@ -33,20 +34,20 @@ SAMPLE = [
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_detector_keeps_its_weights_keys_and_shapes(name):
-    row = check(ZOO, name)
+    row = check(COLLECTIONS["mmdet"], name)
     assert row.sound, row
     assert row.outputs_before, "its forward ran"
     assert row.convs
 
 
 def test_a_config_whose_parts_are_missing_says_which():
-    row = check(ZOO, "convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco")
+    row = check(COLLECTIONS["mmdet"], "convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco")
     assert row.status == NOT_BUILT
     assert row.error.endswith(", for ModuleNotFoundError: No module named 'mmpretrain'")
 
 
 def test_configs_that_only_others_inherit_are_no_members(monkeypatch):
     monkeypatch.setattr("coconv_surgery.sweep.mmdet_configs.CONFIGS", CONFIGS / "retinanet")
-    names = ZOO.names()
+    names = list_configs()
     assert "retinanet_r50_fpn_1x_coco" in names
     assert "retinanet_tta" not in names

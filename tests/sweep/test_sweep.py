@@ -7,13 +7,13 @@ import timm
 from mishaps import MISHAPS, NAMES
 
 from coconv_surgery.sweep.check import CONVERTED, CRASHED, FAILED, NOT_BUILT, Row, check
-from coconv_surgery.sweep.collections import ZOOS
+from coconv_surgery.sweep.collections import COLLECTIONS
 from coconv_surgery.sweep.report import render
 from coconv_surgery.sweep.walk import read_rows, walk
 
 
 def test_a_row_says_what_a_conversion_did():
-    row = check(ZOOS["timm"], "resnet18")
+    row = check(COLLECTIONS["timm"], "resnet18")
     assert row.sound
     assert (row.name, row.family, row.status) == ("resnet18", "resnet", CONVERTED)
     assert (row.convs, row.convs_3x3, row.converted, row.one_level, row.left_alone) == (20, 16, 12, 4, "{}")
@@ -106,7 +106,7 @@ def test_the_page_has_totals_families_and_every_network():
 
 @pytest.mark.parametrize("name", ["resnet", "convnext", "convnextv2", "regnet", "mobilenet_v2"])
 def test_transformers_networks_convert(name):
-    row = check(ZOOS["transformers"], name)
+    row = check(COLLECTIONS["transformers"], name)
     assert row.sound, row
     assert row.convs
 
@@ -122,6 +122,6 @@ def test_transformers_networks_convert(name):
     ],
 )
 def test_torchvision_networks_convert(name):
-    row = check(ZOOS["torchvision"], name)
+    row = check(COLLECTIONS["torchvision"], name)
     assert row.sound, row
     assert row.converted

@@ -11,7 +11,7 @@ from reference import naive_coconv2d
 
 import coconv_surgery as cs
 from coconv_surgery.sweep.check import check
-from coconv_surgery.sweep.collections import ZOOS
+from coconv_surgery.sweep.collections import COLLECTIONS
 
 SAMPLE = [
     "adv_inception_v3",
@@ -89,7 +89,7 @@ def test_sixty_networks_are_tried():
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_network_keeps_its_weights_keys_and_shapes(name):
-    row = check(ZOOS["timm"], name)
+    row = check(COLLECTIONS["timm"], name)
     assert row.sound, row
     assert row.outputs_before, "its forward runs without data"
     assert row.converted + row.one_level + sum(json.loads(row.left_alone).values()) >= row.convs_3x3

@@ -1,4 +1,6 @@
-"""The ``coconv`` command."""
+"""What the ``coconv`` command can do."""
+
+# ruff: noqa: D301 (click's \b keeps the lines of an example apart)
 
 import difflib
 import os
@@ -8,26 +10,30 @@ from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import timm
 import torch.nn as nn
 from timm.models import load_checkpoint
 
+from coconv_surgery.bench.run import Target, run
+from coconv_surgery.bench.speed import ENGINES, Engine
 from coconv_surgery.checkpoint import save_converted
 from coconv_surgery.demo.shapes import write_shapes
+from coconv_surgery.layers.levels import SplitRule
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.planning.policies import POLICIES, LevelPolicy, get_policy
 from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan, plan_conversion
-from coconv_surgery.sweep.collections import ZOOS, Zoo
+from coconv_surgery.sweep.collections import COLLECTIONS
 from coconv_surgery.zoo.authors import is_authors_checkpoint, load_authors_checkpoint
 
 try:
     import click
+    from click.core import ParameterSource
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 except ImportError as error:
-    sys.exit(f"coconv: {error.name} is not installed: pip install 'coconv-surgery[cli]'")
+    raise ImportError(f"{error.name} is not installed: pip install 'coconv-surgery[cli]'") from error
 
 # Progress goes to standard error, so that standard output holds the result alone.
 console = Console(stderr=True)
@@ -47,13 +53,17 @@ def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help=f"One of {', '.join(POLICIES)}; numbers may follow, as in stage(3,3,2,1).",
         ),
-        click.option("--max-levels", type=click.IntRange(min=1), help="At most so many levels (policy resolution)."),
         click.option(
-            "--split", type=click.Choice(["pow2", "even"]), help="How channels are shared out. Default: pow2."
+            "--max-levels", type=click.IntRange(min=1), help="Most levels a convolution gets (policy resolution)."
         ),
-        click.option("--min-channels", type=click.IntRange(min=1), help="No level with fewer channels."),
-        click.option("--include", multiple=True, metavar="GLOB", help="Only convolutions of this name. Repeatable."),
-        click.option("--exclude", multiple=True, metavar="GLOB", help="No convolution of this name. Repeatable."),
+        click.option(
+            "--split", type=click.Choice(get_args(SplitRule)), help="How channels are shared out. Default: pow2."
+        ),
+        click.option("--min-channels", type=click.IntRange(min=1), help="Fewest channels a level may have."),
+        click.option(
+            "--include", multiple=True, metavar="GLOB", help="Only convolutions with such a name. Repeatable."
+        ),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="No convolution with such a name. Repeatable."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -69,11 +79,11 @@ def app() -> None:
 @app.command()
 @click.argument("model")
 @_planning_options
-@click.option("--all", "every_conv", is_flag=True, help="Show 1×1 convolutions and the like as well.")
+@click.option("--all", "every_conv", is_flag=True, help="Also show other kernels than 3×3 that are left alone.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan to a file.")
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Draw the plan (extra: viz).")
 def plan(model: str, every_conv: bool, json_path: Path | None, figure: Path | None, **options: Any) -> None:
-    """Show what would become of every convolution of a timm MODEL.
+    """Show what becomes of every convolution of a timm MODEL.
 
     \b
     coconv plan resnet50
@@ -113,9 +123,10 @@ def convert(
     """
     if checkpoint is not None and pretrained:
         raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
-    chosen = [name for name, value in options.items() if value and (name, value) != ("policy", "resolution")]
-    if plan_path is not None and chosen:
-        raise click.UsageError(f"--plan already decides everything: leave out --{chosen[0].replace('_', '-')}")
+    context = click.get_current_context()
+    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if plan_path is not None and given:
+        raise click.UsageError(f"--plan already decides everything: leave out --{given[0].replace('_', '-')}")
     with console.status(f"creating {model}"):
         network = _create(model, pretrained=pretrained)
         if checkpoint is not None and is_authors_checkpoint(checkpoint):
@@ -123,7 +134,7 @@ def convert(
         elif checkpoint is not None:
             load_checkpoint(network, str(checkpoint), weights_only=True)
     with console.status(f"converting {model}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoChangeWarning)  # the summary tells
+        warnings.simplefilter("ignore", NoChangeWarning)  # the summary says so
         apply_plan(network, Plan.from_json(plan_path) if plan_path is not None else _plan(network, options))
     with console.status(f"writing {output}"):
         save_converted(network, output)
@@ -133,9 +144,9 @@ def convert(
 
 @app.command()
 @click.argument("number", type=click.IntRange(1, 6))
-@click.option("--time", "timed", is_flag=True, help="Time one forward pass of each, too, side by side.")
+@click.option("--time", "timed", is_flag=True, help="Also time a forward pass of each, side by side.")
 def table(number: int, timed: bool) -> None:
-    """Count the networks of the paper's table NUMBER, and set the paper's figures beside (table 6: extra mmdet)."""
+    """Count the networks of the paper's table NUMBER beside the paper's own figures (table 6: extra mmdet)."""
     from coconv_surgery.paper.tables import render
 
     with console.status(f"counting table {number}"):
@@ -147,7 +158,7 @@ def table(number: int, timed: bool) -> None:
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("--shape", nargs=2, type=click.IntRange(min=1), required=True, metavar="H W", help="Size of the image.")
 def flops(config: str, shape: tuple[int, int]) -> None:
-    """Count parameters and FLOPs of the network in an MMDetection CONFIG, without its data set (extra: mmdet).
+    """Count parameters and FLOPs of the detector in an MMDetection CONFIG, without its data set (extra: mmdet).
 
     \b
     coconv flops configs/ssd/ssd300_coresnet50_coco.py --shape 300 300
@@ -161,16 +172,18 @@ def flops(config: str, shape: tuple[int, int]) -> None:
 
 
 @app.command()
-@click.argument("zoo", type=click.Choice([*ZOOS, "mmdet"]))
-@click.option("--only", multiple=True, metavar="GLOB", help="Only networks of this name. Repeatable.")
+@click.argument("collection", type=click.Choice(list(COLLECTIONS)))
+@click.option("--only", multiple=True, metavar="GLOB", help="Only networks with such a name. Repeatable.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Processes.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds for one network.")
-@click.option("--fresh", is_flag=True, help="Start anew instead of going on where the last sweep was.")
+@click.option("--fresh", is_flag=True, help="Start over instead of resuming the last sweep.")
 @click.option(
     "-o", "--output", default="docs/coverage", show_default=True, type=click.Path(file_okay=False, path_type=Path)
 )
-def sweep(zoo: str, only: tuple[str, ...], jobs: int, timeout: float, fresh: bool, output: Path) -> None:
-    """Convert every network of a ZOO, and write what happened to ZOO.csv, ZOO.md and index.md (extra: sweep).
+def sweep(collection: str, only: tuple[str, ...], jobs: int, timeout: float, fresh: bool, output: Path) -> None:
+    """Convert every network of a COLLECTION (extra: sweep).
+
+    What happened goes to COLLECTION.csv, COLLECTION.md and index.md.
 
     \b
     coconv sweep timm --jobs 2
@@ -180,71 +193,70 @@ def sweep(zoo: str, only: tuple[str, ...], jobs: int, timeout: float, fresh: boo
     from coconv_surgery.sweep.report import render, render_index
     from coconv_surgery.sweep.walk import read_rows, walk
 
-    table, page = output / f"{zoo}.csv", output / f"{zoo}.md"
-    # For the processes: warnings would come from each of them, and what has to be downloaded is not built.
+    chosen = COLLECTIONS[collection]
+    table_path, page_path = output / f"{collection}.csv", output / f"{collection}.md"
+    # For the processes: none repeats the warnings of the others, and none downloads anything.
     os.environ.update(PYTHONWARNINGS="ignore", HF_HUB_OFFLINE="1")
-    with console.status(f"listing {zoo}"), warnings.catch_warnings():
+    with console.status(f"listing {collection}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        collection = _zoo(zoo)
-        names = [name for name in collection.names() if any(fnmatchcase(name, pattern) for pattern in only or "*")]
-    if not names:
-        raise ValueError(f"{collection.title} has no network that matches {' or '.join(map(repr, only))}")
+        names = chosen.names()
+    if only:
+        names = [name for name in names if any(fnmatchcase(name, pattern) for pattern in only)]
+        if not names:
+            raise ValueError(f"{chosen.title} has no network that matches {' or '.join(map(repr, only))}")
     if fresh:
-        table.unlink(missing_ok=True)
+        table_path.unlink(missing_ok=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(zoo, total=len(names))
+        task = bar.add_task(collection, total=len(names))
         rows = walk(
-            collection,
+            chosen,
             names,
-            table,
+            table_path,
             jobs=jobs,
             timeout=timeout,
             progress=lambda row: bar.update(task, advance=1, description=row.name),
         )
-    chosen = "".join(f" --only '{pattern}'" for pattern in only)
-    page.write_text(render(collection, rows, f"coconv sweep {zoo}{chosen} --jobs {jobs}"), encoding="utf-8")
-    tables = {known: read_rows(output / f"{known}.csv") for known in (*ZOOS, "mmdet")}
-    index = render_index({known: found for known, found in tables.items() if found})
+    patterns = "".join(f" --only '{pattern}'" for pattern in only)
+    page_path.write_text(render(chosen, rows, f"coconv sweep {collection}{patterns} --jobs {jobs}"), encoding="utf-8")
+    tables = {name: read_rows(output / f"{name}.csv") for name in COLLECTIONS}
+    index = render_index({name: found for name, found in tables.items() if found})
     (output / "index.md").write_text(index, encoding="utf-8")
-    asked = set(names)
-    rows = [row for row in rows if row.name in asked]
-    unsound = [row for row in rows if row.status != NOT_BUILT and not row.sound]
+    asked = [row for row in rows if row.name in names]
+    unsound = [row for row in asked if row.status != NOT_BUILT and not row.sound]
     for row in unsound:
         click.echo(f"{row.name}: {row.status} {row.error or 'but not the same before and after'}")
-    click.echo(f"{len(rows)} networks, {len(unsound)} with a problem: {table}, {page}")
+    click.echo(f"{len(asked)} networks, {len(unsound)} with a problem: {table_path}, {page_path}")
     if unsound:
         sys.exit(1)
 
 
 @app.command()
-@click.argument("target", type=click.Choice(["layers", "networks", "surgery"]))
-@click.option("--only", default="*", metavar="GLOB", help="Only layers or networks of this name.")
-@click.option("--engine", "engines", multiple=True, type=click.Choice(["eager", "compile"]), help="Default: both.")
+@click.argument("target", type=click.Choice(get_args(Target)))
+@click.option("--only", default="*", metavar="GLOB", help="Only layers or networks with such a name.")
+@click.option("--engine", "engines", multiple=True, type=click.Choice(ENGINES), help="Default: both.")
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=2), help="How often each is timed.")
 @click.option(
     "-o", "--output", default="benchmarks", show_default=True, type=click.Path(file_okay=False, path_type=Path)
 )
-def bench(target: str, only: str, engines: tuple[str, ...], rounds: int, output: Path) -> None:
-    """Time contextual beside plain LAYERS or NETWORKS, or what SURGERY costs, on the GPU if there is one.
+def bench(target: Target, only: str, engines: tuple[Engine, ...], rounds: int, output: Path) -> None:
+    """Time contextual beside plain LAYERS or NETWORKS, or the cost of SURGERY, on the GPU if there is one.
 
     \b
     coconv bench layers --engine eager
     coconv bench networks --only 'resnet50*'
     """
-    from coconv_surgery.bench.run import run
-
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
-        paths = run(
-            cast(Any, target),
+        files = run(
+            target,
             output,
             only=only,
-            engines=cast(Any, engines),
+            engines=engines,
             rounds=rounds,
             track=lambda items: bar.track(items, description=target),
         )
-    click.echo(paths[1].read_text(encoding="utf-8"))
-    click.echo("\n".join(map(str, paths)))
+    click.echo(files.page.read_text(encoding="utf-8"))
+    click.echo("\n".join(str(path) for path in files if path is not None))
 
 
 @app.command()
@@ -264,7 +276,7 @@ def shapes(root: Path, train: int, val: int, size: int, seed: int) -> None:
 @click.option(
     "-o", "--output", default="demo_output", show_default=True, type=click.Path(file_okay=False, path_type=Path)
 )
-@click.option("--detection", is_flag=True, help="Train a detector, too: minutes on 2 cores (extra: mmdet).")
+@click.option("--detection", is_flag=True, help="Also train a detector: minutes on 2 cores (extra: mmdet).")
 def demo(output: Path, detection: bool) -> None:
     """Convert a timm network, run it on a photograph, and write its plan as text, JSON and a picture."""
     from coconv_surgery.demo.conversion import convert_and_compare
@@ -280,14 +292,6 @@ def demo(output: Path, detection: bool) -> None:
             task = bar.add_task("", total=1.0)
             report = train_and_detect(output, lambda done, what: bar.update(task, completed=done, description=what))
         click.echo(report)
-
-
-def _zoo(name: str) -> Zoo:
-    if name == "mmdet":
-        from coconv_surgery.sweep.mmdet_configs import ZOO
-
-        return ZOO
-    return ZOOS[name]
 
 
 def _create(name: str, *, pretrained: bool = False) -> nn.Module:
@@ -312,13 +316,3 @@ def _plan(model: nn.Module, options: dict[str, Any]) -> Plan:
         include=options["include"] or None,
         exclude=options["exclude"] or None,
     )
-
-
-def main() -> None:
-    """Run the command; a user's mistake ends with one message and exit code 1, a wrong call with 2."""
-    try:
-        app()
-    except ModuleNotFoundError as error:
-        sys.exit(f"coconv: {error}: pip install 'coconv-surgery[viz,mmdet,sweep]'")
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f"coconv: {error}")
