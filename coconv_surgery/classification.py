@@ -5,14 +5,15 @@ In a config::
     custom_imports = dict(imports=['coconv_surgery.classification'], allow_failed_imports=False)
 
 registers the model ``TIMMClassifier``, the data set ``TIMMImageFolder`` and the metric ``TopKAccuracy``, besides what
-:mod:`coconv_surgery.mmdet` and :mod:`coconv_surgery.zoo` do. The engine is MMEngine's: mmdet's ``tools/train.py`` and
-``tools/test.py`` run such a config as they run any other. ``configs/imagenet/`` holds those of the paper.
+:mod:`coconv_surgery.mmengine` and :mod:`coconv_surgery.zoo` do. The engine is MMEngine's, and mmdet is not imported;
+mmdet's ``tools/train.py`` and ``tools/test.py`` run such a config as they run any other. ``configs/imagenet/`` holds
+those of the paper.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coconv_surgery.mmdet import SurgeryOptions  # first: where mmengine is missing, it says what to install
+from coconv_surgery.mmengine import SurgeryOptions  # first: where mmengine is missing, it says what to install
 
 # isort: split
 import timm
@@ -36,14 +37,14 @@ class TIMMClassifier(BaseModel):  # type: ignore[misc]
 
     Args:
         model_name: Any timm architecture, ``coresnet50`` and its kin among them.
-        surgery: What to convert; the keys of :class:`~coconv_surgery.mmdet.SurgeryOptions`. The input size is by
+        surgery: What to convert; the keys of :class:`~coconv_surgery.mmengine.SurgeryOptions`. The input size is by
             default the one that timm says of the network.
         data_preprocessor: As of mmengine's BaseModel, which by default moves a batch to the model's device.
         **kwargs: Further arguments of :func:`timm.create_model`, such as ``num_classes``, ``pretrained`` or
             ``checkpoint_path``.
 
     Raises:
-        ValueError: As :class:`~coconv_surgery.mmdet.SurgeryOptions` and :func:`~coconv_surgery.plan_conversion`.
+        ValueError: As :class:`~coconv_surgery.mmengine.SurgeryOptions` and :func:`~coconv_surgery.plan_conversion`.
 
     >>> model = TIMMClassifier("resnet18", surgery=dict(policy="stage"), num_classes=10)
     >>> model.timm_model.layer1[0].conv2.dilations

@@ -39,7 +39,7 @@ def build_converted(detector_type: str, surgery: Mapping[str, Any], **detector: 
 
     Args:
         detector_type: The ``type`` that the config had.
-        surgery: What to convert; the keys of :class:`~coconv_surgery.mmdet.SurgeryOptions`.
+        surgery: What to convert; the keys of :class:`~coconv_surgery.mmengine.SurgeryOptions`.
         **detector: All other keys of the model's config.
 
     Returns:

@@ -25,7 +25,7 @@ class TIMMFeatures(BaseModule):  # type: ignore[misc]
             initialised, not when the network is built, so testing needs no download.
         checkpoint_path: A checkpoint of the timm network to start training from instead.
         norm_eval: Whether batch norms keep their running statistics in training.
-        surgery: What to convert; the keys of :class:`~coconv_surgery.mmdet.SurgeryOptions`. The input size is by
+        surgery: What to convert; the keys of :class:`~coconv_surgery.mmengine.SurgeryOptions`. The input size is by
             default the one that timm says the network was trained at, so that the levels are those of a pretraining.
         init_cfg: As of mmengine's BaseModule.
         **kwargs: Further arguments of :func:`timm.create_model`.
@@ -35,7 +35,7 @@ class TIMMFeatures(BaseModule):  # type: ignore[misc]
         strides (list): Reduction of the feature maps.
 
     Raises:
-        ValueError: If both sources of weights are given, or as :class:`~coconv_surgery.mmdet.SurgeryOptions` and
+        ValueError: If both sources of weights are given, or as :class:`~coconv_surgery.mmengine.SurgeryOptions` and
             :func:`~coconv_surgery.plan_conversion`.
 
     >>> backbone = TIMMFeatures("resnet18", out_indices=(1, 2, 3, 4), surgery=dict(policy="resolution"))
