@@ -5,8 +5,8 @@ In a config::
     custom_imports = dict(imports=['coconv_surgery.mmdet'], allow_failed_imports=False)
 
 registers the conv layer ``CoConv``; the backbones ``CoResNet``, ``CoResNeXt`` and ``TIMMFeatures``; and
-``CoConvSurgery``, which converts any detector while its config builds it; :mod:`coconv_surgery.mmengine` adds
-``CoConvPlanHook``. It also repairs what of mmdet is broken on a current stack, see :mod:`coconv_surgery.mmdet.compat`.
+``CoConvSurgery``, which converts any detector while its config builds it. It repairs what a current stack breaks in
+mmdet, see :mod:`coconv_surgery.mmdet.compat`, and does all that importing :mod:`coconv_surgery.mmengine` does.
 """
 
 from importlib.util import find_spec
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 compat.apply()
-# The root registry is the one where types are found from every scope; mmcv looks conv layers up there alone.
+# Types in the root registry are found from every scope; mmcv looks up conv layers nowhere else.
 mmengine.registry.MODELS.register_module("CoConv", module=build_coconv)
 mmengine.registry.MODELS.register_module("CoConvSurgery", module=build_converted)
 MODELS.register_module(module=CoResNet)

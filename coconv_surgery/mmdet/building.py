@@ -8,13 +8,13 @@ from mmengine.registry import DefaultScope
 
 
 def build_detector(model: Any) -> nn.Module:
-    """Build a detector, whatever scope is in force.
+    """Build a detector, whatever the current scope.
 
     Args:
         model: The ``model`` of a config.
 
     Returns:
-        The detector, in training mode, without the weights of a checkpoint.
+        The detector in training mode, without weights from a checkpoint.
     """
     with DefaultScope.overwrite_default_scope("mmdet"):
         detector: nn.Module = MODELS.build(model)

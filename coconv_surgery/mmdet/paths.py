@@ -1,4 +1,4 @@
-"""Where this project's configs are."""
+"""Paths of this project's configs."""
 
 from pathlib import Path
 
@@ -19,4 +19,4 @@ def config_path(name: str) -> Path:
     for folder in (package / ".mim" / "configs", package.parent / "configs"):
         if (folder / name).exists():
             return folder / name
-    raise FileNotFoundError(f"there is no config {name}, neither in {package / '.mim'} nor beside the package")
+    raise FileNotFoundError(f"found no config {name}, neither in {package / '.mim'} nor beside the package")

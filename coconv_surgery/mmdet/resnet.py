@@ -78,11 +78,11 @@ class CoResNet(_Contextual, ResNet):  # type: ignore[misc]
     weight for each level, load too.
 
     Args:
-        *args: As of mmdet's ResNet.
+        *args: As in mmdet's ResNet.
         levels: Levels of each stage, one entry for each of ``num_stages``. Default: the first of (4, 3, 2, 1).
         norm_after_add: Whether the last block of every stage adds the shortcut first and normalises after, as in the
             authors' released networks and unlike the paper's Table 1. Their checkpoints need it.
-        **kwargs: As of mmdet's ResNet.
+        **kwargs: As in mmdet's ResNet.
 
     Raises:
         ValueError: If ``levels`` has the wrong length or an entry that a stage's convolutions cannot take.
@@ -98,10 +98,10 @@ class CoResNeXt(_Contextual, ResNeXt):  # type: ignore[misc]
     """mmdet's ResNeXt with contextual 3×3 convolutions; see :class:`CoResNet`. A level holds whole groups.
 
     Args:
-        *args: As of mmdet's ResNeXt.
+        *args: As in mmdet's ResNeXt.
         levels: As in :class:`CoResNet`.
         norm_after_add: As in :class:`CoResNet`.
-        **kwargs: As of mmdet's ResNeXt.
+        **kwargs: As in mmdet's ResNeXt.
 
     Raises:
         ValueError: As in :class:`CoResNet`.

@@ -1,6 +1,6 @@
 """What needs MMEngine alone: the surgery of a config, the hook that guards a plan, and repairs of mmengine.
 
-Importing this package registers ``CoConvPlanHook`` and repairs what of mmengine is broken on a current stack, see
+Importing this package registers ``CoConvPlanHook`` and repairs what a current stack breaks in mmengine, see
 :mod:`coconv_surgery.mmengine.compat`.
 """
 
@@ -18,5 +18,5 @@ from coconv_surgery.mmengine.options import SurgeryOptions
 __all__ = ["CoConvPlanHook", "SurgeryOptions"]
 
 compat.apply()
-# The root registry is the one where types are found from every scope.
+# Types in the root registry are found from every scope.
 HOOKS.register_module(module=CoConvPlanHook, force=True)

@@ -1,4 +1,4 @@
-"""Faults of mmengine's releases on a current stack, repaired on import.
+"""Faults of mmengine releases on a current stack, repaired on import.
 
 Every repair states its source and when it can be deleted, does nothing where upstream has fixed the fault, and may be
 applied again.
@@ -29,11 +29,11 @@ def apply() -> None:
 
 
 def trust_mmengine_checkpoints() -> None:
-    """Let torch's safe loader read what mmengine writes into a checkpoint besides tensors: its log history.
+    """Let torch's safe loader read the log history that mmengine writes into a checkpoint.
 
     torch ≥ 2.6 loads with ``weights_only=True``, and ``tools/test.py`` and resuming fail with ``Unsupported global:
-    mmengine.logging.history_buffer.HistoryBuffer``. The history is numpy arrays of numbers and four functions, which
-    pickle writes as ``getattr(HistoryBuffer, name)``; those and nothing else become readable.
+    mmengine.logging.history_buffer.HistoryBuffer``. The history consists of numpy arrays of numbers and four functions,
+    which pickle writes as ``getattr(HistoryBuffer, name)``; these and nothing else become readable.
 
     Source: mmengine 0.10.7 and before; mmengine issue 1655, pull request 1650.
     Delete it when the oldest mmengine supported loads its own checkpoints on torch 2.6.
@@ -62,12 +62,12 @@ def _history_statistic(owner: Any, name: str) -> Any:
 def repair_efficient_conv_bn_eval() -> None:
     """Let ``efficient_conv_bn_eval`` of a config work on a network with CoConvs.
 
-    mmengine's trace takes only torch's own modules for leaves, so it enters a CoConv; then it looks up the node before
-    every norm as a module and raises ``KeyError: <function coconv2d>``. A network without CoConvs goes to mmengine's
-    own function as before.
+    mmengine's trace has only torch's own modules as leaves, so it enters a CoConv; then it looks up the node before
+    every norm as a module and raises ``KeyError: <function coconv2d>``. Networks without CoConvs still get mmengine's
+    own function.
 
     Source: mmengine 0.10.7, ``mmengine/model/efficient_conv_bn_eval.py``.
-    Delete it when the oldest mmengine supported leaves a norm alone that does not follow a convolution module.
+    Delete it when the oldest mmengine supported leaves norms alone that do not follow a convolution module.
     """
     try:
         conv_bn_eval.turn_on_efficient_conv_bn_eval_for_single_model(_NormAfterCoConv())
@@ -106,7 +106,7 @@ class _CoConvTracer(fx.Tracer):
         return isinstance(m, CoConv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
-# Of a leaf: what it computes is what the joint evaluation takes it to compute.
+# What the joint evaluation takes a convolution and a norm to compute.
 _CONVOLVES = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 _NORMALISES = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -133,7 +133,7 @@ def _module_called(node: fx.Node, model: nn.Module, forwards: tuple[Any, ...]) -
 
 
 def launch_without_gpus() -> None:
-    """Let the ``pytorch`` launcher start processes that talk through gloo on a machine without GPUs.
+    """Let the ``pytorch`` launcher start processes that use gloo on a machine without GPUs.
 
     mmengine chooses a GPU before it joins the process group, and torch raises ``RuntimeError: Found no NVIDIA driver``
     or ``AssertionError: Torch not compiled with CUDA enabled``.

@@ -56,7 +56,7 @@ class NormAfterAddBottleneck(NormAfterAdd, Bottleneck):  # type: ignore[misc]
         nn.init.ones_(block.bn3.weight)  # which timm starts at zero
 
     def zero_init_last(self) -> None:
-        """Leave the last norm as it is: it has the shortcut to normalise as well."""
+        """Leave the last norm as it is: it normalises the shortcut too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the block: ``(N, inplanes, H, W)`` to ``(N, 4 · planes, H / stride, W / stride)``."""
@@ -79,23 +79,23 @@ class CoResNet(AuthorsCheckpoints, ResNet):  # type: ignore[misc]
     of the CoConv authors, which hold a weight for each level, load too.
 
     Args:
-        *args: As of timm's ResNet.
+        *args: As in timm's ResNet.
         levels: Levels of each stage, at dilations 1, 2 and so on. Default: Table 1's (4, 3, 2, 1); (1, 1, 1, 1) is
             ResNet itself.
         policy: A policy or its name, instead of ``levels``; it decides on the stages' 3×3 convolutions.
-        img_size: Side of the images that ``policy`` decides for.
-        base_dilation: What becomes of the dilation that timm gives the last stages at ``output_stride`` 16 and 8 to
+        img_size: Side of the images that ``policy`` plans for.
+        base_dilation: What happens to the dilation that timm gives the last stages at ``output_stride`` 16 and 8 to
             make up for the missing strides (2 and 4 in stages 3 and 4 at output stride 8). ``"multiply"``, the rule
             of all conversions here: level k has k times that dilation, so that it sees what it sees at stride 32.
             ``"ignore"``: level k has dilation k, as Table 1 writes it. The paper does not say which its CoResNet-50 at
             stride 8 (Table 4) is.
         norm_after_add: Whether the last block of every stage adds the shortcut first and normalises after, as in the
             authors' released networks and unlike the paper's Table 1. Default: only with the tag ``iduta``.
-        **kwargs: As of timm's ResNet.
+        **kwargs: As in timm's ResNet.
 
     Raises:
         ValueError: If ``levels`` has the wrong length or an entry that a stage cannot take, if it is given together
-            with ``policy``, or if the blocks are not of the kind that ``norm_after_add`` is for.
+            with ``policy``, or if ``norm_after_add`` is given for blocks other than bottlenecks.
 
     >>> import timm
     >>> timm.create_model("coresnet50").layer2[0].conv2
@@ -135,7 +135,7 @@ dilations=(1, 2, 3), splits=(64, 32, 32))
 
 
 def _default_cfgs() -> dict[str, Any]:
-    """The configurations of timm's plain networks, with their weights, and of the authors' three."""
+    """The configurations of timm's plain networks, with their weights, and those of the authors' three."""
     cfgs = {}
     for name in (
         *("resnet18", "resnet26", "resnet34", "resnet50", "resnet101", "resnet152"),

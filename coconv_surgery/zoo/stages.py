@@ -47,7 +47,7 @@ def _split_block(block: nn.Module, factors: Sequence[int], base_dilation: BaseDi
         if conv.kernel_size != (3, 3) or is_plain(conv, dilations):
             continue
         if type(conv) is not nn.Conv2d:
-            raise ValueError(f"{name} is a {type(conv).__name__}, and only plain convolutions are split here")
+            raise ValueError(f"{name} is a {type(conv).__name__}, which cannot be split here: give the stage one level")
         to_coconv_(conv, *complete_levels(conv, dilations=dilations))
 
 
