@@ -127,9 +127,9 @@ def _module_called(node: fx.Node, model: nn.Module, forwards: tuple[Any, ...]) -
     if node.op != "call_module" or node.kwargs or len(node.args) != 1:
         return None
     module = model.get_submodule(str(node.target))
-    own = "forward" in vars(module) or type(module).forward not in forwards
+    replaced = "forward" in vars(module)
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return None if own or any(hooks) else module
+    return module if type(module).forward in forwards and not replaced and not any(hooks) else None
 
 
 def launch_without_gpus() -> None:
