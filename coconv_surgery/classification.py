@@ -5,14 +5,15 @@ In a config::
     custom_imports = dict(imports=['coconv_surgery.classification'], allow_failed_imports=False)
 
 registers the model ``TIMMClassifier``, the data set ``TIMMImageFolder`` and the metric ``TopKAccuracy``, besides what
-:mod:`coconv_surgery.mmdet` and :mod:`coconv_surgery.zoo` do. The engine is MMEngine's: mmdet's ``tools/train.py`` and
-``tools/test.py`` run such a config as they run any other. ``configs/imagenet/`` holds those of the paper.
+:mod:`coconv_surgery.mmengine` and :mod:`coconv_surgery.zoo` do. The engine is MMEngine's, and mmdet is not imported;
+mmdet's ``tools/train.py`` and ``tools/test.py`` run such a config as they run any other. ``configs/imagenet/`` holds
+those of the paper.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coconv_surgery.mmdet import SurgeryOptions  # first: where mmengine is missing, it says what to install
+from coconv_surgery.mmengine import SurgeryOptions  # first: where mmengine is missing, it says what to install
 
 # isort: split
 import timm
@@ -29,21 +30,21 @@ import coconv_surgery.zoo  # noqa: F401
 
 @MODELS.register_module()
 class TIMMClassifier(BaseModel):  # type: ignore[misc]
-    """A timm network that learns to classify, converted or not.
+    """A timm network, converted or not, that learns to classify.
 
-    The network is ``timm_model``, and starts from the weights that timm gives it. The loss is cross entropy. Besides
-    mmengine's checkpoints, those of the network alone load, such as torchvision's and the CoConv authors'.
+    The network is ``timm_model`` and starts from timm's weights. The loss is cross entropy. Besides mmengine's
+    checkpoints, those of the network alone load, such as torchvision's and the CoConv authors'.
 
     Args:
         model_name: Any timm architecture, ``coresnet50`` and its kin among them.
-        surgery: What to convert; the keys of :class:`~coconv_surgery.mmdet.SurgeryOptions`. The input size is by
-            default the one that timm says of the network.
-        data_preprocessor: As of mmengine's BaseModel, which by default moves a batch to the model's device.
+        surgery: What to convert; the keys of :class:`~coconv_surgery.mmengine.SurgeryOptions`. The input size
+            defaults to the one that timm gives for the network.
+        data_preprocessor: As in mmengine's BaseModel, which by default moves a batch to the model's device.
         **kwargs: Further arguments of :func:`timm.create_model`, such as ``num_classes``, ``pretrained`` or
             ``checkpoint_path``.
 
     Raises:
-        ValueError: As :class:`~coconv_surgery.mmdet.SurgeryOptions` and :func:`~coconv_surgery.plan_conversion`.
+        ValueError: As :class:`~coconv_surgery.mmengine.SurgeryOptions` and :func:`~coconv_surgery.plan_conversion`.
 
     >>> model = TIMMClassifier("resnet18", surgery=dict(policy="stage"), num_classes=10)
     >>> model.timm_model.layer1[0].conv2.dilations
@@ -66,9 +67,9 @@ class TIMMClassifier(BaseModel):  # type: ignore[misc]
             options.convert(self.timm_model)
 
     def init_weights(self) -> None:
-        """Keep the weights that timm gave the network: mmengine would initialise it once more, pretrained or not."""
+        """Keep timm's weights: mmengine would initialise the network again, pretrained or not."""
 
-    # mmengine's loader calls this too. It would only warn that none of the names fit.
+    # mmengine's loader calls this too; it would only warn that no name fits.
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         inner = f"{prefix}timm_model."
         if not any(name.startswith(inner) for name in state_dict):
@@ -82,7 +83,7 @@ class TIMMClassifier(BaseModel):  # type: ignore[misc]
         Args:
             inputs: Images ``(N, 3, H, W)``.
             data_samples: Class indices ``(N,)``, which mode ``"loss"`` needs.
-            mode: As of mmengine's BaseModel: ``"loss"``, ``"predict"`` or ``"tensor"``.
+            mode: As in mmengine's BaseModel: ``"loss"``, ``"predict"`` or ``"tensor"``.
 
         Returns:
             ``dict(loss=...)`` in mode ``"loss"``, else logits ``(N, classes)``.
@@ -111,7 +112,7 @@ class TIMMImageFolder(ImageFolder):  # type: ignore[misc]
         metainfo (dict): The ``classes``, for mmdet's NumClassCheckHook and the checkpoints.
 
     Raises:
-        FileNotFoundError: If the folder has no class folders, or one of them no image.
+        FileNotFoundError: If the folder has no class folders, or one of them has no images.
     """
 
     def __init__(self, root: str, transform: Mapping[str, Any]) -> None:
@@ -123,12 +124,12 @@ class TIMMImageFolder(ImageFolder):  # type: ignore[misc]
 class TopKAccuracy(BaseMetric):  # type: ignore[misc]
     """Top-1, top-5, ... accuracy in percent, for data of (image, label) and predictions that are logits.
 
-    An image counts once however the data are shared out to processes.
+    Each image counts once, however the data are shared among processes.
 
     Args:
-        topk: How many classes may be named.
-        collect_device: As of mmengine's BaseMetric.
-        prefix: As of mmengine's BaseMetric; ``"accuracy"`` by default.
+        topk: How many of the most likely classes may hold the label.
+        collect_device: As in mmengine's BaseMetric.
+        prefix: As in mmengine's BaseMetric; ``"accuracy"`` by default.
 
     >>> metric = TopKAccuracy(topk=(1, 2))
     >>> logits = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.1, 0.4]])
@@ -144,7 +145,7 @@ class TopKAccuracy(BaseMetric):  # type: ignore[misc]
         self.topk = tuple(topk)
 
     def process(self, data_batch: Sequence[torch.Tensor], data_samples: Sequence[torch.Tensor]) -> None:
-        """Note for each image whether its class is the first, the second, ... that its logits name.
+        """Note for each image whether its class is the first, the second, ... by its logits.
 
         Args:
             data_batch: Images and labels ``(N,)``.

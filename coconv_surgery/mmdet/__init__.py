@@ -4,9 +4,9 @@ In a config::
 
     custom_imports = dict(imports=['coconv_surgery.mmdet'], allow_failed_imports=False)
 
-registers the conv layer ``CoConv``; the backbones ``CoResNet``, ``CoResNeXt`` and ``TIMMFeatures``; ``CoConvSurgery``,
-which converts any detector while its config builds it; and ``CoConvPlanHook``. It also repairs what of the OpenMMLab
-releases is broken on a current stack, see :mod:`coconv_surgery.mmdet.compat`.
+registers the conv layer ``CoConv``; the backbones ``CoResNet``, ``CoResNeXt`` and ``TIMMFeatures``; and
+``CoConvSurgery``, which converts any detector while its config builds it. It repairs what a current stack breaks in
+mmdet, see :mod:`coconv_surgery.mmdet.compat`, and does all that importing :mod:`coconv_surgery.mmengine` does.
 """
 
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ if _missing:
     raise ImportError(f"coconv_surgery.mmdet needs {', '.join(_missing)}: pip install 'coconv-surgery[mmdet]'")
 
 import mmengine.registry  # noqa: E402
-from mmdet.registry import HOOKS, MODELS  # noqa: E402
+from mmdet.registry import MODELS  # noqa: E402
 
 from coconv_surgery.mmdet import compat  # noqa: E402
 from coconv_surgery.mmdet.conv import build_coconv  # noqa: E402
@@ -26,8 +26,7 @@ from coconv_surgery.mmdet.inputs import example_inputs  # noqa: E402
 from coconv_surgery.mmdet.resnet import CoResNet, CoResNeXt  # noqa: E402
 from coconv_surgery.mmdet.surgery import build_converted  # noqa: E402
 from coconv_surgery.mmdet.timm_backbone import TIMMFeatures  # noqa: E402
-from coconv_surgery.mmengine.hooks import CoConvPlanHook  # noqa: E402
-from coconv_surgery.mmengine.options import SurgeryOptions  # noqa: E402
+from coconv_surgery.mmengine import CoConvPlanHook, SurgeryOptions  # noqa: E402
 
 __all__ = [
     "CoConvPlanHook",
@@ -41,10 +40,9 @@ __all__ = [
 ]
 
 compat.apply()
-# The root registry is the one where types are found from every scope; mmcv looks conv layers up there alone.
+# Types in the root registry are found from every scope; mmcv looks up conv layers nowhere else.
 mmengine.registry.MODELS.register_module("CoConv", module=build_coconv)
 mmengine.registry.MODELS.register_module("CoConvSurgery", module=build_converted)
 MODELS.register_module(module=CoResNet)
 MODELS.register_module(module=CoResNeXt)
 MODELS.register_module(module=TIMMFeatures)
-HOOKS.register_module(module=CoConvPlanHook)

@@ -24,16 +24,16 @@ def build_coconv(
     """Build the conv layer that ``dict(type='CoConv', levels=3)`` stands for.
 
     A ``conv_cfg`` reaches every convolution of a network, so only a 3×3 becomes a CoConv; any other kernel gives a
-    plain convolution. One with fewer output channels (or groups) than there are levels gets one level for each, the
-    lowest dilations first, so that a depthwise or very narrow layer builds too. It also reaches prediction layers that
-    are built from it, and knows no map sizes: where these count, convert the detector with ``CoConvSurgery`` instead.
+    plain convolution. With fewer output channels (or groups) than levels, each gets one level, the lowest dilations
+    first, so that depthwise and very narrow layers build too. A ``conv_cfg`` also reaches prediction layers, and
+    ignores map sizes: where these matter, convert the detector with ``CoConvSurgery`` instead.
 
     Args:
-        *args: As of :class:`torch.nn.Conv2d`.
+        *args: As in :class:`torch.nn.Conv2d`.
         levels: Number of levels: level k has k times the convolution's own dilation.
         dilations: Dilation of each level instead, in units of the convolution's own.
         splits: Output channels of each level, or a split rule.
-        **kwargs: As of :class:`torch.nn.Conv2d`.
+        **kwargs: As in :class:`torch.nn.Conv2d`.
 
     Returns:
         A :class:`~coconv_surgery.CoConv2d`, or a plain ``nn.Conv2d`` where the kernel is not 3×3 or one level is left.
@@ -72,7 +72,7 @@ class CoConv2dWrapper(CoConv2d, mmcv.cnn.bricks.Conv2d):  # type: ignore[misc]
 
 @register_coconv
 class CoConv2dAdaptivePadding(CoConv2d, mmcv.cnn.bricks.Conv2dAdaptivePadding):  # type: ignore[misc]
-    """Dynamic "same" padding: the plain convolution's, to which every level adds what its dilation needs more."""
+    """Dynamic "same" padding: the plain convolution's, plus what the dilation of each level needs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pad and convolve ``(N, C, H, W)``."""

@@ -24,7 +24,7 @@ class Complexity(NamedTuple):
 
 
 def count_config(config: str, image_size: Pair) -> Complexity:
-    """Count the parameters and FLOPs of the network that a config file describes.
+    """Count the parameters and FLOPs of the detector that a config file describes.
 
     Args:
         config: Path of the file.

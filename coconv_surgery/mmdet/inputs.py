@@ -1,4 +1,4 @@
-"""What to run a detector with, without its data."""
+"""Inputs to run a detector with, without its data."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,8 @@ from coconv_surgery.layers.functional import Pair
 from coconv_surgery.tracing.inputs import Inputs
 
 _PROPOSALS = 4
-# What mmcv says of a device that it has no kernel for, torch of a tensor that has a shape only, and again mmcv of a map
-# that is too small for a deformable convolution, and of boxes that untrained weights make up.
+# What mmcv says of a device without a kernel, torch of a tensor without data, and mmcv again of a map too small for a
+# deformable convolution and of boxes from untrained weights.
 _NO_KERNEL = (
     "implementation for device",
     "data pointer",
@@ -29,7 +29,7 @@ _NO_KERNEL = (
 
 
 def example_inputs(detector: nn.Module, image_size: Sequence[int]) -> Inputs:
-    """Inputs that show which convolution of a detector runs on how large a map.
+    """Make inputs that show which convolution of a detector runs on how large a map.
 
     Args:
         detector: A model of mmdet's.
@@ -37,8 +37,8 @@ def example_inputs(detector: nn.Module, image_size: Sequence[int]) -> Inputs:
 
     Returns:
         One blank image that fills its padded size, for a forward pass in mode ``"tensor"`` (of both networks where a
-        teacher is the average of a student), or ``"predict"`` for a tracker. It is meant for a copy of the detector, as
-        a trace has: it runs few proposals, and operations of mmcv that have no kernel for the tensors at hand leave
+        teacher averages a student), or ``"predict"`` for a tracker. The pass is meant for a copy of the detector, such
+        as a trace makes: it runs few proposals, and operations of mmcv without a kernel for the tensors at hand leave
         their output blank.
     """
     height, width = padded(image_size, getattr(detector.data_preprocessor, "pad_size_divisor", 1))
@@ -95,7 +95,7 @@ def _run(detector: nn.Module, inputs: torch.Tensor, data_samples: list[DetDataSa
 
 def _forward(detector: nn.Module, inputs: torch.Tensor, data_samples: list[DetDataSample]) -> Any:
     if isinstance(detector, SemiBaseDetector):
-        # The one is trained and the other, the average of it, is tested.
+        # The student is trained; the teacher, its average, is tested.
         return [_forward(part, inputs, data_samples) for part in (detector.student, detector.teacher)]
     if isinstance(detector, BaseMOTModel):  # has no mode "tensor"
         video = TrackDataSample(metainfo={"ori_length": 1})
@@ -107,13 +107,13 @@ def _forward(detector: nn.Module, inputs: torch.Tensor, data_samples: list[DetDa
 def _predict_some(
     predict: Callable[..., list[InstanceData]], head: nn.Module, some: InstanceData, *args: Any, **kwargs: Any
 ) -> list[InstanceData]:
-    """Let a head predict proposals, and put some in where untrained weights predict none."""
+    """Let a head predict proposals, and supply some where untrained weights predict none."""
     return [found if len(found) else some for found in predict(head, *args, **kwargs)]
 
 
 @contextlib.contextmanager
 def _blank_without_kernel() -> Iterator[None]:
-    """Let mmcv's operations that have no kernel for their tensors leave their output as it was allocated."""
+    """Let mmcv's operations without a kernel for their tensors leave their output as allocated."""
     extension = ext_loader.load_ext("_ext", [])
     kernels = {name: value for name, value in vars(extension).items() if callable(value) and not name.startswith("_")}
 

@@ -1,4 +1,4 @@
-"""A detector that is converted while its config builds it."""
+"""Detectors that are converted while their configs build them."""
 
 import difflib
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from coconv_surgery.surgery import apply_plan, get_plan, plan_conversion
 def build_converted(detector_type: str, surgery: Mapping[str, Any], **detector: Any) -> nn.Module:
     """Build the detector that ``dict(type='CoConvSurgery', detector_type=..., surgery=..., ...)`` stands for.
 
-    On top of any config of a detector, this keeps the config's shape, so that mmdet's tools find ``cfg.model.backbone``
+    On top of any detector's config, this keeps the config's shape, so that mmdet's tools find ``cfg.model.backbone``
     and the like where they expect them::
 
         _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
@@ -33,17 +33,17 @@ def build_converted(detector_type: str, surgery: Mapping[str, Any], **detector: 
 
     Convolutions that the config itself makes contextual, such as those of a CoResNet, keep their levels.
 
-    The map sizes come from a forward pass in mode ``"tensor"``. Where that cannot do without numbers (the proposals of
-    two-stage detectors), it is a real one on the CPU, at the full image size: some seconds and gigabytes. Save its plan
-    and give ``surgery=dict(plan='coconv_plan.json')`` to save them.
+    The map sizes come from a forward pass in mode ``"tensor"``. Where that needs numbers (the proposals of two-stage
+    detectors), it is a real pass on the CPU at the full image size: some seconds and gigabytes. To save them, save the
+    plan and give ``surgery=dict(plan='coconv_plan.json')``.
 
     Args:
         detector_type: The ``type`` that the config had.
-        surgery: What to convert; the keys of :class:`~coconv_surgery.mmdet.SurgeryOptions`.
-        **detector: All other keys of the model's config.
+        surgery: What to convert; the keys of :class:`~coconv_surgery.mmengine.SurgeryOptions`.
+        **detector: The other keys of the model's config.
 
     Returns:
-        The detector: an instance of its own class, with contextual convolutions.
+        The detector, an instance of its own class, with contextual convolutions.
 
     Raises:
         ValueError: If the detector type or a key of ``surgery`` is unknown, the image size is missing, or as

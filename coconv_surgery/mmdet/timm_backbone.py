@@ -14,7 +14,7 @@ from coconv_surgery.mmengine.options import SurgeryOptions
 
 
 class TIMMFeatures(BaseModule):  # type: ignore[misc]
-    """A timm network that returns feature maps, converted or not.
+    """A timm network, converted or not, that returns feature maps.
 
     The network is ``timm_model``, as in mmpretrain's TIMMBackbone, so that checkpoints have the same keys.
 
@@ -25,9 +25,9 @@ class TIMMFeatures(BaseModule):  # type: ignore[misc]
             initialised, not when the network is built, so testing needs no download.
         checkpoint_path: A checkpoint of the timm network to start training from instead.
         norm_eval: Whether batch norms keep their running statistics in training.
-        surgery: What to convert; the keys of :class:`~coconv_surgery.mmdet.SurgeryOptions`. The input size is by
-            default the one that timm says the network was trained at, so that the levels are those of a pretraining.
-        init_cfg: As of mmengine's BaseModule.
+        surgery: What to convert; the keys of :class:`~coconv_surgery.mmengine.SurgeryOptions`. The input size
+            defaults to the one that timm says the network was trained at, so that the levels are those of pretraining.
+        init_cfg: As in mmengine's BaseModule.
         **kwargs: Further arguments of :func:`timm.create_model`.
 
     Attributes:
@@ -35,7 +35,7 @@ class TIMMFeatures(BaseModule):  # type: ignore[misc]
         strides (list): Reduction of the feature maps.
 
     Raises:
-        ValueError: If both sources of weights are given, or as :class:`~coconv_surgery.mmdet.SurgeryOptions` and
+        ValueError: If both sources of weights are given, or as :class:`~coconv_surgery.mmengine.SurgeryOptions` and
             :func:`~coconv_surgery.plan_conversion`.
 
     >>> backbone = TIMMFeatures("resnet18", out_indices=(1, 2, 3, 4), surgery=dict(policy="resolution"))
@@ -98,7 +98,7 @@ class TIMMFeatures(BaseModule):  # type: ignore[misc]
         return tuple(features)
 
     def train(self, mode: bool = True) -> "TIMMFeatures":
-        """Set the training mode, batch norms aside where ``norm_eval`` says so."""
+        """Set the training mode; with ``norm_eval``, batch norms stay in evaluation mode."""
         super().train(mode)
         if mode and self.norm_eval:
             for module in self.modules():

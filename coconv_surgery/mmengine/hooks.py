@@ -1,4 +1,4 @@
-"""The plan of a converted detector in its log, its work dir and its checkpoints."""
+"""The plan of a converted network in its log, its work dir and its checkpoints."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +17,19 @@ FILE_NAME = "coconv_plan.json"
 
 
 class CoConvPlanHook(Hook):  # type: ignore[misc]
-    """Logs the plan, saves it, and refuses checkpoints of a network that is converted in another way.
+    """Logs the plan, saves it, and refuses checkpoints of a network that was converted differently.
 
     A contextual convolution has the weights of a plain one, so a checkpoint of a plain network, or of one with other
-    levels, loads without a complaint and predicts wrongly. This hook writes the plan to ``coconv_plan.json`` in the
-    work dir and into every checkpoint's ``meta``, and compares on loading and resuming. A checkpoint without a plan is
-    one of a plain network: it loads, with a warning, as it is what fine-tuning starts from.
+    levels, loads without an error and predicts wrongly. This hook writes the plan to ``coconv_plan.json`` in the work
+    dir and into the ``meta`` of every checkpoint, and compares plans on loading and resuming. A checkpoint without a
+    plan comes from a plain network: it loads with a warning, since fine-tuning starts from one.
 
-    In a config, next to the hooks that are there::
+    In a config, next to the other hooks::
 
         default_hooks = dict(coconv_plan=dict(type='CoConvPlanHook'))
 
     Args:
-        strict: Whether a different plan is an error; else it is a warning.
+        strict: Whether a different plan is an error rather than a warning.
     """
 
     def __init__(self, strict: bool = True) -> None:
@@ -37,16 +37,16 @@ class CoConvPlanHook(Hook):  # type: ignore[misc]
 
     def before_run(self, runner: Any) -> None:
         """Log the plan."""
-        runner.logger.info(f"CoConv plan\n{get_plan(_detector(runner))}")
+        runner.logger.info(f"CoConv plan\n{get_plan(_network(runner))}")
 
     def before_train(self, runner: Any) -> None:
         """Write the plan into the work dir."""
         if is_main_process():
-            get_plan(_detector(runner)).to_json(Path(runner.work_dir) / FILE_NAME)
+            get_plan(_network(runner)).to_json(Path(runner.work_dir) / FILE_NAME)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Put the plan of a converted network into a checkpoint."""
-        plan = get_plan(_detector(runner))
+        plan = get_plan(_network(runner))
         if plan.converted:
             checkpoint["meta"][META_KEY] = plan.to_json()
 
@@ -56,28 +56,28 @@ class CoConvPlanHook(Hook):  # type: ignore[misc]
         Raises:
             PlanError: If they differ and the hook is strict.
         """
-        plan = get_plan(_detector(runner))
+        plan = get_plan(_network(runner))
         saved = checkpoint.get("meta", {}).get(META_KEY)
         if saved is None:
             if plan.converted:
                 runner.logger.warning(
-                    "the checkpoint has no CoConv plan: weights of a plain network need fine-tuning; used as they "
-                    "are, the converted network predicts wrongly"
+                    "the checkpoint has no CoConv plan: weights of a plain network need fine-tuning, without which "
+                    "the converted network predicts wrongly"
                 )
             return
         differences = _differences(Plan.from_json(saved), plan)
         if not differences:
             return
         message = (
-            "the network is not converted as the one that the checkpoint is from: it would load these weights and "
-            "predict wrongly:\n" + "\n".join(differences)
+            "the network is not converted as the checkpoint's was: it would load these weights and predict wrongly:\n"
+            + "\n".join(differences)
         )
         if self.strict:
-            raise PlanError(f"{message}\nTo load it all the same, give dict(type='CoConvPlanHook', strict=False)")
+            raise PlanError(f"{message}\nTo load it anyway, use dict(type='CoConvPlanHook', strict=False)")
         runner.logger.warning(message)
 
 
-def _detector(runner: Any) -> nn.Module:
+def _network(runner: Any) -> nn.Module:
     model: Any = runner.model
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
@@ -85,7 +85,7 @@ def _detector(runner: Any) -> nn.Module:
 
 
 def _differences(saved: Plan, plan: Plan) -> list[str]:
-    """Where the plans differ about weights that would load: those of one name and shape."""
+    """Where the plans differ about weights that would load: those of the same name and shape."""
     shared = {_weight(row) for row in saved.rows} & {_weight(row) for row in plan.rows}
     alike = [replace(each, rows=tuple(row for row in each.rows if _weight(row) in shared)) for each in (saved, plan)]
     return alike[0].diff(alike[1])

@@ -1,4 +1,4 @@
-"""The ``surgery=dict(...)`` of a config: what of a network is converted, and how."""
+"""The ``surgery=dict(...)`` of a config: which part of a network to convert, and how."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ class SurgeryOptions:
 
     Attributes:
         policy: Name of a policy, or ``dict(type=name, ...)`` with its arguments; see
-            :func:`~coconv_surgery.plan_conversion` for this one and the next three.
+            :func:`~coconv_surgery.plan_conversion` for this and the next three.
         include: Glob patterns of convolutions to consider.
         exclude: Glob patterns of convolutions to leave alone.
         overrides: Levels by pattern; ``dict(dilations=..., splits=...)`` stands for
             :class:`~coconv_surgery.Levels`.
         input_size: Side, or (height, width), of the images as the pipeline resizes them.
-        pipeline: A data pipeline to read ``input_size`` off instead: the ``scale`` of its last resizing.
-        plan: Path of a saved plan that decides everything; nothing but ``plan`` may be given then.
+        pipeline: A data pipeline to read ``input_size`` from instead: the ``scale`` of its last resizing.
+        plan: Path of a saved plan, which decides everything: give nothing else with it.
     """
 
     policy: Any = "resolution"
@@ -43,8 +43,8 @@ class SurgeryOptions:
         """Read a ``surgery`` dict.
 
         Raises:
-            TypeError: If it is none.
-            ValueError: If it has a key that does not exist, or keys that exclude each other.
+            TypeError: If it is not a dict.
+            ValueError: If it has an unknown key, or keys that exclude each other.
         """
         if not isinstance(surgery, Mapping):
             raise TypeError(f"surgery must be a dict, not {type(surgery).__name__}")
@@ -53,7 +53,7 @@ class SurgeryOptions:
             if key not in names:
                 near = difflib.get_close_matches(str(key), names, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ValueError(f"surgery has no key {key!r}: {hint}There are {', '.join(names)}")
+                raise ValueError(f"surgery has no key {key!r}: {hint}Its keys are {', '.join(names)}")
         if surgery.get("plan") is not None and len(surgery) > 1:
             others = ", ".join(key for key in surgery if key != "plan")
             raise ValueError(f"surgery: a plan decides everything; leave out {others}")
@@ -63,7 +63,7 @@ class SurgeryOptions:
 
     @property
     def image_size(self) -> Pair | None:
-        """Height and width of the resized images, if the options tell it."""
+        """Height and width of the resized images, where the options give them."""
         if self.pipeline is not None:
             return resized_to(self.pipeline)
         if self.input_size is None:
@@ -80,7 +80,7 @@ class SurgeryOptions:
     def convert(self, network: nn.Module) -> None:
         """Convert a network that takes one image batch, in place.
 
-        The input size is by default the one that timm says of the network.
+        The input size defaults to the one that timm gives for the network.
 
         Raises:
             ValueError: As :func:`~coconv_surgery.plan_conversion` and :func:`~coconv_surgery.apply_plan`.
@@ -91,7 +91,7 @@ class SurgeryOptions:
         apply_plan(network, plan)
 
     def choices(self) -> dict[str, Any]:
-        """The arguments of :func:`~coconv_surgery.plan_conversion` that do not concern the input."""
+        """The arguments of :func:`~coconv_surgery.plan_conversion`, except the input size."""
         overrides = {pattern: _answer(value) for pattern, value in (self.overrides or {}).items()}
         return {
             "policy": _policy(self.policy),
@@ -102,10 +102,10 @@ class SurgeryOptions:
 
 
 def resized_to(pipeline: Sequence[Any]) -> Pair:
-    """Height and width of the images that leave a data pipeline, before they are padded.
+    """Height and width of the images that leave a data pipeline, before padding.
 
-    mmcv's ``scale`` is (width, height); where the aspect ratio is kept it is (long side, short side) instead, and the
-    image is taken to lie on its long side.
+    mmcv's ``scale`` is (width, height). With ``keep_ratio`` it is (long side, short side), and the image is taken to
+    be landscape.
 
     Args:
         pipeline: Configs of the transforms.

@@ -28,7 +28,7 @@ _LEVEL_KEY = re.compile(
 )
 _NORM_ORDER = (
     "the checkpoint has the layout of the CoConv authors' release, whose CoResNet normalises after the addition at the "
-    "end of every stage: build this one as 'coresnet50.iduta', or with norm_after_add=True, or outputs will differ"
+    "end of every stage: build this one with norm_after_add=True, as 'coresnet50.iduta' is, or outputs will differ"
 )
 
 

@@ -14,7 +14,7 @@ which have the same names and shapes, to be fine-tuned; the tags are timm's, suc
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import timm.models.resnet
 import torch
@@ -22,36 +22,41 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from coconv_surgery.layers.levels import complete_levels, is_plain, scale_dilations
-from coconv_surgery.layers.switch import to_coconv_
 from coconv_surgery.planning.policies import Policy
 from coconv_surgery.surgery import apply_plan, plan_conversion
-from coconv_surgery.zoo.authors import merge_levels, warn_of_norm_order
+from coconv_surgery.zoo.stages import TABLE_1, AuthorsCheckpoints, BaseDilation, NormAfterAdd, set_levels
 
 __all__ = ["CoResNet", "NormAfterAddBottleneck"]  # timm adds the names of the networks
 
-TABLE_1 = (4, 3, 2, 1)
+# The blocks of each depth, and how many there are in each stage.
+_DEPTHS: dict[int, dict[str, Any]] = {
+    18: {"block": BasicBlock, "layers": (2, 2, 2, 2)},
+    26: {"block": Bottleneck, "layers": (2, 2, 2, 2)},
+    34: {"block": BasicBlock, "layers": (3, 4, 6, 3)},
+    50: {"block": Bottleneck, "layers": (3, 4, 6, 3)},
+    101: {"block": Bottleneck, "layers": (3, 4, 23, 3)},
+    152: {"block": Bottleneck, "layers": (3, 8, 36, 3)},
+}
+_32X4D: dict[str, Any] = {"cardinality": 32, "base_width": 4}
+_32X8D: dict[str, Any] = {"cardinality": 32, "base_width": 8}
+_SE: dict[str, Any] = {"block_args": {"attn_layer": "se"}}
 
-BaseDilation = Literal["multiply", "ignore"]
 
-
-class NormAfterAddBottleneck(Bottleneck):  # type: ignore[misc]
-    """A bottleneck block that adds first and normalises after, as the authors' code does at the end of every stage."""
+class NormAfterAddBottleneck(NormAfterAdd, Bottleneck):  # type: ignore[misc]
+    """timm's form of :class:`~coconv_surgery.zoo.stages.NormAfterAdd`."""
 
     @classmethod
     def replace(cls, block: Any) -> None:
         """Make a block one of this kind, in place.
 
         Raises:
-            ValueError: If it is no bottleneck block.
+            ValueError: If the block is of another kind.
         """
-        if type(block) is not Bottleneck:
-            raise ValueError("norm_after_add is for bottleneck blocks: take a network of 26, 50, 101 or 152 layers")
-        block.__class__ = cls
+        super().replace(block)
         nn.init.ones_(block.bn3.weight)  # which timm starts at zero
 
     def zero_init_last(self) -> None:
-        """Leave the last norm as it is: it has the shortcut to normalise as well."""
+        """Leave the last norm as it is: it normalises the shortcut too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the block: ``(N, inplanes, H, W)`` to ``(N, 4 · planes, H / stride, W / stride)``."""
@@ -67,36 +72,38 @@ class NormAfterAddBottleneck(Bottleneck):  # type: ignore[misc]
         return result
 
 
-class CoResNet(ResNet):  # type: ignore[misc]
+class CoResNet(AuthorsCheckpoints, ResNet):  # type: ignore[misc]
     """timm's ResNet with contextual 3×3 convolutions in its blocks (Table 1); stem and shortcuts stay as they are.
 
     Parameters, their names and FLOPs are ResNet's, so that timm's and torchvision's checkpoints load unchanged. Those
     of the CoConv authors, which hold a weight for each level, load too.
 
     Args:
-        *args: As of timm's ResNet.
+        *args: As in timm's ResNet.
         levels: Levels of each stage, at dilations 1, 2 and so on. Default: Table 1's (4, 3, 2, 1); (1, 1, 1, 1) is
             ResNet itself.
         policy: A policy or its name, instead of ``levels``; it decides on the stages' 3×3 convolutions.
-        img_size: Side of the images that ``policy`` decides for.
-        base_dilation: What becomes of the dilation that timm gives the last stages at ``output_stride`` 16 and 8 to
+        img_size: Side of the images that ``policy`` plans for.
+        base_dilation: What happens to the dilation that timm gives the last stages at ``output_stride`` 16 and 8 to
             make up for the missing strides (2 and 4 in stages 3 and 4 at output stride 8). ``"multiply"``, the rule
             of all conversions here: level k has k times that dilation, so that it sees what it sees at stride 32.
             ``"ignore"``: level k has dilation k, as Table 1 writes it. The paper does not say which its CoResNet-50 at
             stride 8 (Table 4) is.
         norm_after_add: Whether the last block of every stage adds the shortcut first and normalises after, as in the
             authors' released networks and unlike the paper's Table 1. Default: only with the tag ``iduta``.
-        **kwargs: As of timm's ResNet.
+        **kwargs: As in timm's ResNet.
 
     Raises:
         ValueError: If ``levels`` has the wrong length or an entry that a stage cannot take, if it is given together
-            with ``policy``, or if the blocks are not of the kind that ``norm_after_add`` is for.
+            with ``policy``, or if ``norm_after_add`` is given for blocks other than bottlenecks.
 
     >>> import timm
     >>> timm.create_model("coresnet50").layer2[0].conv2
     CoConv2d(128, 128, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False, \
 dilations=(1, 2, 3), splits=(64, 32, 32))
     """
+
+    in_chans: int
 
     def __init__(
         self,
@@ -114,53 +121,21 @@ dilations=(1, 2, 3), splits=(64, 32, 32))
             raise ValueError("policy= decides on the dilations: leave out levels= and base_dilation=")
         super().__init__(*args, **kwargs)
         self.norm_after_add = norm_after_add
+        stages: list[nn.Sequential] = [getattr(self, f"layer{number}") for number in range(1, 5)]
         if policy is None:
-            self._set_levels(TABLE_1 if levels is None else levels, base_dilation)
+            set_levels(stages, TABLE_1 if levels is None else levels, base_dilation)
         else:
             size = (self.in_chans, img_size, img_size)
             plan = plan_conversion(self, policy, input_size=size, include=["layer?.*"])
             if plan.converted:
                 apply_plan(self, plan)
         if norm_after_add:
-            for stage in self._stages():
+            for stage in stages:
                 NormAfterAddBottleneck.replace(stage[-1])
-
-    def _stages(self) -> tuple[nn.Sequential, ...]:
-        return self.layer1, self.layer2, self.layer3, self.layer4
-
-    def _set_levels(self, levels: Sequence[int], base_dilation: BaseDilation) -> None:
-        stages = self._stages()
-        valid = isinstance(levels, Sequence) and len(levels) == len(stages)
-        if not valid or not all(isinstance(count, int) and count >= 1 for count in levels):
-            raise ValueError(f"levels={levels!r} must be {len(stages)} numbers of at least 1, one for each stage")
-        for number, (stage, count) in enumerate(zip(stages, levels, strict=True), start=1):
-            for conv in _block_convs(stage):
-                factors = range(1, count + 1)
-                dilations = scale_dilations(conv.dilation, factors) if base_dilation == "multiply" else tuple(factors)
-                try:
-                    chosen, splits = complete_levels(conv, dilations=dilations)
-                except ValueError as error:
-                    raise ValueError(
-                        f"levels={tuple(levels)!r}: stage {number} cannot have {count}: {error}"
-                    ) from error
-                if not is_plain(conv, chosen):
-                    to_coconv_(conv, chosen, splits)
-
-    # Of this method every way of loading makes use: load_state_dict(), timm's and mmengine's loaders.
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if merge_levels(state_dict, prefix):
-            warn_of_norm_order(self)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _block_convs(stage: nn.Module) -> list[nn.Conv2d]:
-    """The 3×3 convolutions of a stage, but for those of a shortcut."""
-    convs = ((name, module) for name, module in stage.named_modules() if isinstance(module, nn.Conv2d))
-    return [conv for name, conv in convs if conv.kernel_size == (3, 3) and "downsample" not in name]
 
 
 def _default_cfgs() -> dict[str, Any]:
-    """The configurations of timm's plain networks, with their weights, and of the authors' three."""
+    """The configurations of timm's plain networks, with their weights, and those of the authors' three."""
     cfgs = {}
     for name in (
         *("resnet18", "resnet26", "resnet34", "resnet50", "resnet101", "resnet152"),
@@ -182,149 +157,107 @@ def _default_cfgs() -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    cfg = kwargs.get("pretrained_cfg")
-    tag = cfg.get("tag") if isinstance(cfg, Mapping) else cfg if isinstance(cfg, str) else getattr(cfg, "tag", None)
-    kwargs.setdefault("norm_after_add", tag == "iduta")
-    model: nn.Module = build_model_with_cfg(CoResNet, variant, pretrained, **kwargs)
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], *parts: dict[str, Any]) -> nn.Module:
+    arguments = {name: value for part in (*parts, kwargs) for name, value in part.items()}
+    arguments.setdefault("norm_after_add", _tag(arguments.get("pretrained_cfg")) == "iduta")
+    model: nn.Module = build_model_with_cfg(CoResNet, variant, pretrained, **arguments)
     return model
+
+
+def _tag(pretrained_cfg: Any) -> str | None:
+    """The tag of what timm accepts as a configuration of weights: the tag itself, a dict, or timm's own class."""
+    if isinstance(pretrained_cfg, str):
+        return pretrained_cfg
+    if isinstance(pretrained_cfg, Mapping):
+        return pretrained_cfg.get("tag")
+    return getattr(pretrained_cfg, "tag", None)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coresnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoResNet-18."""
-    return _create("coresnet18", pretrained, **{"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs})
+    return _create("coresnet18", pretrained, kwargs, _DEPTHS[18])
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coresnet26(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoResNet-26."""
-    return _create("coresnet26", pretrained, **{"block": Bottleneck, "layers": (2, 2, 2, 2), **kwargs})
+    return _create("coresnet26", pretrained, kwargs, _DEPTHS[26])
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coresnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoResNet-34."""
-    return _create("coresnet34", pretrained, **{"block": BasicBlock, "layers": (3, 4, 6, 3), **kwargs})
+    return _create("coresnet34", pretrained, kwargs, _DEPTHS[34])
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coresnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoResNet-50."""
-    return _create("coresnet50", pretrained, **{"block": Bottleneck, "layers": (3, 4, 6, 3), **kwargs})
+    return _create("coresnet50", pretrained, kwargs, _DEPTHS[50])
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coresnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoResNet-101."""
-    return _create("coresnet101", pretrained, **{"block": Bottleneck, "layers": (3, 4, 23, 3), **kwargs})
+    return _create("coresnet101", pretrained, kwargs, _DEPTHS[101])
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coresnet152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoResNet-152."""
-    return _create("coresnet152", pretrained, **{"block": Bottleneck, "layers": (3, 8, 36, 3), **kwargs})
+    return _create("coresnet152", pretrained, kwargs, _DEPTHS[152])
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coresnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoResNeXt-50 (32×4d)."""
-    return _create(
-        "coresnext50_32x4d",
-        pretrained,
-        **{"block": Bottleneck, "layers": (3, 4, 6, 3), "cardinality": 32, "base_width": 4, **kwargs},
-    )
+    return _create("coresnext50_32x4d", pretrained, kwargs, _DEPTHS[50], _32X4D)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coresnext101_32x8d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoResNeXt-101 (32×8d)."""
-    return _create(
-        "coresnext101_32x8d",
-        pretrained,
-        **{"block": Bottleneck, "layers": (3, 4, 23, 3), "cardinality": 32, "base_width": 8, **kwargs},
-    )
+    return _create("coresnext101_32x8d", pretrained, kwargs, _DEPTHS[101], _32X8D)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coseresnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SE-CoResNet-18."""
-    return _create(
-        "coseresnet18",
-        pretrained,
-        **{"block": BasicBlock, "layers": (2, 2, 2, 2), "block_args": {"attn_layer": "se"}, **kwargs},
-    )
+    return _create("coseresnet18", pretrained, kwargs, _DEPTHS[18], _SE)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coseresnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SE-CoResNet-34."""
-    return _create(
-        "coseresnet34",
-        pretrained,
-        **{"block": BasicBlock, "layers": (3, 4, 6, 3), "block_args": {"attn_layer": "se"}, **kwargs},
-    )
+    return _create("coseresnet34", pretrained, kwargs, _DEPTHS[34], _SE)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coseresnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SE-CoResNet-50."""
-    return _create(
-        "coseresnet50",
-        pretrained,
-        **{"block": Bottleneck, "layers": (3, 4, 6, 3), "block_args": {"attn_layer": "se"}, **kwargs},
-    )
+    return _create("coseresnet50", pretrained, kwargs, _DEPTHS[50], _SE)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coseresnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SE-CoResNet-101."""
-    return _create(
-        "coseresnet101",
-        pretrained,
-        **{"block": Bottleneck, "layers": (3, 4, 23, 3), "block_args": {"attn_layer": "se"}, **kwargs},
-    )
+    return _create("coseresnet101", pretrained, kwargs, _DEPTHS[101], _SE)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coseresnet152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SE-CoResNet-152."""
-    return _create(
-        "coseresnet152",
-        pretrained,
-        **{"block": Bottleneck, "layers": (3, 8, 36, 3), "block_args": {"attn_layer": "se"}, **kwargs},
-    )
+    return _create("coseresnet152", pretrained, kwargs, _DEPTHS[152], _SE)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coseresnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SE-CoResNeXt-50 (32×4d)."""
-    return _create(
-        "coseresnext50_32x4d",
-        pretrained,
-        **{
-            "block": Bottleneck,
-            "layers": (3, 4, 6, 3),
-            "cardinality": 32,
-            "base_width": 4,
-            "block_args": {"attn_layer": "se"},
-            **kwargs,
-        },
-    )
+    return _create("coseresnext50_32x4d", pretrained, kwargs, _DEPTHS[50], _32X4D, _SE)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def coseresnext101_32x8d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SE-CoResNeXt-101 (32×8d)."""
-    return _create(
-        "coseresnext101_32x8d",
-        pretrained,
-        **{
-            "block": Bottleneck,
-            "layers": (3, 4, 23, 3),
-            "cardinality": 32,
-            "base_width": 8,
-            "block_args": {"attn_layer": "se"},
-            **kwargs,
-        },
-    )
+    return _create("coseresnext101_32x8d", pretrained, kwargs, _DEPTHS[101], _32X8D, _SE)

@@ -256,7 +256,7 @@ def test_surgery_sees_and_reverts_it(image):
         ({"levels": (4, 3, 2)}, r"levels=\(4, 3, 2\) must be 4 numbers"),
         ({"levels": 4}, "levels=4 must be 4 numbers"),
         ({"levels": (4, 3, 2, 0)}, "must be 4 numbers of at least 1"),
-        ({"levels": (65, 3, 2, 1)}, r"levels=\(65, 3, 2, 1\): stage 1 cannot have 65: 65 levels need at least"),
+        ({"levels": (65, 3, 2, 1)}, r"levels=\(65, 3, 2, 1\): stage 1 cannot have 65 levels: 65 levels need at least"),
         ({"levels": (1, 1, 1, 1), "policy": "stage"}, "leave out levels="),
         ({"base_dilation": "ignore", "policy": "stage"}, "leave out levels= and base_dilation="),
         ({"base_dilation": "add"}, "base_dilation='add': choose 'multiply' or 'ignore'"),

@@ -1,0 +1,40 @@
+"""What importing the part that needs mmengine alone does."""
+
+import subprocess
+import sys
+
+import pytest
+from mmengine.registry import HOOKS, DefaultScope
+
+from coconv_surgery.mmengine import CoConvPlanHook
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("module", ["coconv_surgery.mmengine", "coconv_surgery.classification"])
+def test_neither_mmdet_nor_mmcv_is_imported(module):
+    code = f"import sys, {module}; print([name for name in ('mmengine', 'mmcv', 'mmdet') if name in sys.modules])"
+    assert run(code).stdout == "['mmengine']\n"
+
+
+def test_without_mmengine_it_says_what_to_install():
+    process = run("import sys; sys.modules['mmengine'] = None; import coconv_surgery.mmengine")
+    message = "ImportError: coconv_surgery.mmengine needs mmengine: pip install 'coconv-surgery[mmdet]'"
+    assert process.stderr.strip().splitlines()[-1] == message
+
+
+@pytest.mark.parametrize("scope", ["mmengine", "mmdet"])
+def test_the_hook_is_found_from_every_scope(scope):
+    with DefaultScope.overwrite_default_scope(scope):
+        assert type(HOOKS.build({"type": "CoConvPlanHook"})) is CoConvPlanHook
+
+
+def test_importing_it_anew_is_no_error():
+    code = (
+        "import importlib, coconv_surgery.mmengine as part\n"
+        "importlib.reload(part.hooks)\n"
+        "print(importlib.reload(part).CoConvPlanHook is part.hooks.CoConvPlanHook)"
+    )
+    assert run(code).stdout == "True\n"
