@@ -1,13 +1,18 @@
 """A converted network on disk: its weights together with its plan, in one safetensors file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_model
 
+from coconv_surgery.layers.rollback import deep_restorer
 from coconv_surgery.planning.plan import Plan
-from coconv_surgery.surgery import apply_plan, get_plan
+from coconv_surgery.surgery import applying, get_plan
+from coconv_surgery.tracing.convertible import check_convertible
+from coconv_surgery.tracing.sites import find_sites
 
 _KEY = "coconv_plan"
 
@@ -56,16 +61,14 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         The same model object.
 
     Raises:
-        ValueError: If the file holds no plan, or plan or weights do not fit; the network is left as it was.
+        TypeError: If ``model`` is not a module that can be converted in place.
+        ValueError: If the file holds no plan, or plan or weights do not fit. Whatever goes wrong, interrupts included,
+            the network is left as it was; to that end its weights are kept in memory a second time meanwhile.
         OSError: If the file cannot be read.
     """
-    plan = read_plan(path)
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ValueError(
-            f"{type(model).__name__} is on the meta device, where weights have no place: build it on another"
-        )
-    weights = load_file(str(path))
-    own = model.state_dict()
+    check_convertible(model)
+    plan, weights, own = read_plan(path), load_file(str(path)), model.state_dict()
+    check_loadable(model, weights, path)
     stored = {own[name].data_ptr() for name in own.keys() & weights.keys()}
     # A tensor that the network holds under several names is written once.
     missing = [name for name in own if name not in weights and own[name].data_ptr() not in stored]
@@ -75,7 +78,35 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
     if any(problems.values()):
         words = "; ".join(f"{len(names)} {kind}, as {min(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"the weights in {path} do not fit {type(model).__name__}: {words}")
-    if get_plan(model).diff(plan):
-        apply_plan(model, plan)
-    model.load_state_dict(weights, strict=False)
+    with applying(model, find_sites(model), plan) as undo:
+        undo.callback(deep_restorer(model))
+        model.load_state_dict(weights, strict=False)
     return model
+
+
+def check_loadable(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Check that tensors can be copied into those that a network has under the same names.
+
+    Args:
+        model: The network.
+        weights: Tensors by name.
+        path: Where they come from, for the message.
+
+    Raises:
+        ValueError: If the network has no memory for them, or one is not an ordinary tensor of numbers.
+    """
+    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, where weights have no place: build it on another"
+        )
+    for name, tensor in weights.items():
+        kind = None
+        if tensor.is_meta:
+            kind = "has a shape but no numbers"
+        elif tensor.is_quantized or tensor.layout is not torch.strided:
+            kind = "is quantised" if tensor.is_quantized else f"has the layout {tensor.layout}"
+        elif tensor.is_complex() and not (name in own and own[name].is_complex()):
+            kind = f"is of type {tensor.dtype}, which would lose its imaginary part"
+        if kind is not None:
+            raise ValueError(f"{path}: {name} {kind}; it must be an ordinary tensor")

@@ -1,10 +1,10 @@
 """Plan a conversion, apply it in place, and undo it."""
 
+import contextlib
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -101,6 +101,31 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def applying(model: nn.Module, sites: Sequence[Site], plan: Plan) -> Iterator[contextlib.ExitStack]:
+    """Apply a plan, for good only if the block that follows is left without an exception.
+
+    Args:
+        model: As in :func:`apply_plan`.
+        sites: Where it convolves.
+        plan: As in :func:`apply_plan`.
+
+    Yields:
+        A stack for what else has to be put back, see :func:`~coconv_surgery.layers.rollback.all_or_nothing`.
+
+    Raises:
+        PlanError: As :func:`apply_plan`.
+    """
+    targets = _check_plan(sites, plan)
+    changes = [(site, levels) for site in sites if site.state != ((levels := targets[site.name]) or site.plain)]
+    with editing([site for site, _ in changes]) as undo:
+        for site, levels in changes:
+            site.switch(levels)
+        keep_levels_in_merges(model, undo)
+        _note(model, plan, undo)
+        yield undo
+
+
 def convert(
     model: nn.Module,
     policy: str | Policy = "resolution",
@@ -151,7 +176,8 @@ def convert(
 def revert(model: nn.Module) -> nn.Module:
     """Make every convolution of a network what it was before its first conversion: the exact inverse.
 
-    A convolution that was contextual from the start, and that no conversion changed, becomes the plain one it replaces.
+    In a network that was contextual from the start, and that no conversion changed, every contextual convolution
+    becomes the plain one that it replaces.
 
     Args:
         model: A converted network.
@@ -164,7 +190,8 @@ def revert(model: nn.Module) -> nn.Module:
         ValueError: If a graph does not tell what a convolution was; the network is left as it was.
     """
     check_convertible(model)
-    sites = find_sites(model)
+    found = find_sites(model)
+    sites = [site for site in found if site.was_switched] or [site for site in found if site.levels is not None]
     unknown = [f"{site.name} ({site.no_plain_form})" for site in sites if site.no_plain_form]
     if unknown:
         raise ValueError(
@@ -213,14 +240,10 @@ def _plan(
 
 
 def _apply(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
-    targets = _check_plan(sites, plan)
-    changes = [(site, targets[site.name]) for site in sites if site.state != (targets[site.name] or site.plain)]
-    with editing([site for site, _ in changes]) as undo:
-        for site, levels in changes:
-            site.switch(levels)
-        keep_levels_in_merges(model, undo)
-        _note(model, plan, undo)
-    if not changes:
+    before = [site.state for site in sites]
+    with applying(model, sites, plan):
+        pass
+    if before == [site.state for site in sites]:
         what = "was already as planned, nothing changed" if plan.converted else "has no convolution to convert"
         warnings.warn(f"{type(model).__name__} {what}: {plan.summary()}", NoChangeWarning, stacklevel=3)
 
@@ -280,7 +303,7 @@ def _notes(model: nn.Module) -> dict[str, Any]:
     return cast(dict[str, Any], vars(model)["meta"]) if kept else vars(model)
 
 
-def _note(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
+def _note(model: nn.Module, plan: Plan | None, undo: contextlib.ExitStack) -> None:
     """Keep a plan with a network, or forget it."""
     notes = _notes(model)
     if plan is None and _PLAN not in notes:

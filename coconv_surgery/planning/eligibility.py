@@ -95,7 +95,10 @@ def read_by_position(conv: TracedConv) -> Why | None:
 def padded_outside(conv: TracedConv) -> Why | None:
     """Larger dilations would need more of the padding that another layer supplies."""
     modes = [call.padded_by for call in conv.calls if call.padded_by]
-    return Reason.PADDED_OUTSIDE.because(mode=modes[0].lower()) if modes else None
+    # Whatever else writes into a map piece by piece looks like circular padding, before a layer that has its own.
+    if not modes or (modes[0] == "circular" and conv.site.signature.padding not in ((0, 0), "valid")):
+        return None
+    return Reason.PADDED_OUTSIDE.because(mode=modes[0])
 
 
 # What a site itself tells, with or without a trace.

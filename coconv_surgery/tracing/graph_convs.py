@@ -37,7 +37,11 @@ _PADS: dict[Any, str | None] = {
     aten.reflection_pad2d.default: "reflect",
     aten.replication_pad2d.default: "replicate",
 }
+# What circular padding becomes.
+_WRITTEN_PIECE_BY_PIECE = (aten.slice_scatter.default, aten.new_empty.default, aten.empty.memory_format)
 _INDEXED = "an export has written its padding as indices"
+_WRITTEN_OUT = "an export has written its padding out"
+_OWN_DILATION = "its own dilation is not in the exported graph"
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,10 @@ def _read(node: fx.Node) -> GraphConv | None:
     if pad is not None and len(conv.input.users) == 1 and not transposed and conv.padding in ((0, 0), "valid"):
         source, sides, mode = pad
         return replace(conv, input=source, padding=sides, padding_mode=mode, parts=(conv.input,))
-    return replace(conv, fixed=_INDEXED) if _gathered_from(conv.input) is not None else conv
+    if _gathered_from(conv.input) is not None:
+        return replace(conv, fixed=_INDEXED)
+    written_out = conv.input.op == "call_function" and conv.input.target in _WRITTEN_PIECE_BY_PIECE
+    return replace(conv, fixed=_WRITTEN_OUT) if written_out else conv
 
 
 def _pad(node: fx.Node) -> tuple[fx.Node, Pair, str] | None:
@@ -173,8 +180,9 @@ def _joined_levels(cat: fx.Node, convs: Mapping[fx.Node, GraphConv]) -> GraphCon
     if (input_split := _split(inputs)) is not None:
         groups, source = sum(level.groups for level in levels), input_split.args[0]
         splits.append(input_split)
-    elif source is None and None not in gathered:
-        source, fixed = first.input if _only(gathered) else None, _INDEXED
+    elif source is None:
+        # Padding that an export has written out: by constant indices, or in a way that cannot be told.
+        source, fixed = first.input, _INDEXED if None not in gathered and _only(gathered) else _WRITTEN_OUT
     if None in splits or not isinstance(source, fx.Node) or (groups == 1 and any(level.groups > 1 for level in levels)):
         return None
     split = cast(fx.Node, splits[0])
@@ -189,8 +197,8 @@ def _joined_levels(cat: fx.Node, convs: Mapping[fx.Node, GraphConv]) -> GraphCon
         groups=groups,
         levels=Levels(tuple(_side(level.dilation) for level in levels), tuple(cast(Sequence[int], split.args[1]))),
         parts=tuple(dict.fromkeys(parts)),
-        fixed=fixed,
-        no_plain_form="its own dilation is not in the exported graph" if split.args[2:] == (-4,) else None,
+        fixed=_OWN_DILATION if split.args[2:] == (-4,) else fixed,
+        no_plain_form=_OWN_DILATION if split.args[2:] == (-4,) else fixed if fixed == _WRITTEN_OUT else None,
     )
 
 

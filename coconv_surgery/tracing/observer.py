@@ -152,9 +152,13 @@ def _weights(conv: nn.Module) -> list[torch.Tensor]:
     return [weight for weight in held if weight is not None]
 
 
+# Circular padding is written piece by piece.
+_PADDINGS = {"ReflectionPad": "reflection", "ReplicationPad": "replication", "CopySlices": "circular"}
+
+
 def _padding_operation(input: torch.Tensor) -> str | None:
     operation = input.grad_fn.name() if input.grad_fn is not None else ""
-    return next((mode for mode in ("Reflection", "Replication") if operation.startswith(f"{mode}Pad")), None)
+    return next((mode for name, mode in _PADDINGS.items() if name in operation), None)
 
 
 def _grad_nodes(tree: Any) -> list[Any]:

@@ -100,6 +100,11 @@ def restore(conv: GraphConv) -> GraphConv:
     return restored
 
 
+def was_rewritten(conv: GraphConv) -> bool:
+    """Whether :func:`set_levels` has made a convolution something else than it was."""
+    return _ORIGIN in conv.node.meta
+
+
 def _write_coconv(conv: GraphConv, levels: Levels) -> GraphConv:
     node = conv.node
     node.args = ()

@@ -24,7 +24,7 @@ from coconv_surgery.layers.rollback import all_or_nothing, restorer
 from coconv_surgery.layers.switch import is_switchable, to_coconv_, to_conv_
 from coconv_surgery.tracing.graph_convs import GraphConv, find_graph_convs
 from coconv_surgery.tracing.graph_weights import Weight, WeightSource, find_weights
-from coconv_surgery.tracing.rewriting import restore, set_levels
+from coconv_surgery.tracing.rewriting import restore, set_levels, was_rewritten
 from coconv_surgery.tracing.signature import Signature
 
 _BEFORE = "_coconv_before"
@@ -79,9 +79,14 @@ class Site(abc.ABC):
     def switch(self, levels: Levels | None) -> None:
         """Give it levels, or make it the plain convolution; within :func:`editing` only."""
 
+    @property
+    @abc.abstractmethod
+    def was_switched(self) -> bool:
+        """Whether a switch has made it something else than it was first."""
+
     @abc.abstractmethod
     def revert(self) -> None:
-        """Make it what it was before the first switch; within :func:`editing` only."""
+        """Make it what it was before the first switch, or plain if there was none; within :func:`editing` only."""
 
     @abc.abstractmethod
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
@@ -112,8 +117,13 @@ class ModuleSite(Site):
         if levels == before:
             del vars(self.conv)[_BEFORE]
 
+    @property
+    def was_switched(self) -> bool:
+        """Whether a switch has made it something else than it was first."""
+        return _BEFORE in vars(self.conv)
+
     def revert(self) -> None:
-        """Make it what it was before the first switch; what was contextual from the start becomes plain then."""
+        """Make it what it was before the first switch; one that was never switched becomes plain."""
         self._switch(vars(self.conv).pop(_BEFORE, None))
 
     def _switch(self, levels: Levels | None) -> None:
@@ -161,8 +171,13 @@ class NodeSite(Site):
         """Give its nodes levels, or make them plain convolutions."""
         self._convs = [set_levels(conv, levels) for conv in self._convs]
 
+    @property
+    def was_switched(self) -> bool:
+        """Whether a switch has made its nodes something else than they were first."""
+        return any(was_rewritten(conv) for conv in self._convs)
+
     def revert(self) -> None:
-        """Make its nodes what they were before the first switch; what was contextual from the start becomes plain."""
+        """Make its nodes what they were before the first switch; those that were never switched become plain."""
         self._convs = [restore(conv) for conv in self._convs]
 
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:

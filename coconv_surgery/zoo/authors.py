@@ -19,8 +19,10 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import load_state_dict
 
+from coconv_surgery.checkpoint import check_loadable
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import complete_levels
+from coconv_surgery.layers.rollback import all_or_nothing, deep_restorer
 
 _LEVEL_KEY = re.compile(
     r"(?P<conv>(?:.+\.)?conv2(?=\.conv2_)|.+(?=\.coconv_levels\.))"
@@ -94,7 +96,7 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a checkpoint of the CoConv authors.
 
     The file is read by torch's safe loader: no code in it is executed. Everything is checked before the first weight
-    changes.
+    changes; whatever goes wrong then, interrupts included, all weights are put back.
 
     Args:
         model: The network, such as ``timm.create_model("coresnet50.iduta")``.
@@ -113,6 +115,7 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     """
     state = _read(path)
     _check_tensors(state, path)
+    check_loadable(model, state, path)
     try:
         splits = merge_levels(state)
     except ValueError as error:
@@ -137,7 +140,9 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     if lines:
         raise ValueError(f"{path} does not fit {type(model).__name__}, which is left as it was:\n" + "\n".join(lines))
     warn_of_norm_order(model)
-    model.load_state_dict(state)
+    with all_or_nothing() as undo:
+        undo.callback(deep_restorer(model))
+        model.load_state_dict(state)
     return model
 
 

@@ -425,11 +425,11 @@ def test_convs_that_share_a_weight_get_the_same_levels():
 def test_levels_asked_for_whose_reflect_padding_is_wider_than_the_map_are_an_error_before_anything_changes():
     model = Model(
         lambda m, x: m.mix(m.conv(x)),
-        conv=nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        conv=nn.Conv2d(4, 4, 3, padding=2, padding_mode="reflect"),
         mix=nn.Conv2d(4, 2, 1),
     )
-    with pytest.raises(ValueError, match=r"conv.*reflect padding of 4 at dilation 4 needs more than a side of 4"):
-        cs.convert(model, overrides={"conv": cs.Levels((1, (4, 1)))}, input_size=(4, 4, 6))
+    with pytest.raises(ValueError, match=r"conv.*reflect padding of 5 at dilation 4 needs more than a side of 5"):
+        cs.convert(model, overrides={"conv": (1, 4)}, input_size=(4, 5, 5))
     assert type(model.conv) is nn.Conv2d
 
 
