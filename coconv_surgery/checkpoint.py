@@ -1,6 +1,7 @@
 """A converted network on disk: its weights together with its plan, in one safetensors file."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_model
 
 from coconv_surgery.layers.rollback import deep_restorer
 from coconv_surgery.planning.plan import Plan
-from coconv_surgery.surgery import applying, get_plan
+from coconv_surgery.surgery import get_plan, switch_to_plan
 from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.sites import find_sites
 
@@ -78,9 +79,11 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
     if any(problems.values()):
         words = "; ".join(f"{len(names)} {kind}, as {min(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"the weights in {path} do not fit {type(model).__name__}: {words}")
-    with applying(model, find_sites(model), plan) as undo:
+    with ExitStack() as undo:
+        switch_to_plan(model, find_sites(model), plan, undo)
         undo.callback(deep_restorer(model))
         model.load_state_dict(weights, strict=False)
+        undo.pop_all()
     return model
 
 

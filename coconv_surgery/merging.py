@@ -11,10 +11,10 @@ a convolution is; no class that others use is changed. What cannot be seen to is
 block, such as a loop of a script that builds an ``nn.Conv2d`` from a contextual convolution's weight.
 """
 
-import contextlib
 import functools
 import types
 from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import ContextVar
 from inspect import getattr_static
 from typing import Any, cast
@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_leaves
 
 from coconv_surgery.layers.conv import CoConv2d
-from coconv_surgery.layers.rollback import all_or_nothing, deep_restorer, restorer
+from coconv_surgery.layers.rollback import deep_restorer, restorer
 from coconv_surgery.layers.switch import switch_class, to_coconv_
 from coconv_surgery.tracing.twin import copy_module
 
@@ -42,7 +42,7 @@ _SIDE = 32
 _TOLERANCE = 1e-3
 
 
-def keep_levels_in_merges(model: nn.Module, undo: contextlib.ExitStack) -> None:
+def keep_levels_in_merges(model: nn.Module, undo: ExitStack) -> None:
     """Let the blocks of a network that hold contextual convolutions, and no others, carry levels over when they merge.
 
     Args:
@@ -156,13 +156,14 @@ def _merge(block: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: A
     if _calls.get():
         return _merge_with_levels(merge, block)[0]
     before = _in_double(block)
-    with all_or_nothing() as undo:
+    with ExitStack() as undo:
         undo.callback(deep_restorer(block))
         result, call = _merge_with_levels(merge, block)
         after = _in_double(result if isinstance(result, nn.Module) else block)
         same = None if before is None or after is None else _compute_the_same(before, after)
         if same is False or (same is None and not call.certain):
             raise _refusal(block)
+        undo.pop_all()
     return result
 
 

@@ -1,10 +1,10 @@
 """Plan a conversion, apply it in place, and undo it."""
 
-import contextlib
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_paramet
 from coconv_surgery.planning.policies import Answer, Policy
 from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.inputs import InputSize, infer_inputs
-from coconv_surgery.tracing.sites import Site, editing, find_sites
+from coconv_surgery.tracing.sites import Site, find_sites, revert_sites, switch_sites
 from coconv_surgery.tracing.trace import trace_network
 
 _PLAN = "_coconv_plan"
@@ -101,29 +101,27 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-@contextlib.contextmanager
-def applying(model: nn.Module, sites: Sequence[Site], plan: Plan) -> Iterator[contextlib.ExitStack]:
-    """Apply a plan, for good only if the block that follows is left without an exception.
+def switch_to_plan(model: nn.Module, sites: Sequence[Site], plan: Plan, undo: ExitStack) -> bool:
+    """Make a network what a plan says, as a part of a larger change.
 
     Args:
         model: As in :func:`apply_plan`.
         sites: Where it convolves.
         plan: As in :func:`apply_plan`.
+        undo: Takes what puts everything back, see :mod:`coconv_surgery.layers.rollback`.
 
-    Yields:
-        A stack for what else has to be put back, see :func:`~coconv_surgery.layers.rollback.all_or_nothing`.
+    Returns:
+        Whether a convolution has changed.
 
     Raises:
         PlanError: As :func:`apply_plan`.
     """
     targets = _check_plan(sites, plan)
-    changes = [(site, levels) for site in sites if site.state != ((levels := targets[site.name]) or site.plain)]
-    with editing([site for site, _ in changes]) as undo:
-        for site, levels in changes:
-            site.switch(levels)
-        keep_levels_in_merges(model, undo)
-        _note(model, plan, undo)
-        yield undo
+    changes = [(site, targets[site.name]) for site in sites if site.state != (targets[site.name] or site.plain)]
+    switch_sites(changes, undo)
+    keep_levels_in_merges(model, undo)
+    _note(model, plan, undo)
+    return bool(changes)
 
 
 def convert(
@@ -197,12 +195,12 @@ def revert(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{_shorten(unknown)}: what it was before the conversion cannot be told; revert before the export"
         )
-    with editing(sites) as undo:
-        for site in sites:
-            site.revert()
+    with ExitStack() as undo:
+        revert_sites(sites, undo)
         keep_levels_in_merges(model, undo)
         for module in model.modules():
             _note(module, None, undo)
+        undo.pop_all()
     return model
 
 
@@ -240,10 +238,10 @@ def _plan(
 
 
 def _apply(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
-    before = [site.state for site in sites]
-    with applying(model, sites, plan):
-        pass
-    if before == [site.state for site in sites]:
+    with ExitStack() as undo:
+        changed = switch_to_plan(model, sites, plan, undo)
+        undo.pop_all()
+    if not changed:
         what = "was already as planned, nothing changed" if plan.converted else "has no convolution to convert"
         warnings.warn(f"{type(model).__name__} {what}: {plan.summary()}", NoChangeWarning, stacklevel=3)
 
@@ -303,7 +301,7 @@ def _notes(model: nn.Module) -> dict[str, Any]:
     return cast(dict[str, Any], vars(model)["meta"]) if kept else vars(model)
 
 
-def _note(model: nn.Module, plan: Plan | None, undo: contextlib.ExitStack) -> None:
+def _note(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
     """Keep a plan with a network, or forget it."""
     notes = _notes(model)
     if plan is None and _PLAN not in notes:

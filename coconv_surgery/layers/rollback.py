@@ -1,33 +1,20 @@
-"""All or nothing: what a block changes is put back when the block is left by an exception of any kind."""
+"""All or nothing: what a module was, remembered, so that a change that fails half way can be put back.
 
-import contextlib
+The stack of what to put back is :class:`contextlib.ExitStack`: what is remembered goes in before the change, and
+``pop_all()`` at the end of it all says that the change stands::
+
+    with ExitStack() as undo:
+        undo.callback(restorer(module))
+        ...
+        undo.pop_all()
+"""
+
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn as nn
-
-
-@contextlib.contextmanager
-def all_or_nothing() -> Iterator[contextlib.ExitStack]:
-    """Run a block that finishes or leaves no trace, interrupts included.
-
-    Yields:
-        A stack that takes, before each change, a ``callback`` which puts things back. The callbacks run, last first,
-        if the block raises.
-
-    >>> things = [1]
-    >>> with contextlib.suppress(KeyboardInterrupt), all_or_nothing() as undo:
-    ...     _ = undo.callback(things.pop)
-    ...     things.append(2)
-    ...     raise KeyboardInterrupt
-    >>> things
-    [1]
-    """
-    with contextlib.ExitStack() as undo:
-        yield undo
-        undo.pop_all()
 
 
 def restorer(module: nn.Module) -> Callable[[], None]:

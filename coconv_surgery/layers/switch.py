@@ -1,6 +1,7 @@
 """The switch of a module's class in place, and which contextual class stands for which convolution class."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
 import torch.nn as nn
@@ -9,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import Dilation
 from coconv_surgery.layers.levels import SplitRule, complete_levels
-from coconv_surgery.layers.rollback import all_or_nothing, restorer
+from coconv_surgery.layers.rollback import restorer
 
 # The contextual class of every convolution class that has one: registered, and made for those that inherit a forward.
 _REGISTERED: dict[type[nn.Conv2d], type[CoConv2d]] = {nn.Conv2d: CoConv2d}
@@ -133,11 +134,12 @@ def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[
         raise TypeError(f"{type(conv).__name__} has a forward of its own: tell its levels with register_coconv()")
     if hidden := hidden_attributes(conv):
         raise TypeError(f"{type(conv).__name__} has attributes of its own named {', '.join(hidden)}: rename them first")
-    with all_or_nothing() as undo:
+    with ExitStack() as undo:
         undo.callback(restorer(conv))
         vars(conv)["_coconv_levels"] = levels
         if cls is not None:
             switch_class(conv, cls)
+        undo.pop_all()
 
 
 def to_conv_(coconv: CoConv2d) -> None:
@@ -148,10 +150,11 @@ def to_conv_(coconv: CoConv2d) -> None:
     """
     if not isinstance(coconv, CoConv2d):
         raise TypeError(f"to_conv_ takes a CoConv2d, not a {type(coconv).__name__}")
-    with all_or_nothing() as undo:
+    with ExitStack() as undo:
         undo.callback(restorer(coconv))
         switch_class(coconv, plain_class(cast(type[nn.Conv2d], type_before_parametrizations(coconv))))
         del vars(coconv)["_coconv_levels"]
+        undo.pop_all()
 
 
 def switch_class(module: nn.Module, cls: type[nn.Module]) -> None:

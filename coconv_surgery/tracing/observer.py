@@ -83,7 +83,10 @@ def observe(twin: Twin, watched: Mapping[nn.Module, str], inputs: Inputs) -> Obs
 
 
 class _Observer(TorchFunctionMode):
-    """Watches a forward pass: calls of convolutions, activations, and weights used outside their convolution."""
+    """Watches a forward pass: calls of convolutions, activations, and weights used outside their convolution.
+
+    Its hooks stay in the twin, which nobody else runs.
+    """
 
     def __init__(self, model: nn.Module, watched: Mapping[nn.Module, str]) -> None:
         super().__init__()
@@ -93,7 +96,6 @@ class _Observer(TorchFunctionMode):
         self.reads: list[tuple[Any, str]] = []
         self._names: dict[int, list[str]] = defaultdict(list)
         self._running = 0
-        self._handles: list[Any] = []
         # A function written in Python is part of the graph as long as its output is.
         self._alive: list[torch.Tensor] = []
         for module in model.modules():
@@ -102,7 +104,7 @@ class _Observer(TorchFunctionMode):
                 for weight in _weights(module):
                     self._names[id(weight)].append(watched[module])
             elif module._parameters and not isinstance(module, ParametrizationList):
-                self._handles.append(module.register_forward_hook(lambda module, args, output: self._activate(output)))
+                module.register_forward_hook(lambda module, args, output: self._activate(output))
 
     def record(self, name: str, input: Any, output: Any) -> None:
         """Take note of a convolution's call; other kinds may take and return what is no map."""
@@ -119,9 +121,9 @@ class _Observer(TorchFunctionMode):
             self.record(name, next(iter((*args, *kwargs.values())), None), output)
             self._activate(output)
 
-        self._handles.append(module.register_forward_pre_hook(enter))
+        module.register_forward_pre_hook(enter)
         # A model may catch what its convolution raises.
-        self._handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+        module.register_forward_hook(leave, with_kwargs=True, always_call=True)
 
     def _activate(self, output: Any) -> None:
         for tensor in _tensors_with_history(output):
@@ -136,11 +138,6 @@ class _Observer(TorchFunctionMode):
                 for name in self._names.get(id(getattr(source, "variable", None)), ()):
                     self.reads.append((result.grad_fn, name))
         return result
-
-    def __exit__(self, *exception: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
 
 def _weights(conv: nn.Module) -> list[torch.Tensor]:

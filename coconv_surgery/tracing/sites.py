@@ -4,11 +4,11 @@ Whoever plans, applies, reverts or reads back works on sites, and never asks whi
 """
 
 import abc
-import contextlib
 import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import coconv2d
 from coconv_surgery.layers.levels import Levels, scale_dilations
-from coconv_surgery.layers.rollback import all_or_nothing, restorer
+from coconv_surgery.layers.rollback import restorer
 from coconv_surgery.layers.switch import is_switchable, to_coconv_, to_conv_
 from coconv_surgery.tracing.graph_convs import GraphConv, find_graph_convs
 from coconv_surgery.tracing.graph_weights import Weight, WeightSource, find_weights
@@ -77,7 +77,7 @@ class Site(abc.ABC):
 
     @abc.abstractmethod
     def switch(self, levels: Levels | None) -> None:
-        """Give it levels, or make it the plain convolution; within :func:`editing` only."""
+        """Give it levels, or make it the plain convolution; within :func:`switch_sites` only."""
 
     @property
     @abc.abstractmethod
@@ -86,7 +86,7 @@ class Site(abc.ABC):
 
     @abc.abstractmethod
     def revert(self) -> None:
-        """Make it what it was before the first switch, or plain if there was none; within :func:`editing` only."""
+        """Make it what it was before the first switch, or plain if there was none; within :func:`revert_sites` only."""
 
     @abc.abstractmethod
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
@@ -322,24 +322,43 @@ def _describe(conv: GraphConv, shape: tuple[int, ...] | None) -> nn.Conv2d:
 # -- Changing them ----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def editing(sites: Iterable[Site]) -> Iterator[contextlib.ExitStack]:
-    """Switch sites in a block that finishes or leaves no trace; graphs are compiled anew at its end.
+def switch_sites(changes: Iterable[tuple[Site, Levels | None]], undo: ExitStack) -> None:
+    """Give sites levels, or make them plain.
 
     Args:
-        sites: Those that may be switched.
-
-    Yields:
-        A stack for what else has to be put back, see :func:`~coconv_surgery.layers.rollback.all_or_nothing`.
+        changes: Sites and their levels, None for plain.
+        undo: Takes what puts everything back.
     """
-    holders = {id(holder): holder for holder in (site.holder() for site in sites)}.values()
-    owners = [holder for holder in holders if graphs_of(holder)]
-    with all_or_nothing() as undo:
-        for holder in holders:
-            undo.callback(_graph_restorer(holder) if graphs_of(holder) else restorer(holder))
-        yield undo
-        for owner in owners:
-            recompile(owner)
+    changes = list(changes)
+    _remember([site for site, _ in changes], undo)
+    for site, levels in changes:
+        site.switch(levels)
+    _recompile(site for site, _ in changes)
+
+
+def revert_sites(sites: Iterable[Site], undo: ExitStack) -> None:
+    """Make sites what they were before their first switch.
+
+    Args:
+        sites: The sites.
+        undo: Takes what puts everything back.
+    """
+    sites = list(sites)
+    _remember(sites, undo)
+    for site in sites:
+        site.revert()
+    _recompile(sites)
+
+
+def _remember(sites: Iterable[Site], undo: ExitStack) -> None:
+    for holder in {id(holder): holder for holder in (site.holder() for site in sites)}.values():
+        undo.callback(_graph_restorer(holder) if graphs_of(holder) else restorer(holder))
+
+
+def _recompile(sites: Iterable[Site]) -> None:
+    for holder in {id(holder): holder for holder in (site.holder() for site in sites)}.values():
+        if isinstance(holder, fx.GraphModule):
+            holder.recompile()
 
 
 def _graph_restorer(owner: nn.Module) -> Callable[[], None]:
@@ -350,13 +369,7 @@ def _graph_restorer(owner: nn.Module) -> Callable[[], None]:
         vars(owner).update(by_name)
         for graph in copies.values():
             graph.owning_module = cast(Any, owner)
-        recompile(owner)
+        if isinstance(owner, fx.GraphModule):
+            owner.recompile()
 
     return restore_graphs
-
-
-def recompile(model: nn.Module) -> None:
-    """Compile the graphs in a module anew, after a change."""
-    for module in model.modules():
-        if isinstance(module, fx.GraphModule):
-            module.recompile()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx as fx
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
@@ -14,7 +15,7 @@ from coconv_surgery.layers.functional import Pair
 from coconv_surgery.tracing.fx_map import GraphMap, map_graphs
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.observer import Call, Observation, observe
-from coconv_surgery.tracing.sites import Site, recompile
+from coconv_surgery.tracing.sites import Site
 from coconv_surgery.tracing.twin import FORWARD_ERRORS, Twin
 
 
@@ -138,7 +139,9 @@ def _trace(
 def _watch(twin: Twin, sites: Sequence[Site]) -> dict[nn.Module, str]:
     """Where a twin convolves: modules, by the names of their sites."""
     watched = {module: site.name for site in sites for module in site.watched_in(twin.model)}
-    recompile(twin.model)
+    for module in twin.model.modules():
+        if isinstance(module, fx.GraphModule):
+            module.recompile()
     return watched
 
 

@@ -11,6 +11,7 @@ import re
 import struct
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from timm.models import load_state_dict
 from coconv_surgery.checkpoint import check_loadable
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import complete_levels
-from coconv_surgery.layers.rollback import all_or_nothing, deep_restorer
+from coconv_surgery.layers.rollback import deep_restorer
 
 _LEVEL_KEY = re.compile(
     r"(?P<conv>(?:.+\.)?conv2(?=\.conv2_)|.+(?=\.coconv_levels\.))"
@@ -140,9 +141,10 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     if lines:
         raise ValueError(f"{path} does not fit {type(model).__name__}, which is left as it was:\n" + "\n".join(lines))
     warn_of_norm_order(model)
-    with all_or_nothing() as undo:
+    with ExitStack() as undo:
         undo.callback(deep_restorer(model))
         model.load_state_dict(state)
+        undo.pop_all()
     return model
 
 
