@@ -160,7 +160,7 @@ def _merge(block: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: A
         undo.callback(deep_restorer(block))
         result, call = _merge_with_levels(merge, block)
         after = _in_double(result if isinstance(result, nn.Module) else block)
-        same = None if before is None or after is None else _compute_the_same(before, after)
+        same = None if before is None or after is None else _compute_the_same(before, after, _tolerance(block))
         if same is False or (same is None and not call.certain):
             raise _refusal(block)
         undo.pop_all()
@@ -175,7 +175,7 @@ def _in_double(block: nn.Module) -> nn.Module | None:
         return None
 
 
-def _compute_the_same(before: nn.Module, after: nn.Module) -> bool | None:
+def _compute_the_same(before: nn.Module, after: nn.Module, tolerance: float) -> bool | None:
     """Whether all tensors that a merged block returns are among those that it returned before, on a random input.
 
     Returns:
@@ -194,18 +194,24 @@ def _compute_the_same(before: nn.Module, after: nn.Module) -> bool | None:
             return None
     if not found:
         return None
-    return all(any(_close(tensor, other) for other in expected) for tensor in found)
+    return all(any(_close(tensor, other, tolerance) for other in expected) for tensor in found)
+
+
+def _tolerance(block: nn.Module) -> float:
+    # Merged weights are rounded to the block's own type.
+    types = {parameter.dtype for parameter in block.parameters() if parameter.is_floating_point()}
+    return max([_TOLERANCE, *(8 * torch.finfo(dtype).eps for dtype in types)])
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
-def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     if found.shape != expected.shape:
         return False
     found, expected = found.to(torch.complex128), expected.to(torch.complex128)
-    return not found.numel() or bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+    return not found.numel() or bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _merge_with_levels(merge: Callable[[], Any], block: nn.Module) -> tuple[Any, _Call]:

@@ -1,12 +1,16 @@
 """Blocks that merge their branches for inference: the result is right, or the merge is refused."""
 
 import copy
+import pickle
+import threading
+import types
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from faults import same_state, state
 from timm.utils.model import reparameterize_model
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -199,7 +203,173 @@ def test_pairs_of_different_levels_keep_their_own():
     torch.testing.assert_close(merged(image), model(image))
 
 
-def test_methods_of_that_name_that_are_no_merges_are_not_touched():
+# -- Nobody else's class changes ------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A convolution and its norm, merged by a method that takes arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+    def fuse(self, verbose=True, *, note=None):
+        self.conv, self.norm = fuse_conv_bn_weights_into(self.conv, self.norm), nn.Identity()
+        return verbose, note
+
+    switch_to_deploy = merge_kernel = merge_bn = fuse
+
+
+def around(block):
+    return lively(nn.Sequential(block, nn.Conv2d(4, 2, 1)))
+
+
+def test_a_conversion_changes_no_class_that_others_use():
+    before, other = dict(vars(Block)), Block()
+    model = cs.convert(around(Block()), input_size=(4, 16, 16))
+    assert dict(vars(Block)) == before
+    assert type(other) is Block
+    assert isinstance(model[0], Block)
+    assert (type(model[0]).__name__, type(model[0]).__module__) == ("Block", Block.__module__)
+    assert other.fuse(False) == (False, None)
+
+
+def test_reverting_gives_a_block_its_class_back():
+    model = around(Block())
+    cs.revert(cs.convert(model, input_size=(4, 16, 16)))
+    assert [type(module) for module in model] == [Block, nn.Conv2d]
+    cs.convert(model, input_size=(4, 16, 16))
+    with pytest.warns(cs.NoChangeWarning):
+        cs.apply_plan(model, cs.plan_conversion(model, input_size=(4, 16, 16), overrides={"*": None}))
+    assert type(model[0]) is not Block
+    cs.apply_plan(model, cs.plan_conversion(around(Block()), input_size=(4, 16, 16), overrides={"*": None}))
+    assert type(model[0]) is Block
+
+
+@pytest.mark.parametrize("name", ["fuse", "switch_to_deploy", "merge_kernel", "merge_bn"])
+def test_a_merge_takes_any_arguments_and_returns_what_it_does(name):
+    model = around(Block())
+    cs.convert(model, input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    expected = model(image)
+    assert getattr(model[0], name)(False, note="mine") == (False, "mine")
+    assert model[0].conv.dilations == (1, 2, 3)
+    torch.testing.assert_close(model(image), expected)
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        lambda y: None,
+        lambda y: (y, 3, None, True),
+        lambda y: {"y": y, "n": 7},
+        lambda y: [y.bool(), y],
+        lambda y: torch.complex(y, y),
+    ],
+)
+def test_a_block_may_return_anything(ends):
+    class Ending(Block):
+        def forward(self, x):
+            return ends(super().forward(x))
+
+    model = around(Ending())
+    inputs = cs.Inputs((torch.randn(1, 4, 16, 16),), call=lambda model, x: model[1](model[0].norm(model[0].conv(x))))
+    cs.convert(model, example_inputs=inputs)
+    image = torch.randn(1, 4, 16, 16)
+    expected = Block.forward(model[0], image)
+    model[0].fuse()
+    torch.testing.assert_close(Block.forward(model[0], image), expected)
+
+
+def test_a_branch_that_a_merge_drops_is_not_compared():
+    class Auxiliary(Block):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            y = super().forward(x)
+            return y if self.head is None else (y, self.head(x))
+
+        def fuse(self):
+            super().fuse()
+            self.head = None
+
+    model = lively(nn.Sequential(Auxiliary()))
+    model.mix = nn.Conv2d(4, 2, 1)
+    inputs = cs.Inputs((torch.randn(1, 4, 16, 16),), call=lambda model, x: model.mix(model[0](x)[0]))
+    cs.convert(model, example_inputs=inputs)
+    image = torch.randn(1, 4, 16, 16)
+    expected, _ = model[0](image)
+    model[0].fuse()
+    assert model[0].conv.dilations == (1, 2, 3)
+    torch.testing.assert_close(model[0](image), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_block_of_any_type_merges(dtype):
+    model = cs.convert(around(Block()), input_size=(4, 16, 16)).to(dtype)
+    image = torch.randn(1, 4, 16, 16, dtype=dtype)
+    expected = model(image)
+    model[0].fuse()
+    torch.testing.assert_close(model(image), expected, atol=0.05, rtol=0.05)
+
+
+def test_a_block_that_holds_a_lock_merges():
+    model = around(Block())
+    model[0].lock = threading.Lock()
+    cs.convert(model, input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    expected = model(image)
+    model[0].fuse()
+    torch.testing.assert_close(model(image), expected)
+
+
+@pytest.mark.parametrize("bound", [True, False], ids=["bound", "closure"])
+def test_a_merge_that_is_set_on_the_instance_keeps_levels(bound):
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    model = around(Bare())
+    block = model[0]
+    block.fuse = types.MethodType(Block.fuse, block) if bound else lambda: Block.fuse(block)
+    cs.convert(model, input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    expected = model(image)
+    block.fuse()
+    assert block.conv.dilations == (1, 2, 3)
+    torch.testing.assert_close(model(image), expected)
+
+
+def test_a_merge_that_would_lose_levels_is_undone_in_every_detail():
+    model = nn.Sequential(Branches(), nn.Conv2d(4, 2, 1))
+    cs.convert(model, input_size=(4, 16, 16), overrides={"0.second": (1, 3)})
+    before = state(model)
+    with pytest.raises(ValueError, match="would not compute the same"):
+        model[0].reparameterize()
+    assert same_state(state(model), before)
+
+
+def test_a_converted_block_copies_and_pickles():
+    model = cs.convert(around(Block()), input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    expected = model(image)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(again[0]) is type(model[0])
+        again[0].fuse()
+        assert again[0].conv.dilations == (1, 2, 3)
+        torch.testing.assert_close(again(image), expected)
+
+
+def test_methods_of_that_name_that_are_no_merges_go_on_as_before():
     class Other(nn.Module):
         fuse = False
 
@@ -218,8 +388,26 @@ def test_methods_of_that_name_that_are_no_merges_are_not_touched():
             return self.reparameterize(x)
 
     before = dict(vars(Other))
-    cs.convert(nn.Sequential(Other(), nn.Conv2d(4, 2, 1)), input_size=(4, 16, 16))
+    model = cs.convert(nn.Sequential(Other(), nn.Conv2d(4, 2, 1)), input_size=(4, 16, 16))
     assert dict(vars(Other)) == before
+    assert (model[0].fuse, model[0].switch_to_deploy()) == (False, "static")
+    image = torch.randn(1, 4, 16, 16)
+    assert torch.equal(model[0](image), model[0].conv(image))
+    assert "conv2d" in torch.fx.symbolic_trace(model).code
+
+
+def test_a_submodule_that_has_the_name_of_a_merge_stays_one():
+    class Fusing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fuse = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.fuse(x)
+
+    model = cs.convert(nn.Sequential(Fusing(), nn.Conv2d(4, 2, 1)), input_size=(4, 16, 16))
+    assert type(model[0]) is Fusing
+    assert isinstance(model[0].fuse, cs.CoConv2d)
 
 
 def test_a_network_on_the_meta_device_merges():

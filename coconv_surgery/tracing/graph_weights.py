@@ -17,7 +17,7 @@ from coconv_surgery.tracing.graph_convs import GraphConv, upstream
 class WeightSource(enum.Enum):
     """Where a convolution's weight comes from."""
 
-    PARAMETER = "a parameter, or computed from parameters channel by channel"
+    PARAMETER = "a parameter, or computed from parameters alone"
     PART = "a part of a parameter"
     FIXED = "a buffer or constant"
     INPUT = "the network's input"
