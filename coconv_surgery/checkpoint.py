@@ -38,7 +38,7 @@ def read_plan(path: str | Path) -> Plan:
     """Read the plan of a file that :func:`save_converted` wrote.
 
     Raises:
-        ValueError: If it is no safetensors file, or holds no plan.
+        ValueError: If it is not a safetensors file, or holds no plan.
         OSError: If it cannot be read.
     """
     try:

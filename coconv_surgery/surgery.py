@@ -15,7 +15,7 @@ import torch.nn as nn
 from coconv_surgery.layers.levels import Levels, check_levels
 from coconv_surgery.merging import keep_levels_in_merges
 from coconv_surgery.planning.decision import Choices, found_row
-from coconv_surgery.planning.eligibility import site_obstacle
+from coconv_surgery.planning.eligibility import site_obstacle, subclass
 from coconv_surgery.planning.maps import check_maps, largest_input
 from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_parameters
@@ -214,11 +214,7 @@ def get_plan(model: nn.Module) -> Plan:
         The plan it was converted by, as long as that still describes it; else one read off its modules, without map
         sizes.
     """
-    return _found_plan(model, find_sites(model))
-
-
-def _found_plan(model: nn.Module, sites: Sequence[Site]) -> Plan:
-    rows = tuple(map(found_row, sites))
+    rows = tuple(map(found_row, find_sites(model)))
     found = Plan(rows, policy="as found", input="unknown", parameters=count_parameters(model))
     remembered = _notes(model).get(_PLAN)
     if not isinstance(remembered, Plan) or remembered.diff(found):
@@ -279,8 +275,8 @@ def _target(site: Site, row: PlanRow) -> Levels | None:
     if differences := site.signature.differences(row.signature):
         raise ValueError(differences)
     if not row.converted:
-        if site.levels is not None and site.no_plain_form:
-            raise ValueError(site.no_plain_form)
+        if site.levels is not None and (site.no_plain_form or subclass(site)):
+            raise ValueError(site.no_plain_form or f"{type(site.conv).__name__} stands for no plain convolution")
         return None
     if site.state == (row.dilations, row.splits):
         return site.levels

@@ -78,7 +78,7 @@ def other_kernel(conv: TracedConv) -> Why | None:
 
 
 def not_learned(conv: TracedConv) -> Why | None:
-    """A filter that is no parameter, or is made for each input, has a purpose of its own."""
+    """A filter that is not a parameter, or is made for each input, has a purpose of its own."""
     if conv.site.weight_source is WeightSource.INPUT:
         return Reason.WEIGHT_FROM_INPUT.because()
     return Reason.WEIGHT_NOT_LEARNED.because() if conv.site.weight_source is WeightSource.FIXED else None

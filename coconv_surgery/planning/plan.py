@@ -129,7 +129,7 @@ class Plan:
         return f"{self.table()}\npolicy: {self.policy}\ninput: {self.input}\ntraced: {self.traced}\n{self.summary()}"
 
     def diff(self, other: "Plan") -> list[str]:
-        """Say in words where another plan decides differently; map sizes and reasons are no difference."""
+        """Say in words where another plan decides differently; map sizes and reasons do not count."""
         mine, others = ({row.name: row for row in plan.rows} for plan in (self, other))
         differences = [f"{name}: missing" for name in mine if name not in others]
         differences += [f"{name}: unexpected" for name in others if name not in mine]
@@ -161,7 +161,7 @@ class Plan:
             source: JSON text, or the path of a file of it.
 
         Raises:
-            PlanError: If it is no plan, or one of another format version.
+            PlanError: If it is not a plan, or has another format version.
             OSError: If the file cannot be read.
         """
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
@@ -225,9 +225,9 @@ def _read_row(data: dict[str, Any]) -> PlanRow:
     dilations = [side for value in row.dilations for side in (value if isinstance(value, tuple) else (value,))]
     sizes = [side for size in row.output_sizes for side in size]
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"row {row.name!r} has a name or reason that is no text")
+        raise TypeError(f"row {row.name!r} has a name or reason that is not text")
     if not all(type(number) is int for number in (row.calls, *dilations, *row.splits, *sizes)):
-        raise TypeError(f"row {row.name!r} has dilations, splits, calls or sizes that are no whole numbers")
+        raise TypeError(f"row {row.name!r} has dilations, splits, calls or sizes that are not whole numbers")
     return row
 
 

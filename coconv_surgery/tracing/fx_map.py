@@ -83,7 +83,7 @@ def _trace(
     tracer = _Tracer()
     try:
         with warnings.catch_warnings():
-            # A constant argument that torch.fx cannot compare is no matter for a graph that is only read.
+            # A constant argument that torch.fx cannot compare does not matter in a graph that is only read.
             warnings.filterwarnings("ignore", "Was not able to add assertion")
             graph = tracer.trace(module, concrete_args)
     except _TRACING_ERRORS as error:

@@ -55,7 +55,7 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
             :class:`Inputs`.
 
     Raises:
-        ValueError: If nothing tells, if both are given, or if ``input_size`` is no size.
+        ValueError: If nothing tells, if both are given, or if ``input_size`` is not a size.
     """
     if example_inputs is not None:
         if input_size is not None:

@@ -107,7 +107,7 @@ class _Observer(TorchFunctionMode):
                 module.register_forward_hook(lambda module, args, output: self._activate(output))
 
     def record(self, name: str, input: Any, output: Any) -> None:
-        """Take note of a convolution's call; other kinds may take and return what is no map."""
+        """Take note of a convolution's call; other kinds may take and return something else than maps."""
         if all(isinstance(value, torch.Tensor) and value.dim() >= 3 for value in (input, output)):
             size, output_size = (input.shape[-2], input.shape[-1]), (output.shape[-2], output.shape[-1])
             self.outputs.append(_Output(name, size, output_size, output.grad_fn, _padding_operation(input)))

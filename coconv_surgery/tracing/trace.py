@@ -146,7 +146,7 @@ def _watch(twin: Twin, sites: Sequence[Site]) -> dict[nn.Module, str]:
 
 
 def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """The arguments of ``forward`` that are no tensors, and its defaults: tracing takes them as they are."""
+    """The arguments of ``forward`` that hold no tensors, and its defaults: tracing takes them as they are."""
     parameters = inspect.signature(model.forward).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     given = dict(zip((p.name for p in named), inputs.args, strict=False)) | dict(inputs.kwargs)

@@ -107,7 +107,7 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
         The same model object.
 
     Raises:
-        ValueError: If it is no complete checkpoint, is not in the authors' layout, or does not fit the network: all
+        ValueError: If it is not a complete checkpoint, is not in the authors' layout, or does not fit the network: all
             that does not is named, and the network is left as it was.
         OSError: If it cannot be opened.
 
@@ -188,14 +188,14 @@ _UNREADABLE = (
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    Path(path).open("rb").close()  # what is wrong with opening it is no damage
+    Path(path).open("rb").close()  # a file that cannot be opened is not a damaged one
     try:
         state = load_state_dict(str(path), use_ema=False, weights_only=True)
     except _UNREADABLE as error:
         if code := re.search(r"GLOBAL ([\w.]+)", str(error.__cause__ or error)):
             problem = f"holds more than tensors ({code[1]}), and the safe loader does not execute that"
         else:
-            problem = "is no complete checkpoint"
+            problem = "is not a complete checkpoint"
         raise ValueError(f"{path} {problem}") from error
     return dict(state)
 

@@ -218,7 +218,7 @@ def test_a_truncated_file_is_one_error(model, theirs, zipped, share, tmp_path):
     path = tmp_path / "theirs.pth"
     torch.save(theirs.state_dict(), path, _use_new_zipfile_serialization=zipped)
     os.truncate(path, int(share * path.stat().st_size))
-    with pytest.raises(ValueError, match=r"theirs.pth is no complete checkpoint$"):
+    with pytest.raises(ValueError, match=r"theirs.pth is not a complete checkpoint$"):
         cs.load_authors_checkpoint(model, path)
 
 
@@ -253,7 +253,7 @@ def test_a_file_that_is_no_checkpoint_is_named(model, tmp_path):
     (tmp_path / "list.pth").write_bytes(pickle.dumps([1, 2], protocol=2))
     (tmp_path / "text.pth").write_text("not a checkpoint")
     for name in ("list.pth", "text.pth"):
-        with pytest.raises(ValueError, match=f"{name} is no complete checkpoint"):
+        with pytest.raises(ValueError, match=f"{name} is not a complete checkpoint"):
             cs.load_authors_checkpoint(model, tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
         cs.load_authors_checkpoint(model, tmp_path / "nothing.pth")
