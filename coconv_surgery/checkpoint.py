@@ -13,7 +13,7 @@ from coconv_surgery.layers.rollback import deep_restorer
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.surgery import get_plan, switch_to_plan
 from coconv_surgery.tracing.convertible import check_convertible
-from coconv_surgery.tracing.sites import find_sites
+from coconv_surgery.tracing.finding import find_sites
 
 _KEY = "coconv_plan"
 

@@ -21,8 +21,10 @@ from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_parameters
 from coconv_surgery.planning.policies import Answer, Policy
 from coconv_surgery.tracing.convertible import check_convertible
+from coconv_surgery.tracing.finding import find_sites
 from coconv_surgery.tracing.inputs import InputSize, infer_inputs
-from coconv_surgery.tracing.sites import Site, find_sites, revert_sites, switch_sites
+from coconv_surgery.tracing.sites import Site
+from coconv_surgery.tracing.switching import revert_sites, switch_sites
 from coconv_surgery.tracing.trace import trace_network
 
 _PLAN = "_coconv_plan"

@@ -17,8 +17,8 @@ ROOMS = [
 FILES = {
     "layers": ["functional", "levels", "conv", "rollback", "switch", "timm_convs"],
     "tracing": [
-        *("convertible", "inputs", "twin", "signature", "graph_convs", "graph_weights", "rewriting", "sites"),
-        *("dataflow", "observer", "fx_map", "trace"),
+        *("convertible", "inputs", "twin", "signature", "graph_convs", "graph_weights", "rewriting"),
+        *("sites", "finding", "switching", "dataflow", "observer", "fx_map", "trace"),
     ],
     "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "decision"],
 }

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import Dilation
-from coconv_surgery.layers.levels import SplitRule, complete_levels
+from coconv_surgery.layers.levels import Levels, SplitRule, complete_levels
 from coconv_surgery.layers.rollback import restorer
 
 # The contextual class of every convolution class that has one: registered, and made for those that inherit a forward.
@@ -127,7 +127,19 @@ def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[
     """
     if not isinstance(conv, nn.Conv2d):
         raise TypeError(f"to_coconv_ takes an nn.Conv2d, not a {type(conv).__name__}")
-    levels = complete_levels(conv, dilations=dilations, splits=splits)
+    set_levels_(conv, complete_levels(conv, dilations=dilations, splits=splits))
+
+
+def set_levels_(conv: nn.Conv2d, levels: Levels) -> None:
+    """Do what :func:`to_coconv_` does, with levels that :func:`~coconv_surgery.layers.levels.check_levels` has passed.
+
+    Args:
+        conv: As of :func:`to_coconv_`.
+        levels: Its levels, in numbers.
+
+    Raises:
+        TypeError: As :func:`to_coconv_`.
+    """
     contextual = isinstance(conv, CoConv2d)
     cls = None if contextual else contextual_class(cast(type[nn.Conv2d], type_before_parametrizations(conv)))
     if cls is None and not contextual:

@@ -61,6 +61,7 @@ class GraphConv:
         output_padding: Of a transposed convolution; None for any other.
         kernel: Height and width of the kernel, where the weight's shape is known.
         levels: Its levels, if it is contextual.
+        paddings: Padding of each level, where an export has written them out.
         parts: Other nodes that make it up, and are of no use without it.
         fixed: Why it cannot take other levels, if so.
         no_plain_form: Why its plain form is not known, if so.
@@ -78,6 +79,7 @@ class GraphConv:
     output_padding: Pair | None = None
     kernel: Pair | None = None
     levels: Levels | None = None
+    paddings: tuple[Pair, ...] = ()
     parts: tuple[fx.Node, ...] = ()
     fixed: str | None = None
     no_plain_form: str | None = None
@@ -117,7 +119,7 @@ def _read(node: fx.Node) -> GraphConv | None:
     known = isinstance(named["groups"], int) and padding is not None and None not in sizes.values()
     if not known or not all(isinstance(value, fx.Node) for value in nodes):
         return None
-    transposed = named.get("transposed", "output_padding" in named or _ARGUMENTS[node.target] is _TRANSPOSED)
+    transposed = named.get("transposed", _ARGUMENTS[node.target] is _TRANSPOSED)
     conv = GraphConv(
         node,
         *nodes,
@@ -196,6 +198,7 @@ def _joined_levels(cat: fx.Node, convs: Mapping[fx.Node, GraphConv]) -> GraphCon
         bias=cast(fx.Node, cast(fx.Node, splits[1]).args[0]) if first.bias is not None else None,
         groups=groups,
         levels=Levels(tuple(_side(level.dilation) for level in levels), tuple(cast(Sequence[int], split.args[1]))),
+        paddings=() if fixed else tuple(cast(Pair, level.padding) for level in levels),
         parts=tuple(dict.fromkeys(parts)),
         fixed=_OWN_DILATION if split.args[2:] == (-4,) else fixed,
         no_plain_form=_OWN_DILATION if split.args[2:] == (-4,) else fixed if fixed == _WRITTEN_OUT else None,

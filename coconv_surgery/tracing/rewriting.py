@@ -123,13 +123,13 @@ def _write_coconv(conv: GraphConv, levels: Levels) -> GraphConv:
     node.target = coconv2d
     node.meta[_WRAPPED] = True
     _erase_unused(conv.parts)
-    return replace(conv, levels=levels, parts=())
+    return replace(conv, levels=levels, paddings=(), parts=())
 
 
 def _write(conv: GraphConv, origin: Origin) -> GraphConv:
     node, source = conv.node, conv.input
     if (pad := origin.pad) is not None:
-        before = next((other for other in node.graph.nodes if other.name == pad.before), node)
+        before = next(other for other in node.graph.nodes if other is node or other.name == pad.before)
         args, kwargs = _filled((pad.args, dict(pad.kwargs)), {"input": conv.input})
         with node.graph.inserting_before(before):
             source = node.graph.create_node("call_function", pad.target, args, kwargs)
@@ -140,7 +140,7 @@ def _write(conv: GraphConv, origin: Origin) -> GraphConv:
     node.target = origin.target
     node.meta.pop(_WRAPPED, None)
     _erase_unused(conv.parts)
-    return replace(conv, levels=None, parts=() if source is conv.input else (source,))
+    return replace(conv, levels=None, paddings=(), parts=() if source is conv.input else (source,))
 
 
 def _erase_unused(nodes: Sequence[fx.Node]) -> None:

@@ -4,11 +4,7 @@ Whoever plans, applies, reverts or reads back works on sites, and never asks whi
 """
 
 import abc
-import copy
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,10 +16,9 @@ import torch.nn.functional as F
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import coconv2d
 from coconv_surgery.layers.levels import Levels, scale_dilations
-from coconv_surgery.layers.rollback import restorer
-from coconv_surgery.layers.switch import is_switchable, to_coconv_, to_conv_
-from coconv_surgery.tracing.graph_convs import GraphConv, find_graph_convs
-from coconv_surgery.tracing.graph_weights import Weight, WeightSource, find_weights
+from coconv_surgery.layers.switch import is_switchable, set_levels_, to_conv_
+from coconv_surgery.tracing.graph_convs import GraphConv
+from coconv_surgery.tracing.graph_weights import Weight, WeightSource
 from coconv_surgery.tracing.rewriting import restore, set_levels, was_rewritten
 from coconv_surgery.tracing.signature import Signature
 
@@ -77,7 +72,7 @@ class Site(abc.ABC):
 
     @abc.abstractmethod
     def switch(self, levels: Levels | None) -> None:
-        """Give it levels, or make it the plain convolution; within :func:`switch_sites` only."""
+        """Give it levels that are known to suit it, or make it plain, as a part of a larger change."""
 
     @property
     @abc.abstractmethod
@@ -86,7 +81,7 @@ class Site(abc.ABC):
 
     @abc.abstractmethod
     def revert(self) -> None:
-        """Make it what it was before the first switch, or plain if there was none; within :func:`revert_sites` only."""
+        """Make it what it was before the first switch, or plain if there was none, as a part of a larger change."""
 
     @abc.abstractmethod
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
@@ -128,7 +123,7 @@ class ModuleSite(Site):
 
     def _switch(self, levels: Levels | None) -> None:
         if levels is not None:
-            to_coconv_(self.conv, *levels)
+            set_levels_(self.conv, levels)
         elif isinstance(self.conv, CoConv2d) and is_switchable(self.conv):
             to_conv_(self.conv)
 
@@ -229,72 +224,9 @@ class WatchedConv(nn.Module):
         )
 
 
-# -- Finding them -----------------------------------------------------------------------------------------------------
-
-
-def find_sites(model: nn.Module) -> list[Site]:
-    """All places where a network convolves: modules in the order of ``named_modules()``, then the nodes of graphs.
-
-    A module or a graph that has several names is found once, under the first. The nodes of one graph that convolve
-    with one weight in one way are one site, named by the module that holds the weight where that tells; a name that is
-    taken gets a counter.
-    """
-    names: dict[nn.Module, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        names[module].append(name)
-    sites: list[Site] = [
-        ModuleSite(first, tuple(aliases), cast(nn.Conv2d, module))
-        for module, (first, *aliases) in names.items()
-        if is_conv(module)
-    ]
-    taken = {name for site in sites for name in (site.name, *site.aliases)}
-    for module, owner_names in names.items():
-        sites.extend(_node_sites(owner_names, module, taken))
-    return sites
-
-
-def is_conv(module: nn.Module) -> bool:
-    """Whether a module is a 2D convolution: torch's, or another kind that describes itself in the same words.
-
-    Nothing of the module is evaluated: reading a weight may compute it, and a property may do anything.
-    """
-    if isinstance(module, nn.Conv2d):
-        return True
-    kernel = vars(module).get("kernel_size", vars(type(module)).get("kernel_size"))
-    named = all(_has(module, name) for name in ("in_channels", "out_channels", "weight"))
-    return named and isinstance(kernel, tuple | list) and len(kernel) == 2
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    tables = (vars(module), module._parameters, module._buffers)
-    return any(name in table for table in tables) or any(name in vars(cls) for cls in type(module).__mro__)
-
-
 def graphs_of(module: nn.Module) -> dict[str, fx.Graph]:
     """The graphs that a module runs, by attribute: one, or one each for training and evaluation."""
     return {name: value for name, value in vars(module).items() if isinstance(value, fx.Graph)}
-
-
-def _node_sites(owner_names: list[str], owner: nn.Module, taken: set[str]) -> Iterator[Site]:
-    alike: dict[Any, tuple[Weight, list[GraphConv]]] = {}
-    for graph in {id(graph): graph for graph in graphs_of(owner).values()}.values():
-        convs = find_graph_convs(graph)
-        for conv, weight in zip(convs, find_weights(owner, convs), strict=True):
-            if weight.shape is not None and len(weight.shape) != 4:
-                continue
-            kernel = weight.shape[2:] if weight.shape is not None else None
-            conv = replace(conv, kernel=cast(Any, kernel))
-            _, nodes = alike.setdefault((weight.key, conv.arguments), (weight, []))
-            nodes.append(conv)
-    for weight, nodes in alike.values():
-        local = weight.name.removesuffix(".weight") if weight.name is not None else nodes[0].node.name
-        name, *aliases = [".".join(filter(None, (prefix, local))) for prefix in owner_names]
-        count = 1
-        while name in taken:
-            count += 1
-            name = f"{name.partition('#')[0]}#{count}"
-        taken.add(name)
-        yield NodeSite(name, tuple(aliases), (owner_names[0], owner), nodes, weight)
 
 
 def _describe(conv: GraphConv, shape: tuple[int, ...] | None) -> nn.Conv2d:
@@ -317,59 +249,3 @@ def _describe(conv: GraphConv, shape: tuple[int, ...] | None) -> nn.Conv2d:
     if shape is None:
         described.in_channels, described.out_channels, described.kernel_size = 0, 0, (0, 0)
     return cast(nn.Conv2d, described)
-
-
-# -- Changing them ----------------------------------------------------------------------------------------------------
-
-
-def switch_sites(changes: Iterable[tuple[Site, Levels | None]], undo: ExitStack) -> None:
-    """Give sites levels, or make them plain.
-
-    Args:
-        changes: Sites and their levels, None for plain.
-        undo: Takes what puts everything back.
-    """
-    changes = list(changes)
-    _remember([site for site, _ in changes], undo)
-    for site, levels in changes:
-        site.switch(levels)
-    _recompile(site for site, _ in changes)
-
-
-def revert_sites(sites: Iterable[Site], undo: ExitStack) -> None:
-    """Make sites what they were before their first switch.
-
-    Args:
-        sites: The sites.
-        undo: Takes what puts everything back.
-    """
-    sites = list(sites)
-    _remember(sites, undo)
-    for site in sites:
-        site.revert()
-    _recompile(sites)
-
-
-def _remember(sites: Iterable[Site], undo: ExitStack) -> None:
-    for holder in {id(holder): holder for holder in (site.holder() for site in sites)}.values():
-        undo.callback(_graph_restorer(holder) if graphs_of(holder) else restorer(holder))
-
-
-def _recompile(sites: Iterable[Site]) -> None:
-    for holder in {id(holder): holder for holder in (site.holder() for site in sites)}.values():
-        if isinstance(holder, fx.GraphModule):
-            holder.recompile()
-
-
-def _graph_restorer(owner: nn.Module) -> Callable[[], None]:
-    copies = {id(graph): copy.deepcopy(graph) for graph in graphs_of(owner).values()}
-    by_name: Mapping[str, fx.Graph] = {name: copies[id(graph)] for name, graph in graphs_of(owner).items()}
-
-    def restore_graphs() -> None:
-        vars(owner).update(by_name)
-        for graph in copies.values():
-            graph.owning_module = cast(Any, owner)
-        if isinstance(owner, fx.GraphModule):
-            owner.recompile()
-
-    return restore_graphs

@@ -80,7 +80,7 @@ def trace_network(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Tr
 
     Args:
         model: The network.
-        sites: Where it convolves, see :func:`~coconv_surgery.tracing.sites.find_sites`.
+        sites: Where it convolves, see :func:`~coconv_surgery.tracing.finding.find_sites`.
         inputs: What to call it with.
 
     Raises:

@@ -22,13 +22,18 @@ signatures = st.builds(
     groups=st.integers(1, 9),
     padding_mode=st.sampled_from(["zeros", "reflect"]),
 )
+whys = st.one_of(
+    st.tuples(st.none(), st.none()),
+    st.tuples(st.text(), st.none()),
+    st.tuples(st.text(), st.sampled_from(cs.Reason)),
+)
 rows = st.builds(
-    PlanRow,
+    lambda why, **fields: PlanRow(reason=why[0], reason_key=why[1], **fields),
+    why=whys,
     name=st.text(),
     signature=signatures,
     dilations=st.lists(st.one_of(st.integers(1, 9), pairs), min_size=1).map(tuple),
     splits=st.lists(st.integers(1, 99), min_size=1).map(tuple),
-    reason=st.none() | st.text(),
     calls=st.integers(0, 9),
     output_sizes=st.lists(pairs).map(tuple),
     aliases=st.lists(st.text()).map(tuple),
@@ -78,7 +83,7 @@ def test_an_impossible_edit_is_refused(net):
         ('{"format": "coconv-plan", "version": 1, "rows": [], "extra": 1}', "not a complete plan"),
     ],
 )
-def test_what_is_no_plan_is_refused(text, message):
+def test_what_is_not_a_plan_is_refused(text, message):
     with pytest.raises(PlanError, match=message):
         Plan.from_json(text)
 
@@ -143,3 +148,40 @@ def test_a_repeated_row_is_refused_before_anything_changes(net):
 def test_a_row_of_the_wrong_types_is_refused(net, change):
     with pytest.raises(PlanError, match="not a complete plan"):
         Plan.from_json(edited(net, **change))
+
+
+def test_a_reason_is_in_the_row_and_in_the_file_as_a_key_and_as_a_text(net):
+    plan = cs.plan_conversion(net, input_size=32, exclude="stem")
+    reasons = {row.name: (row.reason_key, row.reason) for row in plan.rows if not row.converted}
+    assert reasons == {"stem": (cs.Reason.EXCLUDED, "excluded"), "body.2": (cs.Reason.KERNEL, "kernel 1×1")}
+    rows = {row["name"]: row for row in json.loads(plan.to_json())["rows"]}
+    assert (rows["body.2"]["reason_key"], rows["body.2"]["reason"]) == ("kernel", "kernel 1×1")
+    assert (rows["body.0"]["reason_key"], rows["body.0"]["reason"]) == (None, None)
+
+
+def test_a_reason_that_is_taken_out_by_hand_takes_its_key_along(net):
+    data = json.loads(cs.plan_conversion(net, input_size=32, exclude="stem").to_json())
+    data["rows"][0] |= {"reason": None, "dilations": [1, 2], "splits": [4, 4]}
+    plan = Plan.from_json(json.dumps(data))
+    assert plan.rows[0].reason_key is None
+    cs.apply_plan(net, plan)
+    assert net.stem.dilations == (1, 2)
+
+
+def test_a_plan_of_a_release_without_keys_is_read(net):
+    data = json.loads(cs.plan_conversion(net, input_size=32).to_json())
+    for row in data["rows"]:
+        del row["reason_key"]
+    plan = Plan.from_json(json.dumps(data))
+    assert [row.reason for row in plan.rows if not row.converted] == ["kernel 1×1"]
+
+
+@pytest.mark.parametrize("key", ["no such", 5, ["kernel"]], ids=str)
+def test_a_key_that_does_not_exist_is_refused(net, key):
+    with pytest.raises(PlanError, match="has a reason_key that does not exist"):
+        Plan.from_json(edited(net, reason="x", reason_key=key))
+
+
+@pytest.mark.parametrize("reason", cs.Reason, ids=lambda reason: reason.name.lower())
+def test_every_reason_has_a_text_of_its_own(reason):
+    assert [other for other in cs.Reason if other.value == reason.value] == [reason]

@@ -1,0 +1,84 @@
+"""Which sites a network has."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import torch.nn as nn
+
+from coconv_surgery.layers.functional import level_padding, pair
+from coconv_surgery.tracing.graph_convs import GraphConv, find_graph_convs
+from coconv_surgery.tracing.graph_weights import Weight, find_weights
+from coconv_surgery.tracing.sites import ModuleSite, NodeSite, Site, graphs_of
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """All places where a network convolves: modules in the order of ``named_modules()``, then the nodes of graphs.
+
+    A module or a graph that has several names is found once, under the first. The nodes of one graph that convolve
+    with one weight in one way are one site, named by the module that holds the weight where that tells; a name that is
+    taken gets a counter.
+    """
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    sites: list[Site] = [
+        ModuleSite(first, tuple(aliases), cast(nn.Conv2d, module))
+        for module, (first, *aliases) in names.items()
+        if is_conv(module)
+    ]
+    taken = {name for site in sites for name in (site.name, *site.aliases)}
+    for module, owner_names in names.items():
+        sites.extend(_node_sites(owner_names, module, taken))
+    return sites
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether a module is a 2D convolution: torch's, or another kind that describes itself in the same words.
+
+    Nothing of the module is evaluated: reading a weight may compute it, and a property may do anything.
+    """
+    if isinstance(module, nn.Conv2d):
+        return True
+    kernel = vars(module).get("kernel_size", vars(type(module)).get("kernel_size"))
+    named = all(_has(module, name) for name in ("in_channels", "out_channels", "weight"))
+    return named and isinstance(kernel, tuple | list) and len(kernel) == 2
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    tables = (vars(module), module._parameters, module._buffers)
+    return any(name in table for table in tables) or any(name in vars(cls) for cls in type(module).__mro__)
+
+
+def _node_sites(owner_names: list[str], owner: nn.Module, taken: set[str]) -> Iterator[Site]:
+    alike: dict[Any, tuple[Weight, list[GraphConv]]] = {}
+    for graph in {id(graph): graph for graph in graphs_of(owner).values()}.values():
+        convs = find_graph_convs(graph)
+        for conv, weight in zip(convs, find_weights(owner, convs), strict=True):
+            if weight.shape is not None and len(weight.shape) != 4:
+                continue
+            conv = _with_kernel(conv, weight)
+            _, nodes = alike.setdefault((weight.key, conv.arguments), (weight, []))
+            nodes.append(conv)
+    for weight, nodes in alike.values():
+        local = weight.name.removesuffix(".weight") if weight.name is not None else nodes[0].node.name
+        name, *aliases = [".".join(filter(None, (prefix, local))) for prefix in owner_names]
+        count = 1
+        while name in taken:
+            count += 1
+            name = f"{name.partition('#')[0]}#{count}"
+        taken.add(name)
+        yield NodeSite(name, tuple(aliases), (owner_names[0], owner), nodes, weight)
+
+
+def _with_kernel(conv: GraphConv, weight: Weight) -> GraphConv:
+    """Add the kernel to a description, and whether levels read off an export are not what they look like."""
+    if weight.shape is None:
+        return conv
+    height, width = weight.shape[2:]
+    kernel = (height, width)
+    levels = conv.levels.dilations if conv.levels is not None else ()
+    expected = tuple(level_padding(kernel, conv.padding, conv.dilation, pair(dilation)) for dilation in levels)
+    other = "its levels are padded in a way of their own" if conv.paddings and conv.paddings != expected else None
+    return replace(conv, kernel=kernel, fixed=conv.fixed or other, no_plain_form=conv.no_plain_form or other)
