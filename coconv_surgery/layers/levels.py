@@ -84,9 +84,7 @@ def complete_levels(
         raise ValueError("give either levels= (a number) or dilations= (one for each level)")
     units, size = level_units(conv)
     if dilations is None:
-        count = whole_number(levels, "levels")
-        if count < 1:
-            raise ValueError(f"levels={levels} must be at least 1")
+        count = whole_number(levels, "levels", at_least=1)
         _check_count(conv, count)
         dilations = scale_dilations(conv.dilation, range(1, count + 1))
     chosen = _sequence(dilations, "dilations")
@@ -169,21 +167,29 @@ def scale_dilations(dilation: int | Sequence[int], factors: Iterable[int]) -> tu
     return tuple(_squeeze((factor * height, factor * width)) for factor in factors)
 
 
-def whole_number(value: Any, name: str) -> int:
+def whole_number(value: Any, name: str, at_least: int | None = None) -> int:
     """A value as a Python integer; numpy's integers and the like are fine.
 
+    Args:
+        value: The value.
+        name: What it is, for the message.
+        at_least: The smallest that it may be.
+
     Raises:
-        ValueError: If it is a boolean, or not a whole number of an integer type.
+        ValueError: If it is a boolean, not a whole number of an integer type, or too small.
 
     >>> whole_number(3, "levels")
     3
     """
     try:
-        if not isinstance(value, bool):
-            return operator.index(value)
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        pass
-    raise ValueError(f"{name}: {value!r} is not a whole number")
+        number = None
+    if number is None:
+        raise ValueError(f"{name}={value!r} must be a whole number")
+    if at_least is not None and number < at_least:
+        raise ValueError(f"{name}={value!r} must be at least {at_least}")
+    return number
 
 
 def _sequence(values: Any, name: str) -> tuple[Any, ...]:

@@ -10,7 +10,14 @@ import torch.nn as nn
 from timm.layers import pad_same
 
 from coconv_surgery.layers.conv import CoConv2d
-from coconv_surgery.layers.levels import SplitRule, complete_levels, is_plain, level_units, scale_dilations
+from coconv_surgery.layers.levels import (
+    SplitRule,
+    complete_levels,
+    is_plain,
+    level_units,
+    scale_dilations,
+    whole_number,
+)
 from coconv_surgery.layers.switch import register_coconv, to_coconv_
 
 
@@ -51,17 +58,17 @@ def build_coconv(
         raise ValueError(
             "a conv layer of type CoConv takes either levels= (a number) or dilations= (one for each level)"
         )
-    if levels is not None and levels < 1:
-        raise ValueError(f"levels={levels} of type CoConv must be at least 1")
+    if dilations is not None:
+        factors: Sequence[int] = [whole_number(dilation, "dilations", at_least=1) for dilation in dilations]
+    else:
+        factors = range(1, whole_number(levels, "levels", at_least=1) + 1)
     conv = nn.Conv2d(*args, **kwargs)
     if conv.kernel_size != (3, 3):
         return conv
-    factors = range(1, levels + 1) if levels is not None else dilations
-    assert factors is not None
     units, _ = level_units(conv)
-    chosen, shares = complete_levels(conv, dilations=scale_dilations(conv.dilation, factors[:units]), splits=splits)
-    if not is_plain(conv, chosen):
-        to_coconv_(conv, chosen, shares)
+    chosen = complete_levels(conv, dilations=scale_dilations(conv.dilation, factors[:units]), splits=splits)
+    if not is_plain(conv, chosen.dilations):
+        to_coconv_(conv, *chosen)
     return conv
 
 

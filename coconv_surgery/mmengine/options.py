@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch.nn as nn
 
 from coconv_surgery.layers.functional import Pair
-from coconv_surgery.layers.levels import Levels
+from coconv_surgery.layers.levels import Levels, whole_number
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.planning.policies import POLICIES, Answer, Policy, get_policy
 from coconv_surgery.surgery import apply_plan, plan_conversion
@@ -68,10 +68,12 @@ class SurgeryOptions:
             return resized_to(self.pipeline)
         if self.input_size is None:
             return None
-        sides = (self.input_size,) * 2 if isinstance(self.input_size, int) else tuple(self.input_size)
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise ValueError(f"surgery: input_size={self.input_size!r} must be a side or (height, width)")
-        return sides
+        sides = tuple(self.input_size) if isinstance(self.input_size, Sequence) else (self.input_size,) * 2
+        try:
+            height, width = (whole_number(side, "input_size", at_least=1) for side in sides)
+        except ValueError as error:
+            raise ValueError(f"surgery: input_size={self.input_size!r} must be a side or (height, width)") from error
+        return height, width
 
     def saved_plan(self) -> Plan | None:
         """The saved plan, if one is given."""

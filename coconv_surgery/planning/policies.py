@@ -52,10 +52,12 @@ class LevelPolicy:
     def __post_init__(self) -> None:
         if self.split not in get_args(SplitRule):
             raise ValueError(f"split={self.split!r}: choose {' or '.join(map(repr, get_args(SplitRule)))}")
-        if self.min_channels < 1:
-            raise ValueError(f"min_channels={self.min_channels} must be at least 1")
+        self._set("min_channels", whole_number(self.min_channels, "min_channels", at_least=1))
         if self.shared not in ("min", "max"):
             raise ValueError(f"shared={self.shared!r}: choose 'min' or 'max'")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def levels(self, conv: TracedConv) -> int:
         """Number of levels, before the channels of the convolution are looked at."""
@@ -68,7 +70,9 @@ class LevelPolicy:
 
     def __call__(self, conv: TracedConv) -> Levels:
         """Choose the levels of a convolution."""
-        for count in range(self.levels(conv), 1, -1):
+        units, _ = level_units(conv.conv)
+        most = max(units, *(max(call.input_size) for call in conv.calls))
+        for count in range(min(self.levels(conv), most), 1, -1):
             levels = self.build(conv, count)
             if levels is not None and _suits_its_maps(conv, levels):
                 return levels
@@ -94,8 +98,7 @@ class ResolutionPolicy(LevelPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_levels < 1:
-            raise ValueError(f"max_levels={self.max_levels} must be at least 1")
+        self._set("max_levels", whole_number(self.max_levels, "max_levels", at_least=1))
 
     def levels(self, conv: TracedConv) -> int:
         """Number of levels for the map that counts."""
@@ -115,9 +118,13 @@ class StagePolicy(LevelPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "stages", tuple(self.stages))
-        if not self.stages or min(self.stages) < 1:
-            raise ValueError(f"stages={self.stages} must give at least one level for each stage")
+        try:
+            stages = tuple(whole_number(count, "stages", at_least=1) for count in self.stages)
+        except (TypeError, ValueError):
+            stages = ()
+        if not stages:
+            raise ValueError(f"stages={self.stages!r} must be numbers of at least 1, one for each stage")
+        self._set("stages", stages)
 
     def levels(self, conv: TracedConv) -> int:
         """Number of levels of the convolution's stage."""
@@ -149,8 +156,7 @@ class UniformPolicy(LevelPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.count < 1:
-            raise ValueError(f"count={self.count} must be at least 1")
+        self._set("count", whole_number(self.count, "count", at_least=1))
 
     def levels(self, conv: TracedConv) -> int:
         """The number of levels."""

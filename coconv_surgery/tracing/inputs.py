@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
 from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.levels import whole_number
 
 InputSize = int | Sequence[int]
 
@@ -69,8 +70,12 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
         return recorded
     if input_size is None:
         input_size = _configured_size(model)
-    sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    if len(sides) not in (2, 3) or not all(isinstance(side, int) and side > 0 for side in sides):
+    sides = tuple(input_size) if isinstance(input_size, Sequence) else (input_size, input_size)
+    try:
+        sides = tuple(whole_number(side, "input_size", at_least=1) for side in sides)
+    except ValueError:
+        sides = ()
+    if len(sides) not in (2, 3):
         raise ValueError(f"input_size={input_size!r}: give a side, (height, width) or (channels, height, width)")
     shape = sides if len(sides) == 3 else (_image_channels(model), *sides)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))

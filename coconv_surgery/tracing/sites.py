@@ -225,7 +225,9 @@ class WatchedConv(nn.Module):
 
 
 def graphs_of(module: nn.Module) -> dict[str, fx.Graph]:
-    """The graphs that a module runs, by attribute: one, or one each for training and evaluation."""
+    """The graphs that a module runs, by attribute: none, one, or one each for training and evaluation."""
+    if not isinstance(module, fx.GraphModule):
+        return {}
     return {name: value for name, value in vars(module).items() if isinstance(value, fx.Graph)}
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch.nn as nn
 
-from coconv_surgery.layers.levels import complete_levels, is_plain, scale_dilations
+from coconv_surgery.layers.levels import complete_levels, is_plain, scale_dilations, whole_number
 from coconv_surgery.layers.switch import to_coconv_
 from coconv_surgery.zoo.authors import merge_levels, warn_of_norm_order
 
@@ -27,9 +27,13 @@ def set_levels(
     Raises:
         ValueError: If there is not one number for each stage, or a stage cannot take its number.
     """
-    valid = isinstance(levels, Sequence) and len(levels) == len(stages)
-    if not valid or not all(isinstance(count, int) and count >= 1 for count in levels):
-        raise ValueError(f"levels={levels!r} must be {len(stages)} numbers of at least 1, one for each stage")
+    given = levels
+    try:
+        levels = [whole_number(count, "levels", at_least=1) for count in levels]
+    except (TypeError, ValueError):
+        levels = []
+    if len(levels) != len(stages):
+        raise ValueError(f"levels={given!r} must be {len(stages)} numbers of at least 1, one for each stage")
     for number, (stage, count) in enumerate(zip(stages, levels, strict=True), start=1):
         for block in stage:
             try:
