@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -265,11 +266,43 @@ def test_a_plan_whose_levels_do_not_fit_its_maps_is_refused():
 
 @pytest.mark.parametrize("numbers", [(1, 2), [1, 2], torch.Size([1, 2])], ids=lambda value: type(value).__name__)
 def test_whole_numbers_of_any_kind_are_taken(numbers):
-    import numpy as np
-
     assert cs.CoConv2d(4, 8, 3, padding=1, dilations=numbers).dilations == (1, 2)
     assert cs.CoConv2d(4, 8, 3, padding=1, dilations=np.array([1, 2])).dilations == (1, 2)
     assert type(cs.CoConv2d(4, 8, 3, padding=1, levels=np.int64(2)).dilations[1]) is int
+
+
+@pytest.mark.parametrize("size", [True, 32.0, "32", (32, True), (32, 32.0), {32}, (0, 32), float("nan")], ids=str)
+def test_an_input_size_that_is_not_whole_numbers_is_refused(net, size):
+    with pytest.raises(ValueError, match=r"input_size=.*give a side"):
+        cs.plan_conversion(net, input_size=size)
+
+
+def test_an_input_size_of_numpys_integers_is_taken(net):
+    plan = cs.plan_conversion(net, input_size=(np.int64(32), np.int32(32)))
+    assert plan.diff(cs.plan_conversion(net, input_size=32)) == []
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        lambda: cs.ResolutionPolicy(max_levels="4"),
+        lambda: cs.ResolutionPolicy(max_levels=True),
+        lambda: cs.UniformPolicy(2.0),
+        lambda: cs.UniformPolicy(float("nan")),
+        lambda: cs.StagePolicy((4, 3, 2, True)),
+        lambda: cs.StagePolicy("4321"),
+        lambda: cs.UniformPolicy(2, min_channels=None),
+        lambda: cs.CoResNet(Bottleneck, (1, 1, 1, 1), levels=(4, 3, True, 1)),
+    ],
+)
+def test_a_number_of_levels_that_is_not_one_is_refused_where_it_is_given(policy):
+    with pytest.raises(ValueError, match=r"whole number|numbers of at least 1"):
+        policy()
+
+
+def test_a_policy_of_very_many_levels_costs_nothing(net):
+    plan = cs.plan_conversion(net, cs.UniformPolicy(10**9), input_size=32)
+    assert plan.rows[0].levels == 8, "as many as there are channels"
 
 
 # -- Revert is the inverse -----------------------------------------------------------------------------------------

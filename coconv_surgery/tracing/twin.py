@@ -5,7 +5,6 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -125,26 +124,31 @@ def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
         Exception: What the module raises, if it cannot be copied.
     """
     memo = {} if memo is None else memo
+    attempt = dict(memo)
+    try:
+        copied = copy.deepcopy(module, attempt)
+    except Exception:
+        shared = {id(value): value for value in _uncopyable(module)}
+        if not shared:
+            raise
+        attempt = memo | shared
+        copied = copy.deepcopy(module, attempt)
+    memo.update(attempt)
+    return copied
+
+
+def _uncopyable(module: nn.Module) -> Iterator[Any]:
+    """Attributes of a module and those in it that refuse to be copied, and hold neither tensors nor modules."""
+    own = vars(nn.Module()).keys()
     for part in module.modules():
         for name, value in vars(part).items():
-            if name not in _TABLES and not isinstance(value, _COPIED) and not _is_copied(value):
-                memo[id(value)] = value
-    return copy.deepcopy(module, memo)
-
-
-# What a module keeps its own things in, and what is known to be copied.
-_TABLES = frozenset(vars(nn.Module()))
-_COPIED = (bool, int, float, str, bytes, type(None), tuple, list, dict, torch.Tensor, nn.Module, FunctionType, type)
-
-
-def _is_copied(value: Any) -> bool:
-    if any(isinstance(leaf, torch.Tensor | nn.Module) for leaf in getattr(value, "__dict__", {}).values()):
-        return True
-    try:
-        copy.deepcopy(value)
-    except Exception:  # whatever the value's own code raises
-        return False
-    return True
+            held = (value, *getattr(value, "__dict__", {}).values())
+            if name in own or any(isinstance(leaf, torch.Tensor | nn.Module) for leaf in held):
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:  # whatever the value's own code raises
+                yield value
 
 
 def _own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
