@@ -94,8 +94,6 @@ class Twin:
         for tensor in _own_tensors(model):
             if self._fake_mode is not None:
                 memo[id(tensor)] = self._fake_mode.from_tensor(tensor)
-            elif isinstance(tensor, nn.Parameter):  # only read, so the numbers need no copy
-                memo[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
             elif not tensor.is_leaf:  # a cached result, which deepcopy refuses
                 memo[id(tensor)] = tensor.detach().clone()
         for module in model.modules():

@@ -492,7 +492,28 @@ def test_a_plan_says_how_it_was_found(needs_numbers, sizes):
     assert plan.traced in str(plan)
 
 
-def test_a_real_forward_pass_shares_the_weights_and_leaves_gradients_and_buffers_alone():
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m: m.conv.weight.mul_(0.99),
+        lambda m: m.conv.weight.clamp_(min=0),
+        lambda m: m.mix.bias.add_(m.conv.bias.sum()),
+    ],
+)
+def test_a_forward_that_writes_its_weights_leaves_those_of_the_network_alone(write):
+    def forward(m, x):
+        with torch.no_grad():
+            write(m)
+        return m.mix(m.conv(x))
+
+    model = Model(forward, conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    inputs = cs.Inputs((torch.ones(1, 4, 16, 16),), needs_numbers=True)
+    assert cs.plan_conversion(model, example_inputs=inputs).traced.endswith("a real forward pass")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_real_forward_pass_leaves_gradients_and_buffers_alone():
     class Counting(nn.Module):
         def __init__(self):
             super().__init__()
