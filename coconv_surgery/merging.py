@@ -12,7 +12,7 @@ block, such as a loop of a script that builds an ``nn.Conv2d`` from a contextual
 """
 
 import functools
-import types
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.rollback import deep_restorer, restorer
-from coconv_surgery.layers.switch import switch_class, to_coconv_
+from coconv_surgery.layers.switch import make_subclass, switch_class, to_coconv_
 from coconv_surgery.tracing.twin import copy_module
 
 # What blocks call it: timm's, RepVGG's and ACNet's; ultralytics' and YOLOv7's; PP-YOLOE's and ECB's; RepLKNet's kin.
@@ -50,26 +50,35 @@ def keep_levels_in_merges(model: nn.Module, undo: ExitStack) -> None:
         undo: Takes what puts a block back.
     """
     for module in model.modules():
-        plain = _plain_class(module)
-        merges = _merges(module, plain) if _holds(module, CoConv2d) and not isinstance(module, nn.Conv2d) else ()
-        cls = _keeping_class(plain, merges) if merges else plain
+        cls = plain = _plain_class(module)
+        if _holds(module, CoConv2d) and not isinstance(module, nn.Conv2d):
+            own = tuple(name for name in MERGING_METHODS if callable(vars(module).get(name)))
+            others = (name for name in MERGING_METHODS if name not in own)
+            methods = tuple(name for name in others if _is_merge(getattr_static(plain, name, None)))
+            cls = _keeping_class(plain, methods, own) if methods or own else plain
         if cls is not type_before_parametrizations(module):
             undo.callback(restorer(module))
             switch_class(module, cls)
 
 
-_KEEPING: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+_KEEPING: dict[Any, type[nn.Module]] = {}
 
 
-def _keeping_class(plain: type[nn.Module], merges: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of a block's class, of the same name, whose merging methods carry levels over."""
-    if (plain, merges) not in _KEEPING:
-        members: dict[str, Any] = {name: _MergingMethod(name, plain) for name in merges}
-        members |= {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-        members |= {_PLAIN: plain, "__reduce_ex__": functools.partialmethod(_reduce_ex, plain, merges)}
-        cls = types.new_class(plain.__name__, (plain,), exec_body=lambda body: body.update(members))
-        _KEEPING[plain, merges] = cast(type[nn.Module], cls)
-    return _KEEPING[plain, merges]
+def _keeping_class(plain: type[nn.Module], methods: tuple[str, ...], own: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of a block's class, of the same name, whose merging methods carry levels over.
+
+    Args:
+        plain: The block's class.
+        methods: Its merging methods.
+        own: Those that are set on the block itself.
+    """
+    key = (plain, methods, own)
+    if key not in _KEEPING:
+        members: dict[str, Any] = {name: _keeping_method(getattr_static(plain, name), plain) for name in methods}
+        members |= {name: _OwnMethod(name) for name in own}
+        members |= {"__qualname__": plain.__qualname__, "__doc__": plain.__doc__, _PLAIN: plain}
+        _KEEPING[key] = make_subclass(plain.__name__, (plain,), _keeping_class, *key, members=members)
+    return _KEEPING[key]
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:
@@ -77,55 +86,56 @@ def _plain_class(module: nn.Module) -> type[nn.Module]:
     return cast(type[nn.Module], vars(cls).get(_PLAIN, cls))
 
 
-def _reduce_ex(block: Any, plain: type[nn.Module], merges: tuple[str, ...], protocol: Any) -> tuple[Any, ...]:
-    # The class has no name that it could be unpickled by.
-    state = block.__getstate__() if hasattr(block, "__getstate__") else block.__dict__
-    return _new_instance, (plain, merges), state
+def _is_merge(attribute: Any) -> bool:
+    """Whether it is a method that can be called with one argument at most.
+
+    One that needs more is a merge by its name alone, as the ``reparameterize`` of a variational autoencoder.
+    """
+    if isinstance(attribute, staticmethod | classmethod | property | type) or not hasattr(attribute, "__get__"):
+        return False
+    try:
+        parameters = inspect.signature(attribute).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) <= 2  # the block itself, and one more
 
 
-def _new_instance(plain: type[nn.Module], merges: tuple[str, ...]) -> nn.Module:
-    cls = _keeping_class(plain, merges)
-    return cls.__new__(cls)
+def _keeping_method(method: Any, plain: type[nn.Module]) -> Callable[..., Any]:
+    """A merging method that carries levels over: what it is called with and what it returns are the method's own."""
+
+    @functools.wraps(method)
+    def call(block: Any, *args: Any, **kwargs: Any) -> Any:
+        return _merge(block, method.__get__(block, plain), *args, **kwargs)
+
+    return call
 
 
-def _merges(module: nn.Module, plain: type[nn.Module]) -> tuple[str, ...]:
-    """The merging methods of a block's class, and those set on the block itself."""
-    return tuple(
-        name
-        for name in MERGING_METHODS
-        if isinstance(getattr_static(plain, name, None), types.FunctionType) or callable(vars(module).get(name))
-    )
+class _OwnMethod:
+    """The same for a method that is set on the block itself."""
 
-
-def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return any(isinstance(sub, kind) for sub in module.modules())
-
-
-class _MergingMethod:
-    """Stands for a merging method of a block: what it is called with and what it returns are that one's."""
-
-    def __init__(self, name: str, plain: type[nn.Module]) -> None:
-        self.name, self.plain = name, plain
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __get__(self, block: Any, owner: Any) -> Any:
-        if block is None:
-            return getattr(self.plain, self.name)
-        method = vars(block).get(self.name)
-        if method is None:
-            method = getattr(self.plain, self.name).__get__(block)
+        if block is None or self.name not in vars(block):
+            raise AttributeError(f"{owner.__name__} has no attribute {self.name!r}")
+        method = vars(block)[self.name]
         return functools.partial(_merge, block, method) if callable(method) else method
 
     def __set__(self, block: Any, method: Any) -> None:
         vars(block)[self.name] = method
 
     def __delete__(self, block: Any) -> None:
-        if self.name not in vars(block):
-            raise AttributeError(self.name)
         del vars(block)[self.name]
 
 
+def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(sub, kind) for sub in module.modules())
+
+
 class _Call:
-    """One call of a merging method, and the calls within it.
+    """One call of a merging method, with the calls within it.
 
     Attributes:
         consumed: Convolutions that this call or one within it has merged away.
@@ -149,22 +159,40 @@ def _merge(block: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: A
         ValueError: If it would not.
     """
     merge = functools.partial(method, *args, **kwargs)
-    # Something else that has the name of a merge, as the "reparameterize" of a variational autoencoder.
-    given_data = any(isinstance(leaf, torch.Tensor | fx.Proxy) for leaf in tree_leaves((args, kwargs)))
-    if given_data or not _holds(block, CoConv2d):
+    given = tree_leaves((args, kwargs))
+    # A method that works on what it is given has the name of a merge alone, or is a part of one.
+    is_helper = bool(given) and all(isinstance(leaf, torch.Tensor | fx.Proxy | nn.Module) for leaf in given)
+    if (is_helper and not _takes_options(method)) or not _holds(block, CoConv2d):
         return merge()
-    if _calls.get():
-        return _merge_with_levels(merge, block)[0]
-    before = _in_double(block)
+    before, tolerance = _in_double(block), _tolerance(block)
     with ExitStack() as undo:
         undo.callback(deep_restorer(block))
         result, call = _merge_with_levels(merge, block)
-        after = _in_double(result if isinstance(result, nn.Module) else block)
-        same = None if before is None or after is None else _compute_the_same(before, after, _tolerance(block))
+        after = _in_double(_merged(result, block))
+        same = None if before is None or after is None else _compute_the_same(before, after, tolerance)
         if same is False or (same is None and not call.certain):
             raise _refusal(block)
+        call.certain = True  # to the merge around it
         undo.pop_all()
+    if outer := _calls.get():
+        outer[-1].consumed += call.consumed
+        outer[-1].produced += call.produced
     return result
+
+
+def _takes_options(method: Callable[..., Any]) -> bool:
+    """Whether all that a method takes may be left out."""
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def _merged(result: Any, block: nn.Module) -> nn.Module:
+    """What a merge leaves: the one module that it returns, or else the block."""
+    modules = [leaf for leaf in tree_leaves(result) if isinstance(leaf, nn.Module)]
+    return modules[0] if len(modules) == 1 else block
 
 
 def _in_double(block: nn.Module) -> nn.Module | None:
@@ -176,10 +204,10 @@ def _in_double(block: nn.Module) -> nn.Module | None:
 
 
 def _compute_the_same(before: nn.Module, after: nn.Module, tolerance: float) -> bool | None:
-    """Whether all tensors that a merged block returns are among those that it returned before, on a random input.
+    """Whether all tensors that a merged block returns are among those that it returned before, on random images.
 
     Returns:
-        None where the two cannot be run on one, or do not return a tensor.
+        None where the two cannot be run on images, or do not return a tensor.
     """
     conv = next(module for module in before.modules() if isinstance(module, nn.Conv2d))
     device = next((tensor.device for tensor in before.parameters()), torch.device("cpu"))
@@ -189,12 +217,18 @@ def _compute_the_same(before: nn.Module, after: nn.Module, tolerance: float) -> 
     image = torch.randn(2, conv.in_channels, _SIDE, _SIDE, generator=generator, dtype=torch.float64).to(device)
     with torch.no_grad():
         try:
-            expected, found = (_tensors(module(image.clone())) for module in (before, after))
-        except Exception:  # the block's own code, which may want something else than an image
+            inputs = [image.clone() for _ in range(max(1, _needed_inputs(before)))]
+            expected, found = (_tensors(module(*map(torch.clone, inputs))) for module in (before, after))
+        except Exception:  # the block's own code, which may want something else than images
             return None
     if not found:
         return None
     return all(any(_close(tensor, other, tolerance) for other in expected) for tensor in found)
+
+
+def _needed_inputs(module: nn.Module) -> int:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def _tolerance(block: nn.Module) -> float:
@@ -211,27 +245,29 @@ def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> boo
     if found.shape != expected.shape:
         return False
     found, expected = found.to(torch.complex128), expected.to(torch.complex128)
+    numbers = torch.isfinite(expected)
+    if not torch.equal(torch.isfinite(found), numbers):
+        return False
+    found, expected = found[numbers], expected[numbers]
     return not found.numel() or bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _merge_with_levels(merge: Callable[[], Any], block: nn.Module) -> tuple[Any, _Call]:
-    call, outer = _Call(), _calls.get()
+    call = _Call()
     before = _spatial_convs(block)
-    token = _calls.set((*outer, call))
+    token = _calls.set((*_calls.get(), call))
     try:
         result = merge()
     finally:
         _calls.reset(token)
-    after = _spatial_convs(result if isinstance(result, nn.Module) else block)
+    after = _spatial_convs(_merged(result, block))
     known = [*before, *call.produced]
     merged = [conv for conv in known if conv not in after and conv not in call.consumed and not _is_pointwise(conv)]
     made = [conv for conv in after if conv not in known]
     if any(isinstance(conv, CoConv2d) for conv in merged):
-        call.certain &= bool(made) and _carry_over(block, merged, made)
-    if outer:
-        outer[-1].consumed += [*call.consumed, *merged]
-        outer[-1].produced += [*call.produced, *made]
-        outer[-1].certain &= call.certain
+        call.certain = bool(made) and _carry_over(block, merged, made)
+    call.consumed += merged
+    call.produced += made
     return result, call
 
 
@@ -249,8 +285,8 @@ def _carry_over(block: nn.Module, merged: list[nn.Conv2d], made: list[nn.Conv2d]
 
 def _refusal(block: nn.Module) -> ValueError:
     return ValueError(
-        f"merged, this {type(block).__name__} would not compute the same: its branches do not all have the same "
-        "dilations. Reparameterize before converting, or exclude it from the conversion"
+        f"merged, this {type(block).__name__} would not compute the same, or there is no telling: what it merges does "
+        "not all have the same levels. Reparameterize before converting, or exclude it from the conversion"
     )
 
 

@@ -120,7 +120,7 @@ def switch_to_plan(model: nn.Module, sites: Sequence[Site], plan: Plan, undo: Ex
     """
     targets = _check_plan(sites, plan)
     changes = [(site, targets[site.name]) for site in sites if site.state != (targets[site.name] or site.plain)]
-    switch_sites(changes, undo)
+    switch_sites(sites, changes, undo)
     keep_levels_in_merges(model, undo)
     _note(model, plan, undo)
     return bool(changes)
@@ -174,10 +174,10 @@ def convert(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Make every convolution of a network what it was before its first conversion: the exact inverse.
+    """Make every convolution of a network what it was before its first conversion.
 
-    In a network that was contextual from the start, and that no conversion changed, every contextual convolution
-    becomes the plain one that it replaces.
+    Where no conversion of the network is known of, as in one that was contextual from the start, or in a graph that was
+    traced or exported from a converted network, every contextual convolution becomes the plain one that it replaces.
 
     Args:
         model: A converted network.
@@ -190,9 +190,8 @@ def revert(model: nn.Module) -> nn.Module:
         ValueError: If a graph does not tell what a convolution was; the network is left as it was.
     """
     check_convertible(model)
-    found = find_sites(model)
-    sites = [site for site in found if site.was_switched] or [site for site in found if site.levels is not None]
-    unknown = [f"{site.name} ({site.no_plain_form})" for site in sites if site.no_plain_form]
+    sites = [site for site in find_sites(model) if site.is_marked or site.levels is not None]
+    unknown = [f"{site.name} ({site.no_plain_form})" for site in sites if site.no_plain_form and not site.is_marked]
     if unknown:
         raise ValueError(
             f"{_shorten(unknown)}: what it was before the conversion cannot be told; revert before the export"

@@ -47,7 +47,7 @@ def state(model):
         attributes = {
             key: value if isinstance(value, _COMPARED) else id(value)
             for key, value in vars(module).items()
-            if not key.startswith(("_in_spec", "_out_spec", "_lineno_map", "_graph", "_code"))
+            if not key.startswith(("_in_spec", "_out_spec", "_lineno_map", "_code"))
         }
         attributes["meta"] = sorted(vars(module).get("meta", {})) if isinstance(module, fx.GraphModule) else None
         parts[name] = (type(module), attributes, module.code if isinstance(module, fx.GraphModule) else None)

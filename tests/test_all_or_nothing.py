@@ -231,6 +231,9 @@ def test_a_block_with_an_odd_merging_method_converts():
         cs.Levels(2),
         (1, 50),
         10**9,
+        torch.tensor(True),
+        (1, np.array(2.0)),
+        (1, torch.tensor(2)),
     ],
     ids=str,
 )
@@ -325,6 +328,15 @@ def test_a_part_of_a_contextual_network_is_converted_and_comes_back_alone():
     assert [row.dilations for row in cs.get_plan(cs.revert(model)).rows] == before
 
 
+def test_what_a_conversion_does_not_touch_stays_contextual_when_it_is_reverted():
+    model = nn.Sequential(cs.CoConv2d(3, 8, 3, padding=1, levels=2), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
+    before = state(model)
+    cs.convert(model, cs.UniformPolicy(2), input_size=16, exclude="0")
+    cs.revert(model)
+    assert model[0].levels == 2
+    assert same_state(state(model), before)
+
+
 def test_reverting_the_whole_forgets_the_plans_of_its_parts(net):
     cs.convert(net.body, input_size=(8, 16, 16))
     cs.revert(net)
@@ -343,3 +355,20 @@ def test_attributes_of_the_users_are_neither_hidden_nor_overwritten():
     )
     with pytest.raises(TypeError, match="rename them first"):
         cs.to_coconv_(model[0], (1, 2))
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda conv: conv.register_buffer("splits", torch.ones(2)),
+        lambda conv: conv.register_parameter("dilations", nn.Parameter(torch.ones(2))),
+        lambda conv: conv.add_module("levels", nn.Identity()),
+    ],
+    ids=["buffer", "parameter", "module"],
+)
+def test_what_a_convolution_holds_under_a_name_of_the_levels_is_not_hidden(hold):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
+    hold(model[0])
+    with pytest.warns(cs.NoChangeWarning):
+        cs.convert(model, input_size=16)
+    assert cs.get_plan(model).rows[0].reason_key is cs.Reason.HIDDEN_ATTRIBUTES

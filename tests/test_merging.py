@@ -1,6 +1,7 @@
 """Blocks that merge their branches for inference: the result is right, or the merge is refused."""
 
 import copy
+import functools
 import pickle
 import threading
 import types
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from faults import same_state, state
 from timm.utils.model import reparameterize_model
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._pytree import tree_leaves
 
 import coconv_surgery as cs
 
@@ -394,6 +396,228 @@ def test_methods_of_that_name_that_are_no_merges_go_on_as_before():
     image = torch.randn(1, 4, 16, 16)
     assert torch.equal(model[0](image), model[0].conv(image))
     assert "conv2d" in torch.fx.symbolic_trace(model).code
+
+
+def test_a_sampler_of_the_name_of_a_merge_compiles_as_before():
+    class Sampler(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def reparameterize(self, mean, deviation):
+            return mean + deviation
+
+        def forward(self, x):
+            return self.reparameterize(self.conv(x), x)
+
+    model = cs.convert(nn.Sequential(Sampler(), nn.Conv2d(4, 2, 1)), input_size=(4, 16, 16))
+    assert type(model[0]) is Sampler
+    image = torch.randn(1, 4, 16, 16)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(image), model(image))
+
+
+def test_a_block_that_can_merge_compiles_and_traces():
+    model = cs.convert(around(Block()), input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(image), model(image))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(image), model(image))
+    torch.testing.assert_close(torch.export.export(model, (image,)).module()(image), model(image))
+
+
+@pytest.mark.parametrize(
+    "wrapped", [functools.partialmethod(Block.fuse, True), functools.lru_cache(Block.fuse)], ids=str
+)
+def test_a_merge_in_a_wrapping_keeps_levels(wrapped):
+    cls = type("Wrapped", (Block,), {"fuse": wrapped})
+    model = cs.convert(around(cls()), input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    expected = model(image)
+    model[0].fuse()
+    assert model[0].conv.dilations == (1, 2, 3)
+    torch.testing.assert_close(model(image), expected)
+
+
+def test_a_merge_called_through_the_class_keeps_levels():
+    model = cs.convert(around(Block()), input_size=(4, 16, 16))
+    type(model[0]).fuse(model[0])
+    assert model[0].conv.dilations == (1, 2, 3)
+    assert model[0].fuse.__name__ == "fuse"
+
+
+def test_a_tensor_among_the_options_of_a_merge_makes_no_difference():
+    model = cs.convert(around(Block()), input_size=(4, 16, 16))
+    model[0].fuse(torch.ones(1))
+    assert model[0].conv.dilations == (1, 2, 3)
+
+
+@pytest.mark.parametrize("wrap", [lambda conv: (conv, "x"), lambda conv: {"conv": conv}], ids=["tuple", "dict"])
+def test_a_merge_that_returns_a_module_among_other_things_keeps_its_levels(wrap):
+    class Returning(Block):
+        def fuse(self):
+            return wrap(fuse_conv_bn_weights_into(self.conv, self.norm))
+
+    model = cs.convert(around(Returning()), input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    (conv,) = [leaf for leaf in tree_leaves(model[0].fuse()) if isinstance(leaf, nn.Module)]
+    torch.testing.assert_close(conv(image), model[0](image))
+
+
+def test_a_merge_by_helpers_that_take_modules_keeps_levels():
+    class Helped(TwoPairs):
+        def fuse_conv_bn(self, conv, norm):
+            return fuse_conv_bn_weights_into(conv, norm)
+
+        def fuse(self):
+            for index in range(2):
+                self.convs[index] = self.fuse_conv_bn(self.convs[index], self.norms[index])
+                self.norms[index] = nn.Identity()
+
+    model = cs.convert(around(Helped()), input_size=(4, 16, 16), overrides={"0.convs.1": (1, 3)})
+    image = torch.randn(1, 4, 16, 16)
+    expected = model(image)
+    model[0].fuse()
+    assert [conv.dilations for conv in model[0].convs] == [(1, 2, 3), (1, 3)]
+    torch.testing.assert_close(model(image), expected)
+
+
+class Skipping(nn.Module):
+    """Two inputs, and a pool that is folded into the convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pools = nn.Conv2d(4, 4, 3, padding=1), True
+
+    def forward(self, x, skip):
+        return self.conv(x) + skip + (F.avg_pool2d(x, 3, 1, 1) if self.pools else 0)
+
+    def fuse(self):
+        merged = nn.Conv2d(4, 4, 3, padding=1)
+        weight = self.conv.weight.clone()
+        weight[range(4), range(4)] += 1 / 9
+        merged.weight.data, merged.bias.data, self.conv, self.pools = weight, self.conv.bias, merged, False
+
+
+class Whole(nn.Module):
+    """A network that merges its blocks, and that no small image runs through."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.head = block, nn.Linear(4 * 48 * 48, 2)
+
+    def forward(self, x):
+        return self.head((self.block(x, x) if isinstance(self.block, Skipping) else self.block(x)).flatten(1))
+
+    def fuse(self):
+        for module in self.children():
+            if hasattr(module, "fuse"):
+                module.fuse()
+
+
+def test_a_block_of_two_inputs_is_compared():
+    model = Whole(Skipping()).eval()
+    cs.convert(model, input_size=(4, 48, 48))
+    with pytest.raises(ValueError, match="would not compute the same"):
+        model.block.fuse()
+
+
+def test_every_block_of_a_network_that_merges_is_compared_by_itself():
+    model = Whole(Skipping()).eval()
+    cs.convert(model, input_size=(4, 48, 48))
+    before = state(model)
+    with pytest.raises(ValueError, match="would not compute the same"):
+        model.fuse()
+    assert same_state(state(model), before)
+    model = lively(Whole(TwoPairs()))
+    cs.convert(model, input_size=(4, 48, 48), overrides={"block.convs.1": (1, 3), "block.convs.0": 2})
+    image = torch.randn(1, 4, 48, 48)
+    expected = model(image)
+    model.fuse()
+    assert [conv.dilations for conv in model.block.convs] == [(1, 2), (1, 3)]
+    torch.testing.assert_close(model(image), expected)
+
+
+def test_outputs_that_are_not_numbers_are_compared_by_those_that_are():
+    class Logarithm(Block):
+        def forward(self, x):
+            return super().forward(x).log()
+
+    model = cs.convert(around(Logarithm()), input_size=(4, 16, 16))
+    model[0].fuse()
+    assert model[0].conv.dilations == (1, 2, 3)
+
+
+def test_reverting_a_merged_network_makes_all_of_it_plain():
+    torch.manual_seed(0)
+    model = lively(timm.create_model("repghostnet_050"))
+    plain = reparameterize_model(model)
+    cs.convert(model, "uniform(2)", input_size=64)
+    merged = reparameterize_model(model)
+    assert cs.get_plan(merged).converted
+    cs.revert(merged)
+    assert not cs.get_plan(merged).converted
+    image = torch.randn(1, 3, 64, 64)
+    expected = plain(image)
+    torch.testing.assert_close(merged(image), expected, atol=1e-3 * float(expected.abs().max()), rtol=1e-3)
+
+
+def test_a_class_that_counts_its_subclasses_sees_none():
+    seen = []
+
+    class Registered(Block):
+        def __init_subclass__(cls, *, tag, **kwargs):
+            seen.append(tag)
+
+    class Tagged(Registered, tag="a"):
+        pass
+
+    class TaggedConv(nn.Conv2d):
+        def __init_subclass__(cls, *, tag, **kwargs):
+            seen.append(tag)
+
+    class OwnConv(TaggedConv, tag="b"):
+        pass
+
+    model = around(Tagged())
+    model.append(OwnConv(2, 2, 3))
+    cs.convert(model, input_size=(4, 16, 16), overrides={"2": 2})
+    assert model[0].conv.dilations == (1, 2, 3)
+    assert isinstance(model[2], cs.CoConv2d)
+    assert seen == ["a", "b"]
+
+
+class Reduced(Block):
+    """Leaves a lock out when it is copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __reduce__(self):
+        return Reduced, (), {name: value for name, value in vars(self).items() if name != "lock"}
+
+
+class New(Block):
+    """Takes an argument when it is made anew."""
+
+    def __new__(cls, width):
+        return super().__new__(cls)
+
+    def __init__(self, width):
+        super().__init__()
+
+    def __getnewargs__(self):
+        return (4,)
+
+
+@pytest.mark.parametrize("build", [Reduced, lambda: New(4)], ids=["reduce", "newargs"])
+def test_blocks_that_are_copied_in_a_way_of_their_own_still_are(build):
+    model = cs.convert(around(build()), input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(again[0]) is type(model[0])
+        assert torch.equal(again(image), model(image))
+        again[0].fuse()
+        assert again[0].conv.dilations == (1, 2, 3)
 
 
 def test_a_submodule_that_has_the_name_of_a_merge_stays_one():

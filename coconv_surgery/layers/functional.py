@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Pair = tuple[int, int]
 Dilation = int | Pair
+DIM_IF_NOT_PLAIN = -4
 
 
 def coconv2d(
@@ -53,8 +54,8 @@ def coconv2d(
     kernel, sizes = (weight.shape[2], weight.shape[3]), list(splits)
     stride, dilation = pair(stride), pair(dilation)
     # Splitting has one gradient, where as many slices would each fill a tensor of the whole size. An exported graph has
-    # lost the plain convolution's dilation: written as -4, the dimension says that it is not the first level's.
-    weights = weight.split_with_sizes(sizes, 0 if pair(dilations[0]) == dilation else -4)
+    # lost the plain convolution's dilation: how the dimension is written says whether it is the first level's.
+    weights = weight.split_with_sizes(sizes, 0 if pair(dilations[0]) == dilation else DIM_IF_NOT_PLAIN)
     biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
     input = _autocast(input)
     if groups == 1:

@@ -4,6 +4,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 import torch.nn as nn
 
 from coconv_surgery.layers.functional import Dilation, level_padding, pair
@@ -164,7 +165,7 @@ def scale_dilations(dilation: int | Sequence[int], factors: Iterable[int]) -> tu
     (2, 4, 6)
     """
     height, width = pair(dilation)
-    return tuple(_squeeze((factor * height, factor * width)) for factor in factors)
+    return tuple(squeeze((factor * height, factor * width)) for factor in factors)
 
 
 def whole_number(value: Any, name: str, at_least: int | None = None) -> int:
@@ -182,7 +183,7 @@ def whole_number(value: Any, name: str, at_least: int | None = None) -> int:
     3
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = None if isinstance(value, bool | torch.Tensor) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
@@ -200,12 +201,12 @@ def _sequence(values: Any, name: str) -> tuple[Any, ...]:
 
 
 def _dilation(value: Any) -> Dilation:
-    if not hasattr(value, "__len__"):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         return whole_number(value, "dilations")
-    sides = [whole_number(side, "dilations") for side in _sequence(value, "dilations")]
+    sides = [whole_number(side, "dilations") for side in value]
     if len(sides) != 2:
         raise ValueError(f"dilations: {value!r} is neither a number nor (height, width)")
-    return _squeeze((sides[0], sides[1]))
+    return squeeze((sides[0], sides[1]))
 
 
 def _check_count(conv: nn.Conv2d, count: int) -> None:
@@ -222,6 +223,11 @@ def _check_kernel(kernel: tuple[int, int]) -> None:
         raise ValueError(f"kernel_size {kernel} is even: no symmetric padding keeps the output size at other dilations")
 
 
-def _squeeze(dilation: tuple[int, int]) -> Dilation:
+def squeeze(dilation: tuple[int, int]) -> Dilation:
+    """A dilation that is the same along both axes as one number.
+
+    >>> squeeze((2, 2)), squeeze((2, 1))
+    (2, (2, 1))
+    """
     height, width = dilation
     return height if height == width else (height, width)

@@ -28,8 +28,9 @@ def restorer(module: nn.Module) -> Callable[[], None]:
     def restore() -> None:
         if type(module) is not cls:
             object.__setattr__(module, "__class__", cls)
-        vars(module).clear()
         vars(module).update(attributes)
+        for name in vars(module).keys() - attributes.keys():
+            del vars(module)[name]
 
     return restore
 

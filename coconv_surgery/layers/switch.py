@@ -1,6 +1,7 @@
 """The switch of a module's class in place, and which contextual class stands for which convolution class."""
 
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
@@ -55,8 +56,9 @@ def register_coconv(cls: _CoConvClass) -> _CoConvClass:
             f"{getattr(cls, '__name__', cls)} must derive from CoConv2d and then from the convolution class it stands "
             "for: class CoMyConv2d(CoConv2d, MyConv2d)"
         )
-    _REGISTERED[plain_class(cls)] = cls
     _CONTEXTUAL.add(cls)
+    _REGISTERED[plain_class(cls)] = cls
+    _INHERITED.clear()
     return cls
 
 
@@ -84,9 +86,9 @@ def contextual_class(cls: type[nn.Conv2d]) -> type[CoConv2d] | None:
         base = next((base for base in bases if all(getattr(cls, n) is getattr(base, n) for n in _FORWARD)), None)
         if base is None:
             return None
-        members = {"__module__": cls.__module__, "__reduce_ex__": _reduce_ex}
-        _INHERITED[cls] = type(f"Co{cls.__name__}", (_REGISTERED[base], cls), members)
-        _CONTEXTUAL.add(_INHERITED[cls])
+        made = make_subclass(f"Co{cls.__name__}", (_REGISTERED[base], cls), contextual_class, cls)
+        _CONTEXTUAL.add(cast(type[CoConv2d], made))
+        _INHERITED[cls] = cast(type[CoConv2d], made)
     return _INHERITED[cls]
 
 
@@ -100,7 +102,9 @@ def hidden_attributes(conv: nn.Module) -> list[str]:
     """Attributes of a plain convolution that a contextual one would hide behind its own."""
     if isinstance(conv, CoConv2d):
         return []
-    return [name for name in ("levels", "dilations", "splits") if name in vars(conv) or hasattr(type(conv), name)]
+    held = (vars(conv), conv._parameters, conv._buffers, conv._modules)
+    names = ("levels", "dilations", "splits")
+    return [name for name in names if any(name in table for table in held) or hasattr(type(conv), name)]
 
 
 def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int] | SplitRule = "pow2") -> None:
@@ -178,13 +182,41 @@ def switch_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
 
-def _reduce_ex(self: CoConv2d, protocol: Any) -> tuple[Any, ...]:
-    # A class that contextual_class() made has no name that it could be unpickled by.
-    state: Any = cast(Any, self).__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-    return _new_instance, (plain_class(type(self)),), state
+class _Quiet:
+    """Comes first among the bases of a class that is made for a switch: the user's class is not told of a subclass."""
+
+    def __init_subclass__(cls) -> None:
+        pass
 
 
-def _new_instance(plain: type[nn.Conv2d]) -> CoConv2d:
-    cls = contextual_class(plain)
-    assert cls is not None
-    return cls.__new__(cls)
+def make_subclass(
+    name: str,
+    bases: tuple[type, ...],
+    make: Callable[..., Any],
+    *key: Any,
+    members: Mapping[str, Any] | None = None,
+) -> type:
+    """Make a class that modules are switched to; they copy and pickle, though it has no name to be found by.
+
+    Args:
+        name: Its name.
+        bases: Its bases, the last of which is the class that the modules had.
+        make: Makes the class again, in another process.
+        *key: What ``make`` is called with.
+        members: Further attributes.
+    """
+    plain = bases[-1]
+
+    def reduce_ex(module: Any, protocol: Any) -> tuple[Any, ...]:
+        function, args, *state = cast(Any, plain).__reduce_ex__(module, protocol)
+        args = tuple(plain if arg is type(module) else arg for arg in args)
+        return (_new_instance, (function, args, make, key), *state)
+
+    body = {"__module__": plain.__module__, "__reduce_ex__": reduce_ex, **(members or {})}
+    return types.new_class(name, (_Quiet, *bases), exec_body=lambda namespace: namespace.update(body))
+
+
+def _new_instance(function: Callable[..., Any], args: tuple[Any, ...], make: Callable[..., Any], key: Any) -> Any:
+    module = function(*args)
+    module.__class__ = make(*key)
+    return module

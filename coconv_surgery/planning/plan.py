@@ -226,6 +226,8 @@ def _read_row(data: dict[str, Any]) -> PlanRow:
     sizes = [side for size in row.output_sizes for side in size]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"row {row.name!r} has a name or reason that is not text")
+    if not all(len(size) == 2 for size in row.output_sizes):
+        raise TypeError(f"row {row.name!r} has output sizes that are not (height, width)")
     if not all(type(number) is int for number in (row.calls, *dilations, *row.splits, *sizes)):
         raise TypeError(f"row {row.name!r} has dilations, splits, calls or sizes that are not whole numbers")
     return row

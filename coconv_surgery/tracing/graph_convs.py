@@ -14,8 +14,8 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
-from coconv_surgery.layers.functional import Pair, coconv2d
-from coconv_surgery.layers.levels import Levels
+from coconv_surgery.layers.functional import DIM_IF_NOT_PLAIN, Pair, coconv2d
+from coconv_surgery.layers.levels import Levels, squeeze
 
 aten = torch.ops.aten
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -25,7 +25,10 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.conv2d: _CONV,
     aten.conv2d.default: _CONV,
     aten.conv2d.padding: _CONV,
+    aten.conv2d: _CONV,
     aten.convolution.default: _CONVOLUTION,
+    aten.convolution: _CONVOLUTION,
+    torch.convolution: _CONVOLUTION,
     F.conv_transpose2d: _TRANSPOSED,
     aten.conv_transpose2d.input: _TRANSPOSED,
     coconv2d: _CONV,
@@ -37,8 +40,13 @@ _PADS: dict[Any, str | None] = {
     aten.reflection_pad2d.default: "reflect",
     aten.replication_pad2d.default: "replicate",
 }
-# What circular padding becomes.
-_WRITTEN_PIECE_BY_PIECE = (aten.slice_scatter.default, aten.new_empty.default, aten.empty.memory_format)
+# What padding becomes in some exports: that of a size that is open, and circular one.
+_WRITTEN_PIECE_BY_PIECE = (
+    aten.index.Tensor,
+    aten.slice_scatter.default,
+    aten.new_empty.default,
+    aten.empty.memory_format,
+)
 _INDEXED = "an export has written its padding as indices"
 _WRITTEN_OUT = "an export has written its padding out"
 _OWN_DILATION = "its own dilation is not in the exported graph"
@@ -139,8 +147,7 @@ def _read(node: fx.Node) -> GraphConv | None:
         return replace(conv, input=source, padding=sides, padding_mode=mode, parts=(conv.input,))
     if _gathered_from(conv.input) is not None:
         return replace(conv, fixed=_INDEXED)
-    written_out = conv.input.op == "call_function" and conv.input.target in _WRITTEN_PIECE_BY_PIECE
-    return replace(conv, fixed=_WRITTEN_OUT) if written_out else conv
+    return replace(conv, fixed=_WRITTEN_OUT) if conv.input.target in _WRITTEN_PIECE_BY_PIECE else conv
 
 
 def _pad(node: fx.Node) -> tuple[fx.Node, Pair, str] | None:
@@ -163,7 +170,7 @@ def _joined_levels(cat: fx.Node, convs: Mapping[fx.Node, GraphConv]) -> GraphCon
     """What :func:`~coconv_surgery.layers.functional.coconv2d` becomes in an export, if a concatenation is its end."""
     outputs = cat.args[0]
     dim = cat.args[1] if len(cat.args) > 1 else 0
-    if not isinstance(outputs, list | tuple) or len(outputs) < 2 or dim not in (-3, 1):
+    if not isinstance(outputs, list | tuple) or not outputs or dim not in (-3, 1):
         return None
     if not all(isinstance(output, fx.Node) and output in convs and len(output.users) == 1 for output in outputs):
         return None
@@ -184,10 +191,13 @@ def _joined_levels(cat: fx.Node, convs: Mapping[fx.Node, GraphConv]) -> GraphCon
         splits.append(input_split)
     elif source is None:
         # Padding that an export has written out: by constant indices, or in a way that cannot be told.
-        source, fixed = first.input, _INDEXED if None not in gathered and _only(gathered) else _WRITTEN_OUT
+        groups = sum(level.groups for level in levels) if any(level.groups > 1 for level in levels) else 1
+        source = first.input
+        fixed = _INDEXED if groups == 1 and None not in gathered and _only(gathered) else _WRITTEN_OUT
     if None in splits or not isinstance(source, fx.Node) or (groups == 1 and any(level.groups > 1 for level in levels)):
         return None
     split = cast(fx.Node, splits[0])
+    own_dilation = split.args[2:] == (DIM_IF_NOT_PLAIN,)
     pieces = [user for whole in splits for user in cast(fx.Node, whole).users]
     parts = [*(part for level in levels for part in (level.node, *level.parts)), *pieces, *cast(list[fx.Node], splits)]
     return replace(
@@ -197,11 +207,11 @@ def _joined_levels(cat: fx.Node, convs: Mapping[fx.Node, GraphConv]) -> GraphCon
         weight=cast(fx.Node, split.args[0]),
         bias=cast(fx.Node, cast(fx.Node, splits[1]).args[0]) if first.bias is not None else None,
         groups=groups,
-        levels=Levels(tuple(_side(level.dilation) for level in levels), tuple(cast(Sequence[int], split.args[1]))),
+        levels=Levels(tuple(squeeze(level.dilation) for level in levels), tuple(cast(Sequence[int], split.args[1]))),
         paddings=() if fixed else tuple(cast(Pair, level.padding) for level in levels),
         parts=tuple(dict.fromkeys(parts)),
-        fixed=_OWN_DILATION if split.args[2:] == (-4,) else fixed,
-        no_plain_form=_OWN_DILATION if split.args[2:] == (-4,) else fixed if fixed == _WRITTEN_OUT else None,
+        fixed=_OWN_DILATION if own_dilation else fixed,
+        no_plain_form=_OWN_DILATION if own_dilation else fixed if fixed == _WRITTEN_OUT else None,
     )
 
 
@@ -235,10 +245,6 @@ def _sides(value: Any) -> Pair | None:
     if len(values) not in (1, 2) or not all(isinstance(side, int) for side in values):
         return None
     return values[0], values[-1]
-
-
-def _side(dilation: Pair) -> int | Pair:
-    return dilation[0] if dilation[0] == dilation[1] else dilation
 
 
 def upstream(node: fx.Node) -> list[fx.Node]:

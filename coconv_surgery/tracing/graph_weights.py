@@ -18,9 +18,9 @@ class WeightSource(enum.Enum):
     """Where a convolution's weight comes from."""
 
     PARAMETER = "a parameter, or computed from parameters alone"
-    PART = "a part of a parameter"
+    PART = "a part of a parameter, or parts of several"
     FIXED = "a buffer or constant"
-    INPUT = "the network's input"
+    INPUT = "an input of the graph, or computed from one"
     UNKNOWN = "a computation whose result has no known shape"
 
 
@@ -51,7 +51,8 @@ def find_weights(owner: nn.Module, convs: Sequence[GraphConv]) -> list[Weight]:
         convs: All convolutions of the graph.
     """
     steps = [upstream(conv.weight) for conv in convs]
-    own = {node for conv in convs for node in (conv.node, *conv.parts)}
+    # Levels of a tied transposed convolution would be another matter: its channels lie the other way.
+    own = {node for conv in convs if conv.output_padding is None for node in (conv.node, *conv.parts)}
     on_the_way = {step for path in steps for step in path}
     return [_weight(owner, conv.weight, path, own, on_the_way) for conv, path in zip(convs, steps, strict=True)]
 

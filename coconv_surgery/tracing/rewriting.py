@@ -63,46 +63,41 @@ class _Role:
     name: str
 
 
-def set_levels(conv: GraphConv, levels: Levels | None) -> GraphConv:
-    """Give a convolution levels, or make it the plain one, in place; what it was first is kept for :func:`restore`.
+def mark(conv: GraphConv) -> None:
+    """Keep in mind what a convolution is now, unless that was done before."""
+    conv.node.meta.setdefault(_ORIGIN, _origin(conv))
 
-    The caller recompiles.
+
+def is_marked(conv: GraphConv) -> bool:
+    """Whether it is kept in mind what a convolution was."""
+    return _ORIGIN in conv.node.meta
+
+
+def set_levels(conv: GraphConv, levels: Levels | None) -> GraphConv:
+    """Give a convolution levels, or make it the plain one, in place; the caller recompiles.
 
     Returns:
         The convolution, described anew.
     """
-    node = conv.node
-    origin = node.meta.get(_ORIGIN) or _origin(conv)
     if levels is not None:
-        written = _write_coconv(conv, levels)
-    else:
-        written = _write(conv, origin if origin.levels is None else _plain_form(conv))
-    if levels == origin.levels:
-        node.meta.pop(_ORIGIN, None)
-    else:
-        node.meta[_ORIGIN] = origin
-    return written
+        return _write_coconv(conv, levels)
+    origin = conv.node.meta.get(_ORIGIN)
+    if origin is None or origin.levels is not None:
+        return _write(conv, _plain_form(conv))
+    del conv.node.meta[_ORIGIN]
+    return _write(conv, origin)
 
 
 def restore(conv: GraphConv) -> GraphConv:
-    """Make a convolution what it was before :func:`set_levels`; one that was contextual from the start, the plain one.
-
-    The caller recompiles.
+    """Make a convolution what it was when it was marked, or plain if it never was; the caller recompiles.
 
     Returns:
         The convolution, described anew.
     """
-    origin = conv.node.meta.get(_ORIGIN)
-    if origin is None and conv.levels is None:
-        return conv
-    restored = set_levels(conv, None if origin is None else origin.levels)
+    levels = conv.node.meta[_ORIGIN].levels if is_marked(conv) else None
+    restored = conv if levels == conv.levels else set_levels(conv, levels)
     conv.node.meta.pop(_ORIGIN, None)
     return restored
-
-
-def was_rewritten(conv: GraphConv) -> bool:
-    """Whether :func:`set_levels` has made a convolution something else than it was."""
-    return _ORIGIN in conv.node.meta
 
 
 def _write_coconv(conv: GraphConv, levels: Levels) -> GraphConv:

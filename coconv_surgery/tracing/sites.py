@@ -19,7 +19,7 @@ from coconv_surgery.layers.levels import Levels, scale_dilations
 from coconv_surgery.layers.switch import is_switchable, set_levels_, to_conv_
 from coconv_surgery.tracing.graph_convs import GraphConv
 from coconv_surgery.tracing.graph_weights import Weight, WeightSource
-from coconv_surgery.tracing.rewriting import restore, set_levels, was_rewritten
+from coconv_surgery.tracing.rewriting import is_marked, mark, restore, set_levels
 from coconv_surgery.tracing.signature import Signature
 
 _BEFORE = "_coconv_before"
@@ -71,17 +71,21 @@ class Site(abc.ABC):
         return Signature.of(self.conv)
 
     @abc.abstractmethod
+    def mark(self) -> None:
+        """Keep in mind what it is now, unless that was done before: :meth:`revert` goes back to it."""
+
+    @abc.abstractmethod
     def switch(self, levels: Levels | None) -> None:
-        """Give it levels that are known to suit it, or make it plain, as a part of a larger change."""
+        """Give it levels that are known to suit it, or make it plain."""
 
     @property
     @abc.abstractmethod
-    def was_switched(self) -> bool:
-        """Whether a switch has made it something else than it was first."""
+    def is_marked(self) -> bool:
+        """Whether it keeps in mind what it was."""
 
     @abc.abstractmethod
     def revert(self) -> None:
-        """Make it what it was before the first switch, or plain if there was none, as a part of a larger change."""
+        """Make it what it was when it was marked, or plain if it never was, and forget the mark."""
 
     @abc.abstractmethod
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
@@ -105,27 +109,27 @@ class ModuleSite(Site):
         """Its levels, or None if it is not contextual."""
         return Levels(self.conv.dilations, self.conv.splits) if isinstance(self.conv, CoConv2d) else None
 
+    def mark(self) -> None:
+        """Keep in mind what it is now."""
+        vars(self.conv).setdefault(_BEFORE, self.levels)
+
     def switch(self, levels: Levels | None) -> None:
         """Give it levels, or make it the plain convolution."""
-        before = vars(self.conv).setdefault(_BEFORE, self.levels)
-        self._switch(levels)
-        if levels == before:
-            del vars(self.conv)[_BEFORE]
-
-    @property
-    def was_switched(self) -> bool:
-        """Whether a switch has made it something else than it was first."""
-        return _BEFORE in vars(self.conv)
-
-    def revert(self) -> None:
-        """Make it what it was before the first switch; one that was never switched becomes plain."""
-        self._switch(vars(self.conv).pop(_BEFORE, None))
-
-    def _switch(self, levels: Levels | None) -> None:
         if levels is not None:
             set_levels_(self.conv, levels)
         elif isinstance(self.conv, CoConv2d) and is_switchable(self.conv):
             to_conv_(self.conv)
+        if levels is None and vars(self.conv).get(_BEFORE, levels) is None:
+            vars(self.conv).pop(_BEFORE, None)
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether it keeps in mind what it was."""
+        return _BEFORE in vars(self.conv)
+
+    def revert(self) -> None:
+        """Make it what it was when it was marked, or plain."""
+        self.switch(vars(self.conv).pop(_BEFORE, None))
 
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
         """The module of the same name."""
@@ -162,17 +166,22 @@ class NodeSite(Site):
         """Its levels, or None if it is not contextual."""
         return self._convs[0].levels
 
+    def mark(self) -> None:
+        """Keep in mind what its nodes are now."""
+        for conv in self._convs:
+            mark(conv)
+
     def switch(self, levels: Levels | None) -> None:
         """Give its nodes levels, or make them plain convolutions."""
         self._convs = [set_levels(conv, levels) for conv in self._convs]
 
     @property
-    def was_switched(self) -> bool:
-        """Whether a switch has made its nodes something else than they were first."""
-        return any(was_rewritten(conv) for conv in self._convs)
+    def is_marked(self) -> bool:
+        """Whether its nodes keep in mind what they were."""
+        return any(is_marked(conv) for conv in self._convs)
 
     def revert(self) -> None:
-        """Make its nodes what they were before the first switch; those that were never switched become plain."""
+        """Make its nodes what they were when they were marked, or plain."""
         self._convs = [restore(conv) for conv in self._convs]
 
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:

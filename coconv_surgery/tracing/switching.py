@@ -1,7 +1,7 @@
 """Sites switched together, and what puts all of them back."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -13,22 +13,29 @@ from coconv_surgery.layers.rollback import restorer
 from coconv_surgery.tracing.sites import Site, graphs_of
 
 
-def switch_sites(changes: Iterable[tuple[Site, Levels | None]], undo: ExitStack) -> None:
-    """Give sites levels, or make them plain.
+def switch_sites(sites: Iterable[Site], changes: Iterable[tuple[Site, Levels | None]], undo: ExitStack) -> None:
+    """Give some sites of a network levels, or make them plain.
 
     Args:
-        changes: Sites and their levels, None for plain.
+        sites: All sites of the network; if one is switched, those that are contextual already are marked as such.
+        changes: Those to be switched, and their levels, None for plain.
         undo: Takes what puts everything back.
     """
     changes = list(changes)
-    _remember([site for site, _ in changes], undo)
+    if not changes:
+        return
+    contextual = [site for site in sites if site.levels is not None and not site.is_marked]
+    touched = [*contextual, *(site for site, _ in changes)]
+    _remember(touched, undo)
+    for site in touched:
+        site.mark()
     for site, levels in changes:
         site.switch(levels)
     _recompile(site for site, _ in changes)
 
 
 def revert_sites(sites: Iterable[Site], undo: ExitStack) -> None:
-    """Make sites what they were before their first switch.
+    """Make sites what they were before the first switch.
 
     Args:
         sites: The sites.
@@ -53,12 +60,15 @@ def _recompile(sites: Iterable[Site]) -> None:
 
 
 def _graph_restorer(owner: nn.Module) -> Callable[[], None]:
-    copies = {id(graph): copy.deepcopy(graph) for graph in graphs_of(owner).values()}
-    by_name: Mapping[str, fx.Graph] = {name: copies[id(graph)] for name, graph in graphs_of(owner).items()}
+    """Remember the graphs of a module, to be put back into the same objects; their nodes are new ones then."""
+    graphs = {id(graph): graph for graph in graphs_of(owner).values()}.values()
+    kept = [(graph, copy.deepcopy(graph)) for graph in graphs]
 
     def restore_graphs() -> None:
-        vars(owner).update(by_name)
-        for graph in copies.values():
+        for graph, content in kept:
+            vars(graph).update(vars(content))
+            for node in (graph._root, *graph.nodes):
+                node.graph = graph
             graph.owning_module = cast(Any, owner)
         if isinstance(owner, fx.GraphModule):
             owner.recompile()

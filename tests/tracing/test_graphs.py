@@ -197,6 +197,42 @@ def test_a_base_dilation_is_read_off_an_export(image):
     close(cs.revert(graph)(image), before)
 
 
+def test_one_level_that_is_not_the_plain_one_is_recognised_in_an_export(image):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)).eval()
+    cs.convert(net, overrides={"0": cs.Levels((3,), (8,))}, input_size=SIDE)
+    for form in (exported, decomposed, traced):
+        graph = form(net, image)
+        assert levels(graph) == [(3,)]
+        before = graph(image)
+        with pytest.warns(cs.NoChangeWarning):
+            cs.convert(graph, input_size=SIDE)
+        assert torch.equal(graph(image), before)
+        with pytest.raises(ValueError, match="its own dilation is not in the exported graph"):
+            cs.revert(graph)
+
+
+@pytest.mark.parametrize("padding_mode", ["reflect", "replicate"])
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_padding_that_a_decomposition_wrote_out_is_left_as_it_is(padding_mode, groups, image):
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.Conv2d(16, 16, 3, padding=1, padding_mode=padding_mode, groups=groups),
+        nn.Conv2d(16, 2, 1),
+    ).eval()
+    height = torch.export.Dim("height", min=16, max=64)
+    for dynamic_shapes in (None, ({2: height},)):
+        program = torch.export.export(net, (image,), dynamic_shapes=dynamic_shapes).run_decompositions()
+        plan = cs.plan_conversion(program.module(), input_size=SIDE)
+        assert [row.reason_key for row in plan.rows] == [None, cs.Reason.FIXED_LEVELS, cs.Reason.KERNEL]
+    converted = cs.convert(net, cs.UniformPolicy(2), input_size=SIDE)
+    for dynamic_shapes in (None, ({2: height},)):
+        graph = torch.export.export(converted, (image,), dynamic_shapes=dynamic_shapes).run_decompositions().module()
+        assert levels(graph) == [(1, 2), (1, 2)]
+        if groups > 1 or dynamic_shapes:
+            with pytest.raises(ValueError, match="an export has written its padding out"):
+                cs.revert(graph)
+
+
 # -- Weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +352,50 @@ def test_a_weight_that_a_graph_reads_elsewhere_leaves_its_node_alone(image):
     assert row.reason_key is cs.Reason.WEIGHT_READ
 
 
+def test_a_weight_that_a_transposed_convolution_shares_leaves_its_node_alone(image):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3, padding=1)
+            self.conv, self.mix = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.mix(F.conv_transpose2d(self.conv(x).relu(), self.conv.weight, padding=1))
+
+    net = Tied().eval()
+    for model in (net, exported(net, image)):
+        rows = {row.name: row.reason_key for row in cs.plan_conversion(model, input_size=SIDE).rows}
+        assert rows["conv"] is cs.Reason.WEIGHT_READ
+
+
+@pytest.mark.parametrize(
+    "convolve",
+    [
+        lambda x, w: torch.convolution(x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+        lambda x, w: torch.ops.aten.conv2d(x, w, None, [1, 1], [1, 1]),
+        lambda x, w: F.conv2d(x, w, padding="same"),
+        lambda x, w: torch.conv2d(input=x, weight=w, stride=1, padding=[1]),
+    ],
+)
+def test_every_function_that_convolves_is_a_site(convolve, image):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.mix = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.mix(convolve(x, self.weight))
+
+    graph = fx.symbolic_trace(Net())
+    before, written = graph(image), graph.code
+    cs.convert(graph, input_size=(3, SIDE, SIDE))
+    assert levels(graph) == [(1, 2, 3, 4)]
+    cs.revert(graph)
+    assert torch.equal(graph(image), before)
+    assert graph.code == written
+
+
 def test_a_padding_that_others_read_stays_where_it_is(image):
     class Padded(nn.Module):
         def __init__(self):
@@ -390,6 +470,44 @@ def test_a_converted_graph_pickles_and_copies(image):
     assert cs.get_plan(copied) == cs.get_plan(graph)
     cs.revert(copied)
     assert levels(graph)
+
+
+def test_a_converted_network_of_which_a_part_is_traced_reverts_whole(image):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Net(), nn.Conv2d(4, 2, 1)).eval()
+    net[1].first = nn.Conv2d(8, 16, 3, padding=1)
+    before = net(image)
+    cs.convert(net, input_size=SIDE)
+    net[1] = fx.symbolic_trace(net[1])
+    cs.revert(net)
+    assert not levels(net)
+    close(net(image), before)
+
+
+def test_a_converted_network_that_holds_a_graph_reverts_whole_after_it_was_pickled(image):
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), symbolic(Net().eval(), image)).eval()
+    before = net(image)
+    again = pickle.loads(pickle.dumps(cs.convert(net, input_size=SIDE)))
+    assert len(levels(again)) == 4
+    close(cs.revert(again)(image), before)
+
+
+def test_a_graph_that_fails_to_convert_is_the_same_graph_with_the_same_code(image):
+    class Stubborn(nn.Conv2d):
+        def __setattr__(self, name, value):
+            if name == "__class__":
+                raise RuntimeError("mine")
+            super().__setattr__(name, value)
+
+    graph = exported(Net("reflect").eval(), image)
+    held, written, before = graph.graph, graph.code, graph(image)
+    model = nn.Sequential(graph, Stubborn(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1))
+    with pytest.raises(RuntimeError, match="mine"):
+        cs.convert(model, input_size=(3, SIDE, SIDE))
+    assert graph.graph is held
+    assert graph.code == written
+    assert all(node.graph is held for node in held.nodes)
+    held.lint()
+    assert torch.equal(graph(image), before)
 
 
 def test_a_nested_graph_that_is_converted_saves_and_loads(image, tmp_path):
