@@ -1,9 +1,14 @@
-"""What all tests share: a fixed seed, and networks small enough to look through."""
+"""What all tests share: a fixed seed, networks small enough to look through, and the command line."""
+
+import sys
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+
+from coconv_surgery.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +46,27 @@ def net() -> TinyNet:
 @pytest.fixture
 def image() -> torch.Tensor:
     return torch.randn(2, 3, 32, 32)
+
+
+class Done(NamedTuple):
+    """What a command came to."""
+
+    code: int | str | None
+    out: str
+    err: str
+
+
+@pytest.fixture
+def coconv(monkeypatch, capsys):
+    """Run the command in this process: what it exits with, and what it prints."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["coconv", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        # What sys.exit() is given as a message, Python prints to standard error and makes exit code 1.
+        message = stop.value.code if isinstance(stop.value.code, str) else ""
+        return Done(1 if message else stop.value.code, out, err + message)
+
+    return run

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import timm
@@ -11,28 +10,7 @@ import torch
 from PIL import Image
 
 import coconv_surgery as cs
-from coconv_surgery.cli import main
 from coconv_surgery.sweep.walk import read_rows
-
-
-class Done(NamedTuple):
-    code: int | str | None
-    out: str
-    err: str
-
-
-@pytest.fixture
-def coconv(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["coconv", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        # What sys.exit() is given as a message, Python prints to standard error and makes exit code 1.
-        message = stop.value.code if isinstance(stop.value.code, str) else ""
-        return Done(1 if message else stop.value.code, out, err + message)
-
-    return run
 
 
 def test_the_installed_command_ends_a_mistake_with_one_line():
