@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.rollback import deep_restorer, restorer
 from coconv_surgery.layers.switch import make_subclass, switch_class, to_coconv_
-from coconv_surgery.tracing.twin import copy_module
+from coconv_surgery.tracing.twin import Twin
 
 # What blocks call it: timm's, RepVGG's and ACNet's; ultralytics' and YOLOv7's; PP-YOLOE's and ECB's; RepLKNet's kin.
 MERGING_METHODS = (
@@ -196,9 +196,9 @@ def _merged(result: Any, block: nn.Module) -> nn.Module:
 
 
 def _in_double(block: nn.Module) -> nn.Module | None:
-    """A copy to compare with, or None where there can be none."""
+    """A copy to compare with, without other people's hooks, or None where there can be none."""
     try:
-        return copy_module(block).double().eval()
+        return Twin(block, fake=False).model.double()
     except Exception:  # the block's own code, which may refuse to be copied
         return None
 

@@ -546,6 +546,14 @@ def test_outputs_that_are_not_numbers_are_compared_by_those_that_are():
     assert model[0].conv.dilations == (1, 2, 3)
 
 
+def test_other_peoples_hooks_see_nothing_of_a_comparison():
+    seen = []
+    model = cs.convert(around(Block()), input_size=(4, 16, 16))
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    model[0].fuse()
+    assert seen == []
+
+
 def test_reverting_a_merged_network_makes_all_of_it_plain():
     torch.manual_seed(0)
     model = lively(timm.create_model("repghostnet_050"))

@@ -1,14 +1,18 @@
 """Which convolution of a network runs where, how often, on how large a map, and what reads its output."""
 
+import contextlib
 import inspect
+import random
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx as fx
 import torch.nn as nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from coconv_surgery.layers.functional import Pair
@@ -87,7 +91,7 @@ def trace_network(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Tr
         ValueError: If the network does not run on these inputs.
     """
     cuda = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(cuda):
+    with torch.random.fork_rng(cuda), _random_numbers_kept(), saved_tensors_hooks(_as_it_is, _as_it_is):
         graphs, paths, observed = _trace(model, sites, inputs)
     tied: dict[Any, list[str]] = defaultdict(list)
     for site in sites:
@@ -108,6 +112,24 @@ def trace_network(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Tr
     apart = len(graphs.failures)
     whole = "torch.fx, whole" if not apart else f"torch.fx, around {apart} module{'s' if apart > 1 else ''}"
     return Trace(traced, f"{whole}; sizes from {'shapes alone' if observed.fake else 'a real forward pass'}")
+
+
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Give Python's and numpy's random generators back as they were."""
+    numpy: Any = sys.modules.get("numpy")  # where nobody has imported it, nobody draws from it
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    # Hooks on saved tensors that lie around planning are not called while others do nothing.
+    return tensor
 
 
 def _trace(

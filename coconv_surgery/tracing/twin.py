@@ -103,7 +103,7 @@ class Twin:
         tables = [(module, name) for module in model.modules() for name in _HOOK_TABLES]
         for module, name in tables:
             memo[id(getattr(module, name))] = OrderedDict()
-        twin = copy_module(model, memo)
+        twin = _copy_module(model, memo)
         for module, name in tables:
             for key, hook in getattr(module, name).items():
                 if id(_owner(hook)) in memo:
@@ -111,7 +111,7 @@ class Twin:
         return twin
 
 
-def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def _copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Copy a module deeply; attributes that refuse to be copied and hold no tensors, such as locks, are shared.
 
     Args:

@@ -1,8 +1,11 @@
 """The trace: where each convolution runs, how large its map is, and who reads it."""
 
 import contextlib
+import copy
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -601,6 +604,59 @@ def test_the_callers_context_makes_no_difference(context):
         assert cs.plan_conversion(model, example_inputs=image).diff(plan) == []
         assert cs.plan_conversion(model, example_inputs=image.clone()).diff(plan) == []
     assert [row.converted for row in plan.rows] == [True, False]
+
+
+@pytest.mark.parametrize("build", [nn.ConvTranspose2d, nn.Conv1d, nn.Conv3d], ids=lambda build: build.__name__)
+def test_looking_at_a_network_evaluates_no_parametrization(build):
+    dimensions = {nn.ConvTranspose2d: 2, nn.Conv1d: 1, nn.Conv3d: 3}[build]
+    other = parametrizations.spectral_norm(build(4, 4, 3, padding=1)).train()
+    model = Model(lambda m, x: m.mix(m.conv(x)), conv=conv(), mix=nn.Conv2d(4, 2, 1), other=other)
+    before = copy.deepcopy(other.state_dict())
+    random_state = torch.get_rng_state()
+    cs.get_plan(model)
+    cs.convert(model, input_size=(4, 16, 16))
+    cs.revert(model)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert dimensions == len(other.kernel_size)
+
+
+def test_a_property_that_raises_does_not_stop_planning():
+    class Raising(nn.Module):
+        @property
+        def weight(self):
+            raise RuntimeError("not yet")
+
+        kernel_size = in_channels = out_channels = weight
+
+        def forward(self, x):
+            return x
+
+    model = Model(lambda m, x: m.mix(m.conv(m.part(x))), part=Raising(), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    assert [row.name for row in cs.plan_conversion(model, input_size=(4, 16, 16)).converted] == ["conv"]
+
+
+def test_planning_leaves_the_generators_of_python_and_numpy_alone():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x * random.random() + np.random.rand()
+
+    model = Model(lambda m, x: m.mix(m.conv(m.noise(x))), noise=Noisy(), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    random.seed(0)
+    np.random.seed(0)
+    expected = random.random(), np.random.rand()
+    random.seed(0)
+    np.random.seed(0)
+    cs.plan_conversion(model, input_size=(4, 16, 16))
+    assert (random.random(), np.random.rand()) == expected
+
+
+def test_hooks_on_saved_tensors_see_nothing_of_planning():
+    seen = []
+    model = Model(lambda m, x: m.mix(m.conv(x)), conv=conv(), mix=nn.Conv2d(4, 2, 1))
+    with torch.autograd.graph.saved_tensors_hooks(seen.append, lambda tensor: tensor):
+        cs.plan_conversion(model, input_size=(4, 16, 16))
+    assert seen == []
 
 
 def test_planning_leaves_the_random_generator_alone():
