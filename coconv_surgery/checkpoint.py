@@ -107,6 +107,8 @@ def check_loadable(model: nn.Module, weights: Mapping[str, torch.Tensor], path: 
         kind = None
         if tensor.is_meta:
             kind = "has a shape but no numbers"
+        elif tensor.is_nested:
+            kind = "is nested"
         elif tensor.is_quantized or tensor.layout is not torch.strided:
             kind = "is quantised" if tensor.is_quantized else f"has the layout {tensor.layout}"
         elif tensor.is_complex() and not (name in own and own[name].is_complex()):

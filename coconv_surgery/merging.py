@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.rollback import deep_restorer, restorer
 from coconv_surgery.layers.switch import make_subclass, switch_class, to_coconv_
+from coconv_surgery.tracing.sites import pass_mark_on
 from coconv_surgery.tracing.twin import Twin
 
 # What blocks call it: timm's, RepVGG's and ACNet's; ultralytics' and YOLOv7's; PP-YOLOE's and ECB's; RepLKNet's kin.
@@ -274,12 +275,15 @@ def _merge_with_levels(merge: Callable[[], Any], block: nn.Module) -> tuple[Any,
 def _carry_over(block: nn.Module, merged: list[nn.Conv2d], made: list[nn.Conv2d]) -> bool:
     """Give what was made the levels of what was merged; say whether there was no choice."""
     certain = len({_kind(conv) for conv in merged}) == 1
-    sources = merged[:1] * len(made) if certain else merged
+    shapes = {conv.weight.shape for conv in made}
+    # What has another shape was dropped, as an auxiliary branch is.
+    sources = merged[:1] * len(made) if certain else [conv for conv in merged if conv.weight.shape in shapes]
     if [conv.weight.shape for conv in sources] != [conv.weight.shape for conv in made]:
         raise _refusal(block)
     for conv, source in zip(made, sources, strict=True):
         if isinstance(source, CoConv2d):
             to_coconv_(conv, source.dilations, source.splits)
+            pass_mark_on(source, conv)
     return certain
 
 

@@ -95,10 +95,12 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         The same model object.
 
     Raises:
-        TypeError: If ``model`` is not a module that can be converted in place.
+        TypeError: If ``model`` is not a module that can be converted in place, or ``plan`` is not a plan.
         PlanError: If convolutions are missing, unexpected or changed; all of them are named.
     """
     check_convertible(model)
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, not a {type(plan).__name__}: Plan.from_json() reads one from a file")
     _apply(model, find_sites(model), plan)
     return model
 
@@ -214,7 +216,12 @@ def get_plan(model: nn.Module) -> Plan:
     Returns:
         The plan it was converted by, as long as that still describes it; else one read off its modules, without map
         sizes.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     rows = tuple(map(found_row, find_sites(model)))
     found = Plan(rows, policy="as found", input="unknown", parameters=count_parameters(model))
     remembered = _notes(model).get(_PLAN)
@@ -252,15 +259,19 @@ def _check_plan(sites: Sequence[Site], plan: Plan) -> dict[str, Levels | None]:
     Raises:
         PlanError: If one cannot; all are named.
     """
-    rows, by_name = {row.name: row for row in plan.rows}, {site.name: site for site in sites}
+    # An export keeps one of the names of a convolution, and not always the first.
+    names = {name: site.name for site in reversed(sites) for name in (*site.aliases, site.name)}
+    by_name = {site.name: site for site in sites}
+    rows = {_known_name(row, names): row for row in plan.rows}
     targets, different = {}, []
     for name in rows.keys() & by_name.keys():
         try:
             targets[name] = _target(by_name[name], rows[name])
         except ValueError as error:
             different.append(f"{name} ({error})")
+    counts = Counter(_known_name(row, names) for row in plan.rows)
     problems = {
-        "repeated in the plan": [name for name, count in Counter(row.name for row in plan.rows).items() if count > 1],
+        "repeated in the plan": [name for name, count in counts.items() if count > 1],
         "missing in the network": [name for name in rows if name not in by_name],
         "unexpected in the network": [name for name in by_name if name not in rows],
         "different in the network": different,
@@ -269,6 +280,11 @@ def _check_plan(sites: Sequence[Site], plan: Plan) -> dict[str, Levels | None]:
     if lines:
         raise PlanError("the plan does not fit this network, which is left as it was:\n" + "\n".join(lines))
     return targets
+
+
+def _known_name(row: PlanRow, names: Mapping[str, str]) -> str:
+    """The name of the site that a row means, by any name that both know; the row's own if there is none."""
+    return next((names[name] for name in (row.name, *row.aliases) if name in names), row.name)
 
 
 def _target(site: Site, row: PlanRow) -> Levels | None:

@@ -141,10 +141,11 @@ def test_weights_that_were_half_loaded_are_put_back(tmp_path):
     [
         (lambda tensor: tensor.to("meta"), "has a shape but no numbers"),
         (lambda tensor: tensor.to_sparse(), "has the layout torch.sparse_coo"),
+        (lambda tensor: torch.nested.nested_tensor([tensor[0], tensor[1]]), "is nested"),
         (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "is quantised"),
         (lambda tensor: tensor.to(torch.complex64), "imaginary part"),
     ],
-    ids=["meta", "sparse", "quantised", "complex"],
+    ids=["meta", "sparse", "nested", "quantised", "complex"],
 )
 def test_a_tensor_that_cannot_be_loaded_stops_a_load_before_it_starts(tmp_path, damage, message):
     weights = cs.export_authors_state_dict(authors_network())
@@ -170,6 +171,13 @@ def test_a_module_that_refuses_another_class_leaves_the_others_as_they_were():
     with pytest.raises(RuntimeError, match="mine"):
         cs.convert(model, input_size=16)
     assert same_state(state(model), before)
+
+
+def test_a_lazy_convolution_is_not_switched_before_it_has_weights():
+    conv = nn.LazyConv2d(8, 3, padding=1)
+    with pytest.raises(TypeError, match=r"LazyConv2d has no weights yet.*run it once first"):
+        cs.to_coconv_(conv, (1, 2), (4, 4))
+    assert not [name for name in vars(conv) if "coconv" in name]
 
 
 def test_an_interrupted_switch_of_one_convolution_leaves_it_plain():
@@ -351,7 +359,7 @@ def test_attributes_of_the_users_are_neither_hidden_nor_overwritten():
     row = cs.get_plan(model).rows[0]
     assert (row.reason_key, row.reason) == (
         cs.Reason.HIDDEN_ATTRIBUTES,
-        "its attributes levels, dilations would be hidden by a contextual convolution's",
+        "a contextual convolution would hide its own levels, dilations",
     )
     with pytest.raises(TypeError, match="rename them first"):
         cs.to_coconv_(model[0], (1, 2))

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from faults import same_state, state
 from timm.utils.model import reparameterize_model
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torch.utils._pytree import tree_leaves
 
 import coconv_surgery as cs
@@ -566,6 +566,42 @@ def test_reverting_a_merged_network_makes_all_of_it_plain():
     image = torch.randn(1, 3, 64, 64)
     expected = plain(image)
     torch.testing.assert_close(merged(image), expected, atol=1e-3 * float(expected.abs().max()), rtol=1e-3)
+
+
+def test_a_merged_network_that_is_converted_further_still_reverts_to_a_plain_one():
+    model = around(Block())
+    cs.convert(model, input_size=(4, 16, 16))
+    model[0].fuse()
+    cs.convert(model, cs.UniformPolicy(2), input_size=(4, 16, 16))
+    assert model[0].conv.dilations == (1, 2)
+    cs.revert(model)
+    assert type(model[0].conv) is nn.Conv2d
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_branch_of_one_convolution_may_be_dropped_by_a_merge(copied):
+    class Auxiliary(Block):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Conv2d(4, 3, 3, padding=1)
+
+        def forward(self, x):
+            y = super().forward(x)
+            return y if self.head is None else (y, self.head(x))
+
+        def fuse(self):
+            merge = fuse_conv_bn_eval if copied else fuse_conv_bn_weights_into
+            self.conv, self.norm, self.head = merge(self.conv, self.norm), nn.Identity(), None
+
+    model = lively(nn.Sequential(Auxiliary()))
+    model.mix = nn.Conv2d(4, 2, 1)
+    inputs = cs.Inputs((torch.randn(1, 4, 16, 16),), call=lambda model, x: model.mix(model[0](x)[0]))
+    cs.convert(model, example_inputs=inputs)
+    image = torch.randn(1, 4, 16, 16)
+    expected, _ = model[0](image)
+    model[0].fuse()
+    assert model[0].conv.dilations == (1, 2, 3)
+    torch.testing.assert_close(model[0](image), expected)
 
 
 def test_a_class_that_counts_its_subclasses_sees_none():

@@ -353,6 +353,18 @@ def test_a_forward_that_was_replaced_by_a_function_is_named(net):
     assert type(net.stem) is nn.Conv2d
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net: cs.apply_plan(net, "plan.json"), r"plan must be a Plan, not a str: Plan.from_json\(\) reads one"),
+        (lambda net: cs.get_plan(None), "model must be a torch.nn.Module, not NoneType"),
+    ],
+)
+def test_what_is_not_a_network_or_a_plan_is_named(net, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(net)
+
+
 def test_an_input_too_small_for_the_network_is_named():
     with pytest.raises(ValueError, match="VisionTransformer does not run on a 16 × 16 input"):
         cs.plan_conversion(timm.create_model("vit_tiny_patch16_224"), input_size=16)

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
 import torch.nn as nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from coconv_surgery.layers.conv import CoConv2d
@@ -120,8 +121,8 @@ def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[
         splits: Output channels of each level, or the name of a split rule.
 
     Raises:
-        TypeError: If it is of a subclass with a forward of its own that none is registered for, or has attributes that
-            the levels would hide.
+        TypeError: If it is of a subclass with a forward of its own that none is registered for, has attributes that the
+            levels would hide, or is a lazy one without weights.
         ValueError: If the convolution cannot be split this way. In any case it is left as it was.
 
     >>> conv = nn.Conv2d(8, 8, 3, padding=1)
@@ -144,6 +145,8 @@ def set_levels_(conv: nn.Conv2d, levels: Levels) -> None:
     Raises:
         TypeError: As :func:`to_coconv_`.
     """
+    if isinstance(conv, LazyModuleMixin) and conv.has_uninitialized_params():
+        raise TypeError(f"{type(conv).__name__} has no weights yet and will change its class: run it once first")
     contextual = isinstance(conv, CoConv2d)
     cls = None if contextual else contextual_class(cast(type[nn.Conv2d], type_before_parametrizations(conv)))
     if cls is None and not contextual:

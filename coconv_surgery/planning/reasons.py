@@ -10,7 +10,7 @@ class Reason(enum.Enum):
     NOT_CONV2D = "{kind} is not an nn.Conv2d"
     UNKNOWN_FORWARD = "{kind} has a forward of its own that register_coconv() does not know"
     REPLACED_FORWARD = "its forward was replaced on the instance"
-    HIDDEN_ATTRIBUTES = "its attributes {names} would be hidden by a contextual convolution's"
+    HIDDEN_ATTRIBUTES = "a contextual convolution would hide its own {names}"
     UNKNOWN_WEIGHT = "its weight is computed, and its shape is not known"
     PART_OF_WEIGHT = "its weight is not one whole parameter"
     KERNEL = "kernel {height}×{width}"

@@ -233,6 +233,12 @@ class WatchedConv(nn.Module):
         )
 
 
+def pass_mark_on(source: nn.Module, conv: nn.Module) -> None:
+    """Let a convolution that was made of another one keep in mind what that was."""
+    if _BEFORE in vars(source):
+        vars(conv)[_BEFORE] = vars(source)[_BEFORE]
+
+
 def graphs_of(module: nn.Module) -> dict[str, fx.Graph]:
     """The graphs that a module runs, by attribute: none, one, or one each for training and evaluation."""
     if not isinstance(module, fx.GraphModule):

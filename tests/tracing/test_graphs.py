@@ -339,6 +339,22 @@ def test_a_shared_convolution_is_one_row_in_an_export_too(image):
     assert module_row.output_sizes == graph_row.output_sizes
 
 
+def test_a_plan_finds_a_convolution_by_the_name_that_an_export_kept(image):
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.blocks, self.mix = nn.ModuleList([self.conv]), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.mix(self.conv(self.first(x)).relu())
+
+    net = Aliased().eval()
+    graph = exported(net, image)
+    cs.apply_plan(graph, cs.plan_conversion(net, input_size=SIDE))
+    close(graph(image), cs.convert(net, input_size=SIDE)(image))
+
+
 def test_a_weight_that_a_graph_reads_elsewhere_leaves_its_node_alone(image):
     class Reads(nn.Module):
         def __init__(self):
