@@ -200,6 +200,11 @@ def test_what_is_excluded_stays_what_it_is(net):
     assert [row.levels for row in cs.get_plan(net).converted] == [3, 4]
 
 
+def test_patterns_may_come_from_an_iterator(net):
+    plan = cs.plan_conversion(net, input_size=32, include=iter(["stem", "body.*"]), exclude=(n for n in ["body.0"]))
+    assert [row.name for row in plan.converted] == ["stem"]
+
+
 def test_a_converted_network_copies_and_pickles_with_its_plan(net, image):
     cs.convert(net, input_size=32)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):

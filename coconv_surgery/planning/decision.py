@@ -29,9 +29,16 @@ class Choices:
     exclude: Patterns | None = None
     overrides: Mapping[str, Answer | None] | None = None
     _decide: Policy = field(init=False)
+    _include: list[str] | None = field(init=False)
+    _exclude: list[str] = field(init=False)
+    _overrides: dict[str, Answer | None] = field(init=False)
 
     def __post_init__(self) -> None:
+        # Read once: patterns may be an iterator.
         object.__setattr__(self, "_decide", get_policy(self.policy))
+        object.__setattr__(self, "_include", None if self.include is None else as_list(self.include))
+        object.__setattr__(self, "_exclude", as_list(self.exclude or ()))
+        object.__setattr__(self, "_overrides", dict(self.overrides or {}))
 
     @property
     def label(self) -> str:
@@ -45,11 +52,7 @@ class Choices:
             ValueError: If one does not.
         """
         names = [name for site in sites for name in (site.name, *site.aliases)]
-        given = {
-            "include": as_list(() if self.include is None else self.include),
-            "exclude": as_list(self.exclude or ()),
-            "overrides": list(self.overrides or {}),
-        }
+        given = {"include": self._include or [], "exclude": self._exclude, "overrides": list(self._overrides)}
         check_patterns(given, names)
 
     def row(self, conv: TracedConv) -> PlanRow:
@@ -58,12 +61,12 @@ class Choices:
         Raises:
             ValueError: If a policy or an override gives it levels that it cannot take.
         """
-        names, overrides = (conv.name, *conv.aliases), dict(self.overrides or {})
-        override = first_match(names, overrides)
+        names = (conv.name, *conv.aliases)
+        override = first_match(names, self._overrides)
         if override is None:
             why = self._left_out(names) or obstacle(conv) or reason_to_leave(conv)
             return _untouched(conv, why) if why else _settled(conv, self._decide(conv), f"policy {self.label}")
-        answer, source = overrides[override], f"overrides[{override!r}]"
+        answer, source = self._overrides[override], f"overrides[{override!r}]"
         if answer is None:
             return _untouched(conv, Reason.EXCLUDED.because())
         if why := obstacle(conv):
@@ -75,10 +78,9 @@ class Choices:
         return _settled(conv, answer, source)
 
     def _left_out(self, names: Sequence[str]) -> Why | None:
-        if self.include is not None and first_match(names, as_list(self.include)) is None:
+        if self._include is not None and first_match(names, self._include) is None:
             return Reason.NOT_INCLUDED.because()
-        excluded = first_match(names, as_list(self.exclude or ())) is not None
-        return Reason.EXCLUDED.because() if excluded else None
+        return Reason.EXCLUDED.because() if first_match(names, self._exclude) is not None else None
 
 
 def found_row(site: Site) -> PlanRow:
