@@ -52,7 +52,7 @@ def keep_levels_in_merges(model: nn.Module, undo: ExitStack) -> None:
     """
     for module in model.modules():
         cls = plain = _plain_class(module)
-        if _holds(module, CoConv2d) and not isinstance(module, nn.Conv2d):
+        if _is_contextual(module) and not isinstance(module, nn.Conv2d):
             own = tuple(name for name in MERGING_METHODS if callable(vars(module).get(name)))
             others = (name for name in MERGING_METHODS if name not in own)
             methods = tuple(name for name in others if _is_merge(getattr_static(plain, name, None)))
@@ -98,8 +98,13 @@ def _is_merge(attribute: Any) -> bool:
         parameters = inspect.signature(attribute).parameters.values()
     except (TypeError, ValueError):
         return True
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(needed) <= 2  # the block itself, and one more
+    return sum(map(_is_needed, parameters)) <= 2  # the block itself, and one more
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    """Whether a call must give a parameter by its position."""
+    by_position = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    return by_position and parameter.default is parameter.empty
 
 
 def _keeping_method(method: Any, plain: type[nn.Module]) -> Callable[..., Any]:
@@ -131,8 +136,8 @@ class _OwnMethod:
         del vars(block)[self.name]
 
 
-def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return any(isinstance(sub, kind) for sub in module.modules())
+def _is_contextual(module: nn.Module) -> bool:
+    return any(isinstance(sub, CoConv2d) for sub in module.modules())
 
 
 class _Call:
@@ -163,7 +168,7 @@ def _merge(block: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: A
     given = tree_leaves((args, kwargs))
     # A method that works on what it is given has the name of a merge alone, or is a part of one.
     is_helper = bool(given) and all(isinstance(leaf, torch.Tensor | fx.Proxy | nn.Module) for leaf in given)
-    if (is_helper and not _takes_options(method)) or not _holds(block, CoConv2d):
+    if (is_helper and not _takes_options(method)) or not _is_contextual(block):
         return merge()
     before, tolerance = _in_double(block), _tolerance(block)
     with ExitStack() as undo:
@@ -218,18 +223,13 @@ def _compute_the_same(before: nn.Module, after: nn.Module, tolerance: float) -> 
     image = torch.randn(2, conv.in_channels, _SIDE, _SIDE, generator=generator, dtype=torch.float64).to(device)
     with torch.no_grad():
         try:
-            inputs = [image.clone() for _ in range(max(1, _needed_inputs(before)))]
-            expected, found = (_tensors(module(*map(torch.clone, inputs))) for module in (before, after))
+            images = [image] * max(1, sum(map(_is_needed, inspect.signature(before.forward).parameters.values())))
+            expected, found = (_tensors(module(*map(torch.clone, images))) for module in (before, after))
         except Exception:  # the block's own code, which may want something else than images
             return None
     if not found:
         return None
     return all(any(_close(tensor, other, tolerance) for other in expected) for tensor in found)
-
-
-def _needed_inputs(module: nn.Module) -> int:
-    parameters = inspect.signature(module.forward).parameters.values()
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def _tolerance(block: nn.Module) -> float:

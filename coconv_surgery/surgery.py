@@ -262,14 +262,15 @@ def _check_plan(sites: Sequence[Site], plan: Plan) -> dict[str, Levels | None]:
     # An export keeps one of the names of a convolution, and not always the first.
     names = {name: site.name for site in reversed(sites) for name in (*site.aliases, site.name)}
     by_name = {site.name: site for site in sites}
-    rows = {_known_name(row, names): row for row in plan.rows}
+    named = [(_known_name(row, names), row) for row in plan.rows]
+    rows = dict(named)
     targets, different = {}, []
     for name in rows.keys() & by_name.keys():
         try:
             targets[name] = _target(by_name[name], rows[name])
         except ValueError as error:
             different.append(f"{name} ({error})")
-    counts = Counter(_known_name(row, names) for row in plan.rows)
+    counts = Counter(name for name, _ in named)
     problems = {
         "repeated in the plan": [name for name, count in counts.items() if count > 1],
         "missing in the network": [name for name in rows if name not in by_name],

@@ -286,31 +286,6 @@ def test_a_block_may_return_anything(ends):
     torch.testing.assert_close(Block.forward(model[0], image), expected)
 
 
-def test_a_branch_that_a_merge_drops_is_not_compared():
-    class Auxiliary(Block):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Conv2d(4, 2, 1)
-
-        def forward(self, x):
-            y = super().forward(x)
-            return y if self.head is None else (y, self.head(x))
-
-        def fuse(self):
-            super().fuse()
-            self.head = None
-
-    model = lively(nn.Sequential(Auxiliary()))
-    model.mix = nn.Conv2d(4, 2, 1)
-    inputs = cs.Inputs((torch.randn(1, 4, 16, 16),), call=lambda model, x: model.mix(model[0](x)[0]))
-    cs.convert(model, example_inputs=inputs)
-    image = torch.randn(1, 4, 16, 16)
-    expected, _ = model[0](image)
-    model[0].fuse()
-    assert model[0].conv.dilations == (1, 2, 3)
-    torch.testing.assert_close(model[0](image), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_block_of_any_type_merges(dtype):
     model = cs.convert(around(Block()), input_size=(4, 16, 16)).to(dtype)
@@ -578,12 +553,13 @@ def test_a_merged_network_that_is_converted_further_still_reverts_to_a_plain_one
     assert type(model[0].conv) is nn.Conv2d
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("copied", [True, False])
-def test_a_branch_of_one_convolution_may_be_dropped_by_a_merge(copied):
+def test_a_branch_that_a_merge_drops_is_not_compared(copied, kernel):
     class Auxiliary(Block):
         def __init__(self):
             super().__init__()
-            self.head = nn.Conv2d(4, 3, 3, padding=1)
+            self.head = nn.Conv2d(4, 3, kernel, padding=kernel // 2)
 
         def forward(self, x):
             y = super().forward(x)

@@ -103,9 +103,13 @@ def hidden_attributes(conv: nn.Module) -> list[str]:
     """Attributes of a plain convolution that a contextual one would hide behind its own."""
     if isinstance(conv, CoConv2d):
         return []
-    held = (vars(conv), conv._parameters, conv._buffers, conv._modules)
-    names = ("levels", "dilations", "splits")
-    return [name for name in names if any(name in table for table in held) or hasattr(type(conv), name)]
+    return [name for name in ("levels", "dilations", "splits") if has_attribute(conv, name)]
+
+
+def has_attribute(module: nn.Module, name: str) -> bool:
+    """Whether a module has an attribute, without evaluating it as ``hasattr`` does."""
+    held = (vars(module), module._parameters, module._buffers, module._modules)
+    return any(name in table for table in held) or hasattr(type(module), name)
 
 
 def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[int] | SplitRule = "pow2") -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch.nn as nn
 
 from coconv_surgery.layers.functional import level_padding, pair
+from coconv_surgery.layers.switch import has_attribute
 from coconv_surgery.tracing.graph_convs import GraphConv, find_graph_convs
 from coconv_surgery.tracing.graph_weights import Weight, find_weights
 from coconv_surgery.tracing.sites import ModuleSite, NodeSite, Site, graphs_of
@@ -42,13 +43,8 @@ def is_conv(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return True
     kernel = vars(module).get("kernel_size", vars(type(module)).get("kernel_size"))
-    named = all(_has(module, name) for name in ("in_channels", "out_channels", "weight"))
+    named = all(has_attribute(module, name) for name in ("in_channels", "out_channels", "weight"))
     return named and isinstance(kernel, tuple | list) and len(kernel) == 2
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    tables = (vars(module), module._parameters, module._buffers)
-    return any(name in table for table in tables) or any(name in vars(cls) for cls in type(module).__mro__)
 
 
 def _node_sites(owner_names: list[str], owner: nn.Module, taken: set[str]) -> Iterator[Site]:

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, cast
 
 import torch.fx as fx
 import torch.nn as nn
@@ -49,17 +48,22 @@ def revert_sites(sites: Iterable[Site], undo: ExitStack) -> None:
 
 
 def _remember(sites: Iterable[Site], undo: ExitStack) -> None:
-    for holder in {id(holder): holder for holder in (site.holder() for site in sites)}.values():
-        undo.callback(_graph_restorer(holder) if graphs_of(holder) else restorer(holder))
+    for holder in _holders(sites):
+        undo.callback(_graph_restorer(holder) if isinstance(holder, fx.GraphModule) else restorer(holder))
 
 
 def _recompile(sites: Iterable[Site]) -> None:
-    for holder in {id(holder): holder for holder in (site.holder() for site in sites)}.values():
+    for holder in _holders(sites):
         if isinstance(holder, fx.GraphModule):
             holder.recompile()
 
 
-def _graph_restorer(owner: nn.Module) -> Callable[[], None]:
+def _holders(sites: Iterable[Site]) -> Iterable[nn.Module]:
+    """What holds some sites, each once."""
+    return dict.fromkeys(site.holder() for site in sites)
+
+
+def _graph_restorer(owner: fx.GraphModule) -> Callable[[], None]:
     """Remember the graphs of a module, to be put back into the same objects; their nodes are new ones then."""
     graphs = {id(graph): graph for graph in graphs_of(owner).values()}.values()
     kept = [(graph, copy.deepcopy(graph)) for graph in graphs]
@@ -69,8 +73,7 @@ def _graph_restorer(owner: nn.Module) -> Callable[[], None]:
             vars(graph).update(vars(content))
             for node in (graph._root, *graph.nodes):
                 node.graph = graph
-            graph.owning_module = cast(Any, owner)
-        if isinstance(owner, fx.GraphModule):
-            owner.recompile()
+            graph.owning_module = owner
+        owner.recompile()
 
     return restore_graphs

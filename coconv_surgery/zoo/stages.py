@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch.nn as nn
 
-from coconv_surgery.layers.levels import complete_levels, is_plain, scale_dilations, whole_number
+from coconv_surgery.layers.levels import is_plain, scale_dilations, whole_number
 from coconv_surgery.layers.switch import to_coconv_
 from coconv_surgery.zoo.authors import merge_levels, warn_of_norm_order
 
@@ -52,7 +52,7 @@ def _split_block(block: nn.Module, factors: Sequence[int], base_dilation: BaseDi
             continue
         if type(conv) is not nn.Conv2d:
             raise ValueError(f"{name} is a {type(conv).__name__}, which cannot be split here: give the stage one level")
-        to_coconv_(conv, *complete_levels(conv, dilations=dilations))
+        to_coconv_(conv, dilations)
 
 
 class NormAfterAdd:
