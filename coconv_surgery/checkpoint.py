@@ -9,6 +9,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_model
 
+from coconv_surgery.layers.arguments import file_to_read, file_to_write
 from coconv_surgery.layers.rollback import deep_restorer
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.surgery import get_plan, switch_to_plan
@@ -26,10 +27,12 @@ def save_converted(model: nn.Module, path: str | Path) -> None:
         path: The file, ``.safetensors`` by custom.
 
     Raises:
+        TypeError: If ``model`` is not a module, or ``path`` not a path.
         OSError: If it cannot be written.
     """
+    plan, path = get_plan(model), file_to_write(path, "path")
     try:
-        save_model(model, str(path), metadata={_KEY: get_plan(model).to_json()})
+        save_model(model, str(path), metadata={_KEY: plan.to_json()})
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -38,9 +41,11 @@ def read_plan(path: str | Path) -> Plan:
     """Read the plan of a file that :func:`save_converted` wrote.
 
     Raises:
+        TypeError: If it is not a path.
         ValueError: If it is not a safetensors file, or holds no plan.
         OSError: If it cannot be read.
     """
+    path = file_to_read(path, "path")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -62,7 +67,7 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         The same model object.
 
     Raises:
-        TypeError: If ``model`` is not a module that can be converted in place.
+        TypeError: If ``model`` is not a module that can be converted in place, or ``path`` not a path.
         ValueError: If the file holds no plan, or plan or weights do not fit. Whatever goes wrong, interrupts included,
             the network is left as it was; to that end its weights are kept in memory a second time meanwhile.
         OSError: If the file cannot be read.

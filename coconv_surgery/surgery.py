@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
+from coconv_surgery.layers.arguments import flag, instance
 from coconv_surgery.layers.levels import Levels, check_levels
 from coconv_surgery.merging import keep_levels_in_merges
 from coconv_surgery.planning.decision import Choices, found_row
@@ -65,7 +66,7 @@ def plan_conversion(
         The plan, a row for every convolution.
 
     Raises:
-        TypeError: If ``model`` is not a module that can be converted in place.
+        TypeError: If ``model`` is not a module that can be converted in place, or another argument is of a wrong kind.
         ValueError: If the policy is unknown, the input size cannot be known or does not suit the network, or a pattern
             matches nothing.
 
@@ -99,8 +100,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: If convolutions are missing, unexpected or changed; all of them are named.
     """
     check_convertible(model)
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a Plan, not a {type(plan).__name__}: Plan.from_json() reads one from a file")
+    instance(plan, "plan", Plan, "a Plan", "Plan.from_json() reads one from a file")
     _apply(model, find_sites(model), plan)
     return model
 
@@ -169,7 +169,7 @@ def convert(
     """
     check_convertible(model)
     choices = Choices(policy, include, exclude, overrides)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if flag(inplace, "inplace") else copy.deepcopy(model)
     sites = find_sites(model)
     _apply(model, sites, _plan(model, sites, choices, input_size, example_inputs))
     return model
@@ -220,8 +220,7 @@ def get_plan(model: nn.Module) -> Plan:
     Raises:
         TypeError: If ``model`` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    instance(model, "model", nn.Module, "a torch.nn.Module")
     rows = tuple(map(found_row, find_sites(model)))
     found = Plan(rows, policy="as found", input="unknown", parameters=count_parameters(model))
     remembered = _notes(model).get(_PLAN)

@@ -282,15 +282,17 @@ def test_whole_numbers_of_any_kind_are_taken(numbers):
     assert type(cs.CoConv2d(4, 8, 3, padding=1, levels=np.int64(2)).dilations[1]) is int
 
 
-@pytest.mark.parametrize("size", [True, 32.0, "32", (32, True), (32, 32.0), {32}, (0, 32), float("nan")], ids=str)
+@pytest.mark.parametrize(
+    "size", [True, 32.0, "32", (32,), (32, True), (32, 32.0), {32}, {}, [], (0, 32), float("nan")], ids=str
+)
 def test_an_input_size_that_is_not_whole_numbers_is_refused(net, size):
     with pytest.raises(ValueError, match=r"input_size=.*give a side"):
         cs.plan_conversion(net, input_size=size)
 
 
 def test_an_input_size_of_numpys_integers_is_taken(net):
-    plan = cs.plan_conversion(net, input_size=(np.int64(32), np.int32(32)))
-    assert plan.diff(cs.plan_conversion(net, input_size=32)) == []
+    for size in (np.int64(32), (np.int64(32), np.int32(32)), np.array([32, 32])):
+        assert cs.plan_conversion(net, input_size=size).diff(cs.plan_conversion(net, input_size=32)) == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ ROOMS = [
 ]
 # Files of a room, in order.
 FILES = {
-    "layers": ["functional", "levels", "conv", "rollback", "switch", "timm_convs"],
+    "layers": ["arguments", "functional", "levels", "conv", "rollback", "switch", "timm_convs"],
     "tracing": [
         *("convertible", "inputs", "twin", "signature", "graph_convs", "graph_weights", "rewriting"),
         *("sites", "finding", "switching", "dataflow", "observer", "fx_map", "trace"),

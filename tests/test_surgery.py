@@ -330,6 +330,21 @@ def ddp(net):
             r"overrides\['body.2'\] names a conv that cannot be split: kernel 1×1",
         ),
         (lambda net: net, {"policy": lambda conv: 99}, ValueError, "gave stem the levels 99"),
+        (lambda net: net, {"inplace": "no"}, TypeError, "inplace must be True or False, not str"),
+        (lambda net: net, {"input_size": 10**7}, ValueError, "input_size=10000000 is too large: there is no memory"),
+        (
+            lambda net: net,
+            {"input_size": None, "example_inputs": 5},
+            TypeError,
+            "example_inputs must be a tensor, a tuple of arguments, a dict of them by name, or Inputs, not int",
+        ),
+        (lambda net: net, {"input_size": None, "example_inputs": "x"}, TypeError, "example_inputs must be .*, not str"),
+        (
+            lambda net: net,
+            {"input_size": None, "example_inputs": [None]},
+            ValueError,
+            "or example_inputs= that suit it",
+        ),
         (lambda net: net, {"input_size": None}, ValueError, "give input_size="),
         (lambda net: net, {"input_size": (1, 2, 3, 4)}, ValueError, "input_size=.*height, width"),
         (lambda net: net, {"input_size": 0}, ValueError, "input_size=0"),
@@ -361,7 +376,9 @@ def test_a_forward_that_was_replaced_by_a_function_is_named(net):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda net: cs.apply_plan(net, "plan.json"), r"plan must be a Plan, not a str: Plan.from_json\(\) reads one"),
+        (lambda net: cs.apply_plan(net, "plan.json"), r"plan must be a Plan, not str: Plan.from_json\(\) reads one"),
+        (lambda net: cs.apply_plan(net, cs.Plan), r"plan must be a Plan, not the class Plan: Plan.from_json\(\)"),
+        (lambda net: cs.load_converted("resnet18", "x"), "model must be a torch.nn.Module, not str"),
         (lambda net: cs.get_plan(None), "model must be a torch.nn.Module, not NoneType"),
     ],
 )

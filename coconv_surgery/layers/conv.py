@@ -14,7 +14,8 @@ import torch
 import torch.fx
 import torch.nn as nn
 
-from coconv_surgery.layers.functional import Dilation, Pair, coconv2d, pair
+from coconv_surgery.layers.arguments import choice, flag, height_and_width, instance, whole_number
+from coconv_surgery.layers.functional import NAMED_PADDING, PADDING_MODES, Dilation, Pair, coconv2d, pair
 from coconv_surgery.layers.levels import Levels, SplitRule, complete_levels, is_plain
 
 torch.fx.wrap("coconv2d")  # one node of a graph, as the convolution it replaces is
@@ -43,7 +44,8 @@ class CoConv2d(nn.Conv2d):
         splits: Output channels of each level, or a rule, see :func:`split_channels`. Default ``"pow2"``.
 
     Raises:
-        ValueError: If the convolution cannot be split this way.
+        TypeError: If an argument is of a wrong kind.
+        ValueError: If the convolution cannot be split this way, or an argument is not a number that it can be.
 
     >>> CoConv2d(64, 64, 3, padding=1, levels=3)
     CoConv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilations=(1, 2, 3), splits=(32, 16, 16))
@@ -70,15 +72,18 @@ class CoConv2d(nn.Conv2d):
         dilations: Sequence[Dilation] | None = None,
         splits: Sequence[int] | SplitRule = "pow2",
     ) -> None:
+        choice(padding_mode, "padding_mode", PADDING_MODES)
+        if isinstance(padding, str):
+            choice(padding, "padding", NAMED_PADDING)
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
+            whole_number(in_channels, "in_channels", at_least=1),
+            whole_number(out_channels, "out_channels", at_least=1),
+            height_and_width(kernel_size, "kernel_size", at_least=1),
+            height_and_width(stride, "stride", at_least=1),
+            padding if isinstance(padding, str) else height_and_width(padding, "padding", at_least=0),
+            height_and_width(dilation, "dilation", at_least=1),
+            whole_number(groups, "groups", at_least=1),
+            flag(bias, "bias"),
             padding_mode,
             device,
             dtype,
@@ -105,12 +110,14 @@ class CoConv2d(nn.Conv2d):
             splits: As in the class.
 
         Raises:
+            TypeError: If it is not an ``nn.Conv2d``.
             ValueError: If the convolution cannot be split this way.
 
         >>> conv = nn.Conv2d(8, 8, 3, padding=1)
         >>> CoConv2d.from_conv(conv, levels=2).weight is conv.weight
         True
         """
+        instance(conv, "conv", nn.Conv2d, "an nn.Conv2d")
         if "weight" not in conv._parameters:
             raise ValueError(
                 "the weight is computed from other parameters, as by weight_norm: use to_coconv_() instead"

@@ -1,14 +1,26 @@
 """Contextual convolution as a function of tensors, and how it is computed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.amp.autocast_mode import is_autocast_available
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from coconv_surgery.layers.arguments import (
+    choice,
+    height_and_width,
+    instance,
+    sequence,
+    whole_number,
+    whole_numbers,
+)
+
 Pair = tuple[int, int]
 Dilation = int | Pair
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+NAMED_PADDING = ("same", "valid")
 DIM_IF_NOT_PLAIN = -4
 
 
@@ -29,8 +41,9 @@ def coconv2d(
 
     ``stride`` to ``groups`` describe the plain convolution this one replaces, as in
     :func:`torch.nn.functional.conv2d`. Level k convolves with ``dilations[k]`` and with the padding that gives it the
-    plain convolution's output size. The arguments are taken to be valid:
-    :func:`coconv_surgery.layers.levels.check_levels` says whether they are.
+    plain convolution's output size. It costs nothing to call it rightly: what is wrong with its arguments is looked
+    into once they did not do. Whether a convolution suits its levels,
+    :func:`coconv_surgery.layers.levels.check_levels` says.
 
     Args:
         input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``.
@@ -47,12 +60,40 @@ def coconv2d(
     Returns:
         ``(N, out_channels, H_out, W_out)``, the levels concatenated in order.
 
+    Raises:
+        TypeError: If an argument is of a wrong kind.
+        ValueError: If one is not a number that it can be.
+
     >>> x, w = torch.randn(1, 8, 14, 14), torch.randn(6, 8, 3, 3)
     >>> coconv2d(x, w, padding=1, dilations=(1, 2), splits=(3, 3)).shape
     torch.Size([1, 6, 14, 14])
     """
+    arguments = (input, weight, bias, stride, padding, dilation, groups, dilations, splits, padding_mode)
+    if torch.compiler.is_compiling():
+        return _coconv2d(*arguments)
+    try:
+        return _coconv2d(*arguments)
+    except Exception:
+        _check_arguments(*arguments)
+        raise
+
+
+def _coconv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    dilations: Sequence[Dilation],
+    splits: Sequence[int],
+    padding_mode: str,
+) -> torch.Tensor:
     kernel, sizes = (weight.shape[2], weight.shape[3]), list(splits)
     stride, dilation = pair(stride), pair(dilation)
+    if min(dilation) < 1 or (isinstance(padding, str) and padding not in NAMED_PADDING):
+        raise ValueError(f"there is no convolution of {dilation=} and {padding=}")  # torch would not see it
     # Splitting has one gradient, where as many slices would each fill a tensor of the whole size. An exported graph has
     # lost the plain convolution's dilation: how the dimension is written says whether it is the first level's.
     weights = weight.split_with_sizes(sizes, 0 if pair(dilations[0]) == dilation else DIM_IF_NOT_PLAIN)
@@ -85,6 +126,50 @@ def coconv2d(
     return torch.cat(outputs, dim=-3).contiguous()
 
 
+def _check_arguments(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    dilations: Any,
+    splits: Any,
+    padding_mode: Any,
+) -> None:
+    for name, tensor in (("input", input), ("weight", weight), ("bias", weight if bias is None else bias)):
+        instance(tensor, name, torch.Tensor, "a tensor")
+    height_and_width(stride, "stride", at_least=1)
+    height_and_width(dilation, "dilation", at_least=1)
+    whole_number(groups, "groups", at_least=1)
+    choice(padding_mode, "padding_mode", PADDING_MODES)
+    if isinstance(padding, str):
+        choice(padding, "padding", NAMED_PADDING)
+    else:
+        height_and_width(padding, "padding", at_least=0)
+    form = "must be a sequence with one entry for each level"
+    levels = [height_and_width(level, "dilations", at_least=1) for level in sequence(dilations, "dilations", form)]
+    channels = whole_numbers(splits, "splits", form)
+    if len(levels) != len(channels):
+        raise ValueError(f"dilations={dilations} and splits={splits} must have one entry for each level")
+    if weight.dim() != 4 or sum(channels) != len(weight):
+        raise ValueError(f"splits={splits} must sum up to the first of the four dimensions of weight, {_shape(weight)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have the shape {_shape(weight[:, 0, 0, 0])}, not {_shape(bias)}")
+    if input.dim() not in (3, 4) or input.shape[-3] != groups * weight.shape[1]:
+        raise ValueError(
+            f"input must be (N, C, H, W) or (C, H, W) with {groups * weight.shape[1]} channels (groups={groups}), not "
+            f"{_shape(input)}"
+        )
+    for level in levels:
+        check_padding((weight.shape[2], weight.shape[3]), padding, pair(dilation), level)
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
 def level_padding(
     kernel_size: Pair, padding: int | Sequence[int] | str, dilation: Pair, level_dilation: Pair
 ) -> tuple[int, int]:
@@ -106,6 +191,20 @@ def level_padding(
         for p, level_d, d, k in zip(base, level_dilation, dilation, kernel_size, strict=True)
     )
     return height, width
+
+
+def check_padding(kernel_size: Pair, padding: int | Sequence[int] | str, dilation: Pair, level_dilation: Pair) -> None:
+    """Check that there is a padding that gives a level the output size of the plain convolution.
+
+    Raises:
+        ValueError: If it would be negative.
+    """
+    if min(level_padding(kernel_size, padding, dilation, level_dilation)) < 0:
+        height, width = level_dilation
+        raise ValueError(
+            f"dilation {height if height == width else level_dilation} with padding {padding} would need negative "
+            f"padding to keep the output size: use dilations of at least the conv's own, {dilation}"
+        )
 
 
 def _conv_level(
@@ -178,7 +277,8 @@ def _to_channels_last(input: torch.Tensor) -> torch.Tensor:
 
 def pair(value: int | Sequence[int]) -> Pair:
     """Height and width of what may be given as one number for both."""
-    if isinstance(value, int):
+    if type(value) is int:
         return value, value
-    height, width = value
-    return height, width
+    if isinstance(value, tuple) and len(value) == 2:
+        return value
+    return height_and_width(value, "value")

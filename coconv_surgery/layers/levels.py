@@ -1,13 +1,12 @@
 """The levels of a contextual convolution: their dilations, their channels, and whether a convolution can take them."""
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-import torch
 import torch.nn as nn
 
-from coconv_surgery.layers.functional import Dilation, level_padding, pair
+from coconv_surgery.layers.arguments import choice, height_and_width, sequence, whole_number
+from coconv_surgery.layers.functional import Dilation, check_padding, pair
 
 SplitRule = Literal["pow2", "even"]
 # cuDNN takes a dilation as a 32-bit integer.
@@ -47,8 +46,8 @@ def split_channels(channels: int, levels: int, rule: SplitRule = "pow2") -> tupl
     >>> split_channels(512, 3, "even")
     (172, 170, 170)
     """
-    if rule not in get_args(SplitRule):
-        raise ValueError(f"unknown split rule {rule!r}: choose one of {', '.join(map(repr, get_args(SplitRule)))}")
+    choice(rule, "rule", get_args(SplitRule))
+    channels, levels = whole_number(channels, "channels"), whole_number(levels, "levels")
     if not 1 <= levels <= channels:
         raise ValueError(f"cannot split {channels} channels over {levels} levels: every level needs at least one")
     if rule == "even":
@@ -88,8 +87,9 @@ def complete_levels(
         count = whole_number(levels, "levels", at_least=1)
         _check_count(conv, count)
         dilations = scale_dilations(conv.dilation, range(1, count + 1))
-    chosen = _sequence(dilations, "dilations")
+    chosen = _in_order(dilations, "dilations")
     if isinstance(splits, str):
+        choice(splits, "splits", get_args(SplitRule))
         _check_count(conv, len(chosen))
         splits = [share * size for share in split_channels(units, max(1, len(chosen)), splits)]
     return check_levels(conv, chosen, splits)
@@ -110,7 +110,7 @@ def check_levels(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequenc
         ValueError: With the reason, if it cannot.
     """
     chosen = level_dilations(dilations)
-    shares = tuple(whole_number(value, "splits") for value in _sequence(splits, "splits"))
+    shares = tuple(whole_number(value, "splits") for value in _in_order(splits, "splits"))
     kernel, base = pair(conv.kernel_size), pair(conv.dilation)
     if not chosen or len(chosen) != len(shares):
         raise ValueError(f"dilations {chosen} and splits {shares} must have one entry for each level")
@@ -128,11 +128,7 @@ def check_levels(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequenc
     if not is_plain(conv, chosen):
         _check_kernel(kernel)
         for dilation in chosen:
-            if min(level_padding(kernel, conv.padding, base, pair(dilation))) < 0:
-                raise ValueError(
-                    f"dilation {dilation} with padding {conv.padding} would need negative padding to keep the output "
-                    f"size: use dilations of at least the conv's own, {conv.dilation}"
-                )
+            check_padding(kernel, conv.padding, base, pair(dilation))
     return Levels(chosen, shares)
 
 
@@ -142,7 +138,7 @@ def level_dilations(values: Any) -> tuple[Dilation, ...]:
     Raises:
         ValueError: If it is not a sequence of whole numbers or pairs of them.
     """
-    return tuple(_dilation(value) for value in _sequence(values, "dilations"))
+    return tuple(squeeze(height_and_width(value, "dilations")) for value in _in_order(values, "dilations"))
 
 
 def is_plain(conv: nn.Conv2d, dilations: Sequence[Dilation]) -> bool:
@@ -168,45 +164,8 @@ def scale_dilations(dilation: int | Sequence[int], factors: Iterable[int]) -> tu
     return tuple(squeeze((factor * height, factor * width)) for factor in factors)
 
 
-def whole_number(value: Any, name: str, at_least: int | None = None) -> int:
-    """A value as a Python integer; numpy's integers and the like are fine.
-
-    Args:
-        value: The value.
-        name: What it is, for the message.
-        at_least: The smallest that it may be.
-
-    Raises:
-        ValueError: If it is a boolean, not a whole number of an integer type, or too small.
-
-    >>> whole_number(3, "levels")
-    3
-    """
-    try:
-        number = None if isinstance(value, bool | torch.Tensor) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise ValueError(f"{name}={value!r} must be a whole number")
-    if at_least is not None and number < at_least:
-        raise ValueError(f"{name}={value!r} must be at least {at_least}")
-    return number
-
-
-def _sequence(values: Any, name: str) -> tuple[Any, ...]:
-    # A set has no order, and a dict or string means something else.
-    if isinstance(values, str | bytes | set | frozenset | dict) or not hasattr(values, "__iter__"):
-        raise ValueError(f"{name}={values!r} must be a sequence with one entry for each level")
-    return tuple(values)
-
-
-def _dilation(value: Any) -> Dilation:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return whole_number(value, "dilations")
-    sides = [whole_number(side, "dilations") for side in value]
-    if len(sides) != 2:
-        raise ValueError(f"dilations: {value!r} is neither a number nor (height, width)")
-    return squeeze((sides[0], sides[1]))
+def _in_order(values: Any, name: str) -> tuple[Any, ...]:
+    return sequence(values, name, "must be a sequence with one entry for each level")
 
 
 def _check_count(conv: nn.Conv2d, count: int) -> None:

@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from coconv_surgery.layers.arguments import instance, shown
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import Dilation
 from coconv_surgery.layers.levels import Levels, SplitRule, complete_levels
@@ -54,8 +55,8 @@ def register_coconv(cls: _CoConvClass) -> _CoConvClass:
     """
     if not (isinstance(cls, type) and issubclass(cls, CoConv2d)) or plain_class(cls) is nn.Conv2d:
         raise TypeError(
-            f"{getattr(cls, '__name__', cls)} must derive from CoConv2d and then from the convolution class it stands "
-            "for: class CoMyConv2d(CoConv2d, MyConv2d)"
+            f"cls={shown(cls)} must derive from CoConv2d and then from the convolution class it stands for: "
+            "class CoMyConv2d(CoConv2d, MyConv2d)"
         )
     _CONTEXTUAL.add(cls)
     _REGISTERED[plain_class(cls)] = cls
@@ -134,8 +135,7 @@ def to_coconv_(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequence[
     >>> conv
     CoConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilations=(1, 2), splits=(4, 4))
     """
-    if not isinstance(conv, nn.Conv2d):
-        raise TypeError(f"to_coconv_ takes an nn.Conv2d, not a {type(conv).__name__}")
+    instance(conv, "conv", nn.Conv2d, "an nn.Conv2d")
     set_levels_(conv, complete_levels(conv, dilations=dilations, splits=splits))
 
 
@@ -171,8 +171,7 @@ def to_conv_(coconv: CoConv2d) -> None:
     Raises:
         TypeError: If it is not a contextual convolution.
     """
-    if not isinstance(coconv, CoConv2d):
-        raise TypeError(f"to_conv_ takes a CoConv2d, not a {type(coconv).__name__}")
+    instance(coconv, "coconv", CoConv2d, "a CoConv2d")
     with ExitStack() as undo:
         undo.callback(restorer(coconv))
         switch_class(coconv, plain_class(cast(type[nn.Conv2d], type_before_parametrizations(coconv))))

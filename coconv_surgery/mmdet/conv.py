@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from timm.layers import pad_same
 
+from coconv_surgery.layers.arguments import whole_number, whole_numbers
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import (
     SplitRule,
@@ -16,7 +17,6 @@ from coconv_surgery.layers.levels import (
     is_plain,
     level_units,
     scale_dilations,
-    whole_number,
 )
 from coconv_surgery.layers.switch import register_coconv, to_coconv_
 
@@ -59,7 +59,8 @@ def build_coconv(
             "a conv layer of type CoConv takes either levels= (a number) or dilations= (one for each level)"
         )
     if dilations is not None:
-        factors: Sequence[int] = [whole_number(dilation, "dilations", at_least=1) for dilation in dilations]
+        form = "must be numbers of at least 1, one for each level"
+        factors: Sequence[int] = whole_numbers(dilations, "dilations", form)
     else:
         factors = range(1, whole_number(levels, "levels", at_least=1) + 1)
     conv = nn.Conv2d(*args, **kwargs)

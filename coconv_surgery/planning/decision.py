@@ -1,8 +1,9 @@
 """What is to become of each convolution that a trace found."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coconv_surgery.layers.arguments import mapping, shown
 from coconv_surgery.layers.levels import Levels, is_plain
 from coconv_surgery.planning.eligibility import obstacle, reason_to_leave
 from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
@@ -34,11 +35,13 @@ class Choices:
     _overrides: dict[str, Answer | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        # Read once: patterns may be an iterator.
+        # Read once: patterns may be an iterator, and so may the levels of an override.
         object.__setattr__(self, "_decide", get_policy(self.policy))
-        object.__setattr__(self, "_include", None if self.include is None else as_list(self.include))
-        object.__setattr__(self, "_exclude", as_list(self.exclude or ()))
-        object.__setattr__(self, "_overrides", dict(self.overrides or {}))
+        object.__setattr__(self, "_include", None if self.include is None else as_list(self.include, "include"))
+        object.__setattr__(self, "_exclude", as_list(() if self.exclude is None else self.exclude, "exclude"))
+        overrides = {} if self.overrides is None else mapping(self.overrides, "overrides", "levels by pattern")
+        kept = {key: tuple(value) if isinstance(value, Iterator) else value for key, value in overrides.items()}
+        object.__setattr__(self, "_overrides", kept)
 
     @property
     def label(self) -> str:
@@ -97,7 +100,7 @@ def _settled(conv: TracedConv, answer: Answer, source: str) -> PlanRow:
     try:
         levels = settle(conv, answer)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{source} gave {conv.name} the levels {answer!r}: {error}") from error
+        raise ValueError(f"{source} gave {conv.name} the levels {shown(answer)}: {error}") from error
     return _row(conv, levels, Reason.ONE_LEVEL.because() if is_plain(conv.conv, levels.dilations) else None)
 
 

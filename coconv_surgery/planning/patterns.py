@@ -1,15 +1,33 @@
 """Glob patterns of qualified names."""
 
-import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+from coconv_surgery.layers.arguments import instance, near_miss, sequence
 
 Patterns = str | Iterable[str]
 
 
-def as_list(patterns: Patterns) -> list[str]:
-    """One pattern or several, as a list."""
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+def as_list(patterns: Any, name: str) -> list[str]:
+    """One pattern or several, as a list.
+
+    Args:
+        patterns: What was given.
+        name: The argument that it was given for.
+
+    Raises:
+        TypeError: If a pattern is not a string.
+        ValueError: If it is neither.
+
+    >>> as_list("layer1.*", "include")
+    ['layer1.*']
+    """
+    if isinstance(patterns, str):
+        return [patterns]
+    several = tuple(patterns) if isinstance(patterns, Set) else patterns  # their order does not count
+    form = "must be a pattern or a list of patterns"
+    return [instance(each, f"a pattern in {name}", str, "a string") for each in sequence(several, name, form)]
 
 
 def first_match(names: Iterable[str], patterns: Iterable[str]) -> str | None:
@@ -43,10 +61,12 @@ def check_patterns(patterns: Mapping[str, Iterable[str]], names: Sequence[str]) 
     for argument, group in patterns.items():
         for pattern in group:
             if first_match(names, [pattern]) is None:
-                near = difflib.get_close_matches(pattern, sorted(modules), n=3)
-                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"names look like {names[:1]}"
+                hint = near_miss(pattern, sorted(modules), count=3) or f"names look like {names[:1]}"
                 raise ValueError(f"{argument}: no convolution matches {pattern!r}: {hint}")
 
 
 def _matches(name: str, pattern: str) -> bool:
+    # A name may hold what is special in a pattern, as "d.a[0]" does: it stands for itself all the same.
+    if name == pattern or name.startswith(f"{pattern}."):
+        return True
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")

@@ -3,12 +3,13 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
 
+from coconv_surgery.layers.arguments import file_to_read, file_to_write, flag, instance, whole_number
 from coconv_surgery.layers.functional import Dilation, Pair
 from coconv_surgery.planning.reasons import Reason
 from coconv_surgery.tracing.signature import Signature
@@ -54,6 +55,16 @@ class PlanRow:
     untraced: str | None = None
     reason_key: Reason | None = None
 
+    def __post_init__(self) -> None:
+        instance(self.name, "name", str, "a string")
+        instance(self.signature, "signature", Signature, "a Signature")
+        for name in ("dilations", "splits", "output_sizes", "aliases"):
+            instance(getattr(self, name), name, tuple, "a tuple")
+        for name in ("reason", "untraced"):
+            instance(getattr(self, name), name, (str, type(None)), "a string or None")
+        instance(self.reason_key, "reason_key", (Reason, type(None)), "a Reason or None")
+        whole_number(self.calls, "calls", at_least=0)
+
     @property
     def levels(self) -> int:
         """Number of levels."""
@@ -82,6 +93,13 @@ class Plan:
     input: str
     parameters: int
     traced: str = "not traced"
+
+    def __post_init__(self) -> None:
+        for row in instance(self.rows, "rows", tuple, "a tuple of PlanRow"):
+            instance(row, "an entry of rows", PlanRow, "a PlanRow")
+        for name in ("policy", "input", "traced"):
+            instance(getattr(self, name), name, str, "a string")
+        whole_number(self.parameters, "parameters", at_least=0)
 
     @property
     def converted(self) -> tuple[PlanRow, ...]:
@@ -121,7 +139,7 @@ class Plan:
         Args:
             every_conv: Show 1×1 convolutions and the like as well, which the summary just counts.
         """
-        shown = self.rows if every_conv else self.in_question
+        shown = self.rows if flag(every_conv, "every_conv") else self.in_question
         header = ("conv", "channels", "map", "levels", "dilations", "splits", "left alone because")
         return align([header, *map(_cells, shown)])
 
@@ -130,6 +148,7 @@ class Plan:
 
     def diff(self, other: "Plan") -> list[str]:
         """Say in words where another plan decides differently; map sizes and reasons do not count."""
+        instance(other, "other", Plan, "a Plan")
         mine, others = ({row.name: row for row in plan.rows} for plan in (self, other))
         differences = [f"{name}: missing" for name in mine if name not in others]
         differences += [f"{name}: unexpected" for name in others if name not in mine]
@@ -150,7 +169,7 @@ class Plan:
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         text = json.dumps(content, indent=1, ensure_ascii=False, default=_reason_name)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            file_to_write(path, "path").write_text(text + "\n", encoding="utf-8")
         return text
 
     @classmethod
@@ -161,15 +180,16 @@ class Plan:
             source: JSON text, or the path of a file of it.
 
         Raises:
+            TypeError: If it is neither.
             PlanError: If it is not a plan, or has another format version.
             OSError: If the file cannot be read.
         """
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        text = source if isinstance(source, str) and is_text else Path(source).read_text(encoding="utf-8")
+        path = None if is_text else file_to_read(source, "source", "JSON text or the path of a file")
         label = "the text" if is_text else str(source)
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = json.loads(str(source) if path is None else path.read_text(encoding="utf-8"))
+        except (RecursionError, ValueError) as error:
             raise PlanError(f"{label} is not JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise PlanError(f'{label} is not a plan: a plan has \'"format": "{FORMAT}"\'')
@@ -177,7 +197,7 @@ class Plan:
             raise PlanError(f"{label} has plan version {version}; this release reads version {VERSION}")
         try:
             return cls(**{**data, "rows": tuple(map(_read_row, data["rows"]))})
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{label} is not a complete plan: {error}") from error
 
 
@@ -214,18 +234,18 @@ def _reason_name(reason: Reason) -> str:
 
 
 def _read_row(data: dict[str, Any]) -> PlanRow:
-    signature = Signature(**{name: _tupled(value) for name, value in data["signature"].items()})
-    row = PlanRow(**{**{name: _tupled(value) for name, value in data.items()}, "signature": signature})
+    fields = {name: _tupled(value) for name, value in data.items()}
+    fields["signature"] = Signature(**{name: _tupled(value) for name, value in data["signature"].items()})
     if (key := data.get("reason_key")) is not None:
         if key not in map(_reason_name, Reason):
-            raise TypeError(f"row {row.name!r} has a reason_key that does not exist: {key!r}")
+            raise TypeError(f"row {data.get('name')!r} has a reason_key that does not exist: {key!r}")
         # Whoever takes the reason out by hand means that the convolution is to be converted.
-        row = replace(row, reason_key=None if row.reason is None else Reason[key.upper()])
-    texts = (row.name, *row.aliases, *(text for text in (row.reason, row.untraced) if text is not None))
+        fields["reason_key"] = None if data.get("reason") is None else Reason[key.upper()]
+    row = PlanRow(**fields)
     dilations = [side for value in row.dilations for side in (value if isinstance(value, tuple) else (value,))]
     sizes = [side for size in row.output_sizes for side in size]
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"row {row.name!r} has a name or reason that is not text")
+    for alias in row.aliases:
+        instance(alias, f"row {row.name!r}: an entry of aliases", str, "a string")
     if not all(len(size) == 2 for size in row.output_sizes):
         raise TypeError(f"row {row.name!r} has output sizes that are not (height, width)")
     if not all(type(number) is int for number in (row.calls, *dilations, *row.splits, *sizes)):

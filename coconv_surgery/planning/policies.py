@@ -1,12 +1,22 @@
 """How many levels a convolution gets, at which dilations, with how many channels each."""
 
-import difflib
+import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
+from coconv_surgery.layers.arguments import (
+    as_number,
+    choice,
+    kind,
+    mapping,
+    near_miss,
+    shown,
+    whole_number,
+    whole_numbers,
+)
 from coconv_surgery.layers.functional import pair
 from coconv_surgery.layers.levels import (
     Levels,
@@ -16,11 +26,11 @@ from coconv_surgery.layers.levels import (
     level_units,
     scale_dilations,
     split_channels,
-    whole_number,
 )
 from coconv_surgery.planning.maps import check_maps
 from coconv_surgery.tracing.trace import TracedConv
 
+Shared = Literal["min", "max"]
 Answer = Levels | int | Sequence[int]
 
 
@@ -47,14 +57,12 @@ class LevelPolicy:
 
     split: SplitRule = "pow2"
     min_channels: int = 1
-    shared: Literal["min", "max"] = "min"
+    shared: Shared = "min"
 
     def __post_init__(self) -> None:
-        if self.split not in get_args(SplitRule):
-            raise ValueError(f"split={self.split!r}: choose {' or '.join(map(repr, get_args(SplitRule)))}")
+        choice(self.split, "split", get_args(SplitRule))
+        choice(self.shared, "shared", get_args(Shared))
         self._set("min_channels", whole_number(self.min_channels, "min_channels", at_least=1))
-        if self.shared not in ("min", "max"):
-            raise ValueError(f"shared={self.shared!r}: choose 'min' or 'max'")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -118,13 +126,8 @@ class StagePolicy(LevelPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            stages = tuple(whole_number(count, "stages", at_least=1) for count in self.stages)
-        except (TypeError, ValueError):
-            stages = ()
-        if not stages:
-            raise ValueError(f"stages={self.stages!r} must be numbers of at least 1, one for each stage")
-        self._set("stages", stages)
+        form = "must be numbers of at least 1, one for each stage"
+        self._set("stages", whole_numbers(self.stages, "stages", form))
 
     def levels(self, conv: TracedConv) -> int:
         """Number of levels of the convolution's stage."""
@@ -187,25 +190,45 @@ def get_policy(policy: str | Policy) -> Policy:
     (3, 3, 2, 1)
     """
     if isinstance(policy, str):
-        match = _NAME.fullmatch(policy)
-        name, numbers = match.groups() if match else (policy, None)
-        if name not in POLICIES:
-            near = difflib.get_close_matches(name, POLICIES, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown policy {policy!r}: {hint}There are {', '.join(map(repr, POLICIES))}")
-        if numbers is None:
-            return POLICIES[name]()
-        values = tuple(map(int, numbers.split(",")))
-        if name in ("stage", "top"):
-            return POLICIES[name](values)
-        if len(values) > 1:
-            raise ValueError(f"policy {policy!r}: {name} takes one number")
-        return POLICIES[name](*values)
+        return named_policy(policy)
     if isinstance(policy, type):
         raise TypeError(f"policy must be an object, as {policy.__name__}(), not the class")
     if not callable(policy):
-        raise TypeError(f"policy must be a name or a callable, not {type(policy).__name__}")
+        raise TypeError(f"policy must be a name or a callable, not {kind(policy)}")
     return policy
+
+
+def named_policy(policy: str, **settings: Any) -> Policy:
+    """Make a policy by its name.
+
+    Args:
+        policy: As of :func:`get_policy`.
+        **settings: Further arguments of the policy.
+
+    Raises:
+        ValueError: If there is no policy of that name, or numbers or settings do not suit it.
+
+    >>> named_policy("uniform(3)", min_channels=16)
+    UniformPolicy(split='pow2', min_channels=16, shared='min', count=3)
+    """
+    match = _NAME.fullmatch(policy)
+    name, numbers = match.groups() if match else (policy, None)
+    if match is None or name not in POLICIES:
+        hint = near_miss(name, POLICIES)
+        raise ValueError(
+            f"unknown policy {shown(policy)}: {hint and f'{hint} '}There are {', '.join(map(repr, POLICIES))}; numbers "
+            "may follow, as in 'stage(4,3,2,1)' or 'uniform(2)'"
+        )
+    values: tuple[Any, ...] = tuple(map(int, numbers.split(","))) if numbers else ()
+    if values and name in ("stage", "top"):
+        values = (values,)
+    if len(values) > 1:
+        raise ValueError(f"policy {policy!r}: {name} takes one number")
+    mapping(settings, f"policy {policy!r}", "settings", keys=inspect.signature(POLICIES[name]).parameters)
+    try:
+        return POLICIES[name](*values, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"policy {policy!r}: {error}") from error
 
 
 def settle(conv: TracedConv, answer: Answer) -> Levels:
@@ -215,9 +238,11 @@ def settle(conv: TracedConv, answer: Answer) -> Levels:
         ValueError: If they do not.
     """
     if isinstance(answer, Levels):
-        levels = complete_levels(conv.conv, dilations=answer.dilations, splits=answer.splits)
-    elif isinstance(answer, str) or not hasattr(answer, "__iter__"):
-        levels = complete_levels(conv.conv, whole_number(answer, "levels"))
+        levels = complete_levels(conv.conv, dilations=level_dilations(answer.dilations), splits=answer.splits)
+    elif (count := as_number(answer)) is not None:
+        levels = complete_levels(conv.conv, count)
+    elif isinstance(answer, str | bytes | Mapping) or not isinstance(answer, Iterable):
+        raise ValueError("give a number of levels, a sequence of dilations, or Levels(dilations, splits)")
     else:
         own = pair(conv.conv.dilation)
         factors = [pair(dilation) for dilation in level_dilations(answer)]

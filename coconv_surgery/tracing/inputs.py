@@ -9,8 +9,8 @@ import torch.fx as fx
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
+from coconv_surgery.layers.arguments import flag, instance, kind, mapping, whole_numbers
 from coconv_surgery.layers.functional import Pair
-from coconv_surgery.layers.levels import whole_number
 
 InputSize = int | Sequence[int]
 
@@ -31,6 +31,13 @@ class Inputs:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     call: Callable[..., Any] | None = None
     needs_numbers: bool = False
+
+    def __post_init__(self) -> None:
+        instance(self.args, "args", (tuple, list), "a tuple of inputs")
+        mapping(self.kwargs, "kwargs", "inputs by name")
+        if self.call is not None and not callable(self.call):
+            raise TypeError(f"call must be a function of the network and its inputs, not {kind(self.call)}")
+        flag(self.needs_numbers, "needs_numbers")
 
     @property
     def image_size(self) -> Pair | None:
@@ -56,6 +63,7 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
             :class:`Inputs`.
 
     Raises:
+        TypeError: If ``example_inputs`` are of a wrong kind.
         ValueError: If nothing tells, if both are given, or if ``input_size`` is not a size.
     """
     if example_inputs is not None:
@@ -64,23 +72,24 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
         if isinstance(example_inputs, Inputs):
             return example_inputs
         if isinstance(example_inputs, Mapping):
-            return Inputs(kwargs=dict(example_inputs))
-        return Inputs((example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs))
+            return Inputs(kwargs=mapping(example_inputs, "example_inputs", "inputs by name"))
+        if isinstance(example_inputs, torch.Tensor):
+            return Inputs((example_inputs,))
+        what = "a tensor, a tuple of arguments, a dict of them by name, or Inputs"
+        return Inputs(tuple(instance(example_inputs, "example_inputs", (tuple, list), what)))
     if input_size is None and isinstance(model, fx.GraphModule) and (recorded := _recorded_inputs(model)):
         return recorded
     if input_size is None:
         input_size = _configured_size(model)
-    sides = tuple(input_size) if isinstance(input_size, Sequence) else (input_size, input_size)
-    try:
-        sides = tuple(whole_number(side, "input_size", at_least=1) for side in sides)
-    except ValueError:
-        sides = ()
-    if len(sides) not in (2, 3):
-        raise ValueError(f"input_size={input_size!r}: give a side, (height, width) or (channels, height, width)")
+    form = "is no size: give a side, (height, width) or (channels, height, width) in whole numbers"
+    sides = whole_numbers(input_size, "input_size", form, lengths=(2, 3), alone=2)
     shape = sides if len(sides) == 3 else (_image_channels(model), *sides)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator("cpu").manual_seed(0)  # leaves the global one alone
-    image = torch.rand(1, *shape, generator=generator, device="cpu")
+    try:
+        image = torch.rand(1, *shape, generator=generator, device="cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"input_size={input_size!r} is too large: there is no memory for such an image") from error
     return Inputs((image.to(parameter.device, parameter.dtype),))
 
 

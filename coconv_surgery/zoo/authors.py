@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 
 from coconv_surgery.checkpoint import check_loadable
+from coconv_surgery.layers.arguments import file_to_read, instance
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import complete_levels
 from coconv_surgery.layers.rollback import deep_restorer
@@ -88,7 +89,7 @@ def is_authors_checkpoint(path: str | Path) -> bool:
         ValueError: If the safe loader cannot read it.
         OSError: If it cannot be opened.
     """
-    if Path(path).suffix in (".npz", ".npy"):  # which timm reads for networks of JAX
+    if file_to_read(path, "path").suffix in (".npz", ".npy"):  # which timm reads for networks of JAX
         return False
     return any(_LEVEL_KEY.fullmatch(str(name)) for name in _read(path))
 
@@ -107,6 +108,7 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
         The same model object.
 
     Raises:
+        TypeError: If ``model`` is not a module, or ``path`` not a path.
         ValueError: If it is not a complete checkpoint, is not in the authors' layout, or does not fit the network: all
             that does not is named, and the network is left as it was.
         OSError: If it cannot be opened.
@@ -114,6 +116,7 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     Warns:
         UserWarning: If the network does not normalise after the addition, as theirs do.
     """
+    instance(model, "model", nn.Module, "a torch.nn.Module")
     state = _read(path)
     _check_tensors(state, path)
     check_loadable(model, state, path)
@@ -158,9 +161,10 @@ def export_authors_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         Tensors by their names; ``torch.save`` writes what :func:`load_authors_checkpoint` reads.
 
     Raises:
+        TypeError: If ``model`` is not a module.
         ValueError: If their network would compute something else, or has no place for a convolution's levels.
     """
-    if not getattr(model, "norm_after_add", False):
+    if not getattr(instance(model, "model", nn.Module, "a torch.nn.Module"), "norm_after_add", False):
         raise ValueError(
             f"{type(model).__name__} does not normalise after the addition at the end of every stage, so the authors' "
             "network would compute something else with its weights: train 'coresnet50.iduta' for it"
@@ -188,7 +192,7 @@ _UNREADABLE = (
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    Path(path).open("rb").close()  # a file that cannot be opened is not a damaged one
+    file_to_read(path, "path").open("rb").close()  # a file that cannot be opened is not a damaged one
     try:
         state = load_state_dict(str(path), use_ema=False, weights_only=True)
     except _UNREADABLE as error:

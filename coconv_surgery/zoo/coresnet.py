@@ -22,6 +22,7 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from coconv_surgery.layers.arguments import choice, flag, whole_number
 from coconv_surgery.planning.policies import Policy
 from coconv_surgery.surgery import apply_plan, plan_conversion
 from coconv_surgery.zoo.stages import TABLE_1, AuthorsCheckpoints, BaseDilation, NormAfterAdd, set_levels
@@ -115,17 +116,17 @@ dilations=(1, 2, 3), splits=(64, 32, 32))
         norm_after_add: bool = False,
         **kwargs: Any,
     ) -> None:
-        if base_dilation not in get_args(BaseDilation):
-            raise ValueError(f"base_dilation={base_dilation!r}: choose 'multiply' or 'ignore'")
+        choice(base_dilation, "base_dilation", get_args(BaseDilation))
         if policy is not None and (levels is not None or base_dilation != "multiply"):
             raise ValueError("policy= decides on the dilations: leave out levels= and base_dilation=")
         super().__init__(*args, **kwargs)
-        self.norm_after_add = norm_after_add
+        self.norm_after_add = flag(norm_after_add, "norm_after_add")
         stages: list[nn.Sequential] = [getattr(self, f"layer{number}") for number in range(1, 5)]
         if policy is None:
             set_levels(stages, TABLE_1 if levels is None else levels, base_dilation)
         else:
-            size = (self.in_chans, img_size, img_size)
+            side = whole_number(img_size, "img_size", at_least=1)
+            size = (self.in_chans, side, side)
             plan = plan_conversion(self, policy, input_size=size, include=["layer?.*"])
             if plan.converted:
                 apply_plan(self, plan)

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from coconv_surgery.layers.arguments import whole_number, whole_numbers
 from coconv_surgery.planning.policies import ResolutionPolicy
 from coconv_surgery.surgery import convert
 
@@ -42,6 +43,9 @@ class Generator(nn.Module):
         self, channels: Sequence[int] = (512, 512, 512, 512, 256, 128), latent: int = 512, colours: int = 3
     ) -> None:
         super().__init__()
+        channels = whole_numbers(channels, "channels", "must be numbers of at least 1, one for each resolution")
+        latent = whole_number(latent, "latent", at_least=1)
+        colours = whole_number(colours, "colours", at_least=1)
         self.first = nn.Linear(latent, 16 * channels[0])
         self.act = nn.LeakyReLU(0.2)
         self.norm = PixelNorm()

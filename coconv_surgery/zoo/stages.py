@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 import torch.nn as nn
 
-from coconv_surgery.layers.levels import is_plain, scale_dilations, whole_number
+from coconv_surgery.layers.arguments import whole_numbers
+from coconv_surgery.layers.levels import is_plain, scale_dilations
 from coconv_surgery.layers.switch import to_coconv_
 from coconv_surgery.zoo.authors import merge_levels, warn_of_norm_order
 
@@ -16,7 +17,7 @@ BaseDilation = Literal["multiply", "ignore"]
 
 def set_levels(
     stages: Sequence[Iterable[nn.Module]], levels: Sequence[int], base_dilation: BaseDilation = "multiply"
-) -> None:
+) -> tuple[int, ...]:
     """Split the 3×3 convolutions of the blocks, ``conv1`` and ``conv2``, in place.
 
     Args:
@@ -24,24 +25,21 @@ def set_levels(
         levels: Levels of each stage.
         base_dilation: Whether a level multiplies a convolution's own dilation, or ignores it.
 
+    Returns:
+        The levels, in Python's own integers.
+
     Raises:
         ValueError: If there is not one number for each stage, or a stage cannot take its number.
     """
-    given = levels
-    try:
-        levels = [whole_number(count, "levels", at_least=1) for count in levels]
-    except (TypeError, ValueError):
-        levels = []
-    if len(levels) != len(stages):
-        raise ValueError(f"levels={given!r} must be {len(stages)} numbers of at least 1, one for each stage")
-    for number, (stage, count) in enumerate(zip(stages, levels, strict=True), start=1):
+    form = f"must be {len(stages)} numbers of at least 1, one for each stage"
+    counts = whole_numbers(levels, "levels", form, lengths=[len(stages)])
+    for number, (stage, count) in enumerate(zip(stages, counts, strict=True), start=1):
         for block in stage:
             try:
                 _split_block(block, range(1, count + 1), base_dilation)
             except ValueError as error:
-                raise ValueError(
-                    f"levels={tuple(levels)!r}: stage {number} cannot have {count} levels: {error}"
-                ) from error
+                raise ValueError(f"levels={counts}: stage {number} cannot have {count} levels: {error}") from error
+    return counts
 
 
 def _split_block(block: nn.Module, factors: Sequence[int], base_dilation: BaseDilation) -> None:

@@ -217,7 +217,7 @@ def test_repr_ends_with_the_levels():
             r"dilation 1 with padding \(1, 1\).*negative padding",
         ),
         ({"dilation": 2, "padding": "valid", "dilations": (1, 2)}, "dilation 1 with padding valid.*negative padding"),
-        ({"levels": 2, "splits": "odd"}, "unknown split rule 'odd': choose one of 'pow2', 'even'"),
+        ({"levels": 2, "splits": "odd"}, "splits='odd': choose 'pow2' or 'even'"),
     ],
 )
 def test_what_cannot_be_split_is_one_clear_error(arguments, message):
@@ -239,7 +239,7 @@ def test_from_conv_needs_levels_or_dilations():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((8, 2, "odd"), "unknown split rule 'odd'"),
+        ((8, 2, "odd"), "rule='odd': choose 'pow2' or 'even'"),
         ((3, 4), "cannot split 3 channels over 4 levels"),
         ((3, 0), "cannot split 3 channels over 0 levels"),
     ],
@@ -247,6 +247,31 @@ def test_from_conv_needs_levels_or_dilations():
 def test_split_channels_says_what_it_cannot_do(arguments, message):
     with pytest.raises(ValueError, match=message):
         split_channels(*arguments)
+
+
+def test_from_conv_names_what_is_no_convolution():
+    with pytest.raises(TypeError, match=r"conv must be an nn\.Conv2d, not ReLU"):
+        CoConv2d.from_conv(nn.ReLU(), levels=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"splits": (4, 5)},
+            r"splits=\(4, 5\) must sum up to the first of the four dimensions of weight, \(8, 4, 3, 3\)",
+        ),
+        ({"splits": (8,)}, r"dilations=\(1, 2\) and splits=\(8,\) must have one entry for each level"),
+        ({"bias": torch.ones(4)}, r"bias must have the shape \(8,\), not \(4,\)"),
+        ({"groups": 2}, r"input must be .* with 8 channels \(groups=2\), not \(1, 4, 9, 9\)"),
+        ({"padding": 0, "dilation": 2}, r"dilation 1 with padding 0 .*negative padding"),
+        ({"padding": "full"}, "padding='full': choose 'same' or 'valid'"),
+    ],
+)
+def test_the_functional_form_says_which_argument_is_wrong(arguments, message):
+    tensors = {"input": torch.ones(1, 4, 9, 9), "weight": torch.ones(8, 4, 3, 3)}
+    with pytest.raises(ValueError, match=message):
+        coconv2d(**{**tensors, "padding": 1, "dilations": (1, 2), "splits": (4, 4), **arguments})
 
 
 def test_from_conv_refuses_a_computed_weight():
@@ -257,6 +282,6 @@ def test_from_conv_refuses_a_computed_weight():
 
 def test_to_conv_refuses_a_conv_that_is_not_contextual():
     conv = nn.Conv2d(4, 4, 3)
-    with pytest.raises(TypeError, match="takes a CoConv2d, not a Conv2d"):
+    with pytest.raises(TypeError, match="coconv must be a CoConv2d, not Conv2d"):
         to_conv_(conv)
     assert type(conv) is nn.Conv2d

@@ -44,10 +44,10 @@ def test_dilations_are_in_units_of_the_convs_own():
 
 
 @pytest.mark.parametrize(
-    "levels", [{}, {"levels": 2, "dilations": (1, 2)}, {"levels": 0}, {"levels": 2, "splits": (1, 2)}]
+    "levels", [{}, {"levels": 2, "dilations": (1, 2)}, {"levels": 0}, {"levels": 2, "splits": (1, 2)}, {"dilations": 2}]
 )
 def test_levels_that_cannot_be_are_an_error(levels):
-    with pytest.raises(ValueError, match=r"levels=|splits"):
+    with pytest.raises(ValueError, match=r"levels=|splits|dilations=2 must be numbers"):
         build_conv_layer({"type": "CoConv", **levels}, 8, 8, 3)
 
 

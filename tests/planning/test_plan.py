@@ -88,6 +88,36 @@ def test_what_is_not_a_plan_is_refused(text, message):
         Plan.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x9c\xff", "plan.json is not JSON"),
+        (b"[" * 10**6, "plan.json is not JSON"),
+        (b"[]", "plan.json is not a plan"),
+    ],
+    ids=["binary", "nested", "list"],
+)
+def test_a_file_that_is_not_a_plan_is_named(content, message, tmp_path):
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(PlanError, match=message):
+        Plan.from_json(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("none.json", FileNotFoundError, r"source='none\.json': there is no such file"),
+        (".", IsADirectoryError, r"source='\.' is a folder: name a file in it"),
+        ("", IsADirectoryError, "source='' is a folder"),
+        (None, TypeError, "source must be JSON text or the path of a file, not NoneType"),
+        (b"{}", TypeError, "source must be JSON text or the path of a file, not bytes"),
+    ],
+)
+def test_a_source_that_is_no_file_is_named(source, error, message):
+    with pytest.raises(error, match=message):
+        Plan.from_json(source)
+
+
 def test_the_table_is_aligned_and_leaves_out_other_kernels(net):
     plan = cs.plan_conversion(net, input_size=32)
     header, rule, stem, *_ = plan.table().splitlines()

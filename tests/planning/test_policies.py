@@ -1,12 +1,14 @@
 """Policies: maps in, levels out."""
 
+import re
+
 import pytest
 import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
 import coconv_surgery as cs
-from coconv_surgery.planning.policies import get_policy, settle
+from coconv_surgery.planning.policies import get_policy, named_policy, settle
 from coconv_surgery.tracing.dataflow import Reader
 from coconv_surgery.tracing.observer import Call
 from coconv_surgery.tracing.sites import ModuleSite
@@ -94,8 +96,33 @@ def test_a_policy_may_give_levels_in_full(net):
         (lambda: cs.UniformPolicy(shared="mean"), "shared='mean'"),
         (lambda: cs.UniformPolicy(min_channels=0), "min_channels=0"),
         (lambda: get_policy("Resolution"), "did you mean 'resolution'"),
+        (lambda: get_policy("resolution(0)"), r"policy 'resolution\(0\)': max_levels=0 must be at least 1"),
+        (lambda: named_policy("stage", stags=(1, 2)), "policy 'stage' has no key 'stags': did you mean 'stages'"),
+        (lambda: named_policy("stage(1)", stages=(1,)), r"policy 'stage\(1\)': .*stages"),
     ],
 )
 def test_a_wrong_setting_is_named(policy, message):
     with pytest.raises(ValueError, match=message):
         policy()
+
+
+@pytest.mark.parametrize("name", ["uniform(-1)", "uniform()", "stage(4,,3)", "uniform(2)x", "uniform(2.5)", "", "(2)"])
+def test_a_name_that_is_none_is_told_what_names_look_like(name):
+    with pytest.raises(
+        ValueError, match=rf"unknown policy '{re.escape(name)}': .*as in 'stage\(4,3,2,1\)' or 'uniform"
+    ):
+        get_policy(name)
+
+
+def test_a_name_with_numbers_takes_settings_too():
+    assert named_policy("stage(3,3,2,1)", split="even") == cs.StagePolicy((3, 3, 2, 1), split="even")
+
+
+@pytest.mark.parametrize("answer", [2.0, None, "2", True, object(), {"foo": 1}, b"12"], ids=str)
+def test_an_answer_of_another_kind_is_told_what_would_do(net, answer):
+    advice = r"gave stem the levels .*: give a number of levels, a sequence of dilations, or Levels\("
+    with pytest.raises(ValueError, match=f"policy .*{advice}"):
+        cs.plan_conversion(net, lambda conv: answer, input_size=32)
+    if answer is not None:
+        with pytest.raises(ValueError, match=rf"overrides\['stem'\] {advice}"):
+            cs.plan_conversion(net, overrides={"stem": answer}, input_size=32)
