@@ -10,6 +10,7 @@ mmdet's ``tools/train.py`` and ``tools/test.py`` run such a config as they run a
 those of the paper.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
 import coconv_surgery.zoo  # noqa: F401
+from coconv_surgery.layers.arguments import choice, instance, mapping, whole_numbers
 
 
 @MODELS.register_module()
@@ -62,7 +64,7 @@ class TIMMClassifier(BaseModel):  # type: ignore[misc]
     ) -> None:
         super().__init__(data_preprocessor)
         options = None if surgery is None else SurgeryOptions.read(surgery)
-        self.timm_model = timm.create_model(model_name, **kwargs)
+        self.timm_model = timm.create_model(instance(model_name, "model_name", str, "a name of timm's"), **kwargs)
         if options is not None:
             options.convert(self.timm_model)
 
@@ -89,15 +91,15 @@ class TIMMClassifier(BaseModel):  # type: ignore[misc]
             ``dict(loss=...)`` in mode ``"loss"``, else logits ``(N, classes)``.
 
         Raises:
+            TypeError: If it is ``"loss"`` without ``data_samples``.
             ValueError: If the mode is unknown.
         """
-        if mode not in ("loss", "predict", "tensor"):
-            raise ValueError(f"mode={mode!r}: choose 'loss', 'predict' or 'tensor'")
+        choice(mode, "mode", ("loss", "predict", "tensor"))
         logits = self.timm_model(inputs)
         if mode != "loss":
             return logits
-        assert data_samples is not None
-        return {"loss": F.cross_entropy(logits, data_samples)}
+        labels = instance(data_samples, "data_samples", torch.Tensor, "a tensor of class indices in mode 'loss'")
+        return {"loss": F.cross_entropy(logits, labels)}
 
 
 @DATASETS.register_module()
@@ -116,7 +118,8 @@ class TIMMImageFolder(ImageFolder):  # type: ignore[misc]
     """
 
     def __init__(self, root: str, transform: Mapping[str, Any]) -> None:
-        super().__init__(root, create_transform(**transform))
+        instance(root, "root", (str, os.PathLike), "the path of a folder")
+        super().__init__(root, create_transform(**mapping(transform, "transform", "arguments of create_transform()")))
         self.metainfo = {"classes": tuple(self.classes)}
 
 
@@ -142,7 +145,7 @@ class TopKAccuracy(BaseMetric):  # type: ignore[misc]
 
     def __init__(self, topk: Sequence[int] = (1, 5), collect_device: str = "cpu", prefix: str | None = None) -> None:
         super().__init__(collect_device, prefix)
-        self.topk = tuple(topk)
+        self.topk = whole_numbers(topk, "topk", "must be numbers of at least 1")
 
     def process(self, data_batch: Sequence[torch.Tensor], data_samples: Sequence[torch.Tensor]) -> None:
         """Note for each image whether its class is the first, the second, ... by its logits.

@@ -8,6 +8,7 @@ import torch.nn as nn
 from mmdet.models.backbones import ResNet, ResNeXt
 from mmdet.models.backbones.resnet import Bottleneck
 
+from coconv_surgery.layers.arguments import flag
 from coconv_surgery.zoo.stages import TABLE_1, AuthorsCheckpoints, NormAfterAdd, set_levels
 
 
@@ -59,11 +60,8 @@ class _Contextual(AuthorsCheckpoints):
     def __init__(self, *args: Any, levels: Sequence[int] | None = None, norm_after_add: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         stages: list[nn.Sequential] = [getattr(self, name) for name in self.res_layers]
-        if levels is None:
-            levels = TABLE_1[: len(stages)]
-        set_levels(stages, levels)
-        self.levels = tuple(levels)
-        self.norm_after_add = norm_after_add
+        self.levels = set_levels(stages, TABLE_1[: len(stages)] if levels is None else levels)
+        self.norm_after_add = flag(norm_after_add, "norm_after_add")
         if norm_after_add:
             for stage in stages:
                 NormAfterAddBottleneck.replace(stage[-1])

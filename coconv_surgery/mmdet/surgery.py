@@ -1,6 +1,5 @@
 """Detectors that are converted while their configs build them."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch.nn as nn
 from mmdet.registry import MODELS
 
+from coconv_surgery.layers.arguments import instance, near_miss
 from coconv_surgery.mmdet.inputs import example_inputs
 from coconv_surgery.mmengine.options import SurgeryOptions
 from coconv_surgery.planning.plan import Plan, PlanRow
@@ -50,9 +50,8 @@ def build_converted(detector_type: str, surgery: Mapping[str, Any], **detector: 
             :func:`~coconv_surgery.plan_conversion`.
     """
     options = SurgeryOptions.read(surgery)
-    if MODELS.get(detector_type) is None:
-        near = difflib.get_close_matches(str(detector_type), MODELS.module_dict, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "is its module among custom_imports?"
+    if MODELS.get(instance(detector_type, "detector_type", str, "the name of a detector")) is None:
+        hint = near_miss(detector_type, MODELS.module_dict) or "is its module among custom_imports?"
         raise ValueError(f"unknown detector_type {detector_type!r}: {hint}")
     size, plan, choices = options.image_size, options.saved_plan(), options.choices()
     if size is None and plan is None:

@@ -10,6 +10,7 @@ from mmengine.model.weight_init import update_init_info
 from timm.layers import Format, nhwc_to
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from coconv_surgery.layers.arguments import flag, instance, whole_numbers
 from coconv_surgery.mmengine.options import SurgeryOptions
 
 
@@ -60,12 +61,13 @@ class TIMMFeatures(BaseModule):  # type: ignore[misc]
         options = None if surgery is None else SurgeryOptions.read(surgery)
         if pretrained and checkpoint_path is not None:
             raise ValueError("pretrained and checkpoint_path both give the weights: choose one")
-        self.pretrained = pretrained
+        self.pretrained = flag(pretrained, "pretrained")
         self.checkpoint_path = checkpoint_path
-        self.norm_eval = norm_eval
+        self.norm_eval = flag(norm_eval, "norm_eval")
         if out_indices is not None:
-            kwargs["out_indices"] = tuple(out_indices)
-        self._arguments = {"model_name": model_name, "features_only": True, **kwargs}
+            kwargs["out_indices"] = whole_numbers(out_indices, "out_indices", "must be whole numbers", at_least=None)
+        name = instance(model_name, "model_name", str, "a name of timm's")
+        self._arguments = {"model_name": name, "features_only": True, **kwargs}
         self.timm_model = timm.create_model(**self._arguments)
         self.out_channels: list[int] = self.timm_model.feature_info.channels()
         self.strides: list[int] = self.timm_model.feature_info.reduction()

@@ -9,6 +9,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 
+from coconv_surgery.layers.arguments import flag
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow
 from coconv_surgery.surgery import get_plan
 
@@ -33,7 +34,7 @@ class CoConvPlanHook(Hook):  # type: ignore[misc]
     """
 
     def __init__(self, strict: bool = True) -> None:
-        self.strict = strict
+        self.strict = flag(strict, "strict")
 
     def before_run(self, runner: Any) -> None:
         """Log the plan."""

@@ -1,16 +1,17 @@
 """The ``surgery=dict(...)`` of a config: which part of a network to convert, and how."""
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch.nn as nn
 
+from coconv_surgery.layers.arguments import file_to_read, height_and_width, instance, mapping, whole_numbers
 from coconv_surgery.layers.functional import Pair
-from coconv_surgery.layers.levels import Levels, whole_number
+from coconv_surgery.layers.levels import Levels
+from coconv_surgery.planning.patterns import as_list
 from coconv_surgery.planning.plan import Plan
-from coconv_surgery.planning.policies import POLICIES, Answer, Policy, get_policy
+from coconv_surgery.planning.policies import Answer, Policy, get_policy, named_policy
 from coconv_surgery.surgery import apply_plan, plan_conversion
 
 
@@ -38,6 +39,14 @@ class SurgeryOptions:
     pipeline: Sequence[Any] | None = None
     plan: str | None = None
 
+    def __post_init__(self) -> None:
+        # All is looked at before a network is built.
+        for name in ("include", "exclude"):
+            if (patterns := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_list(patterns, name))
+        self.choices()
+        _ = self.image_size
+
     @classmethod
     def read(cls, surgery: Mapping[str, Any]) -> "SurgeryOptions":
         """Read a ``surgery`` dict.
@@ -46,14 +55,7 @@ class SurgeryOptions:
             TypeError: If it is not a dict.
             ValueError: If it has an unknown key, or keys that exclude each other.
         """
-        if not isinstance(surgery, Mapping):
-            raise TypeError(f"surgery must be a dict, not {type(surgery).__name__}")
-        names = [field.name for field in fields(cls)]
-        for key in surgery:
-            if key not in names:
-                near = difflib.get_close_matches(str(key), names, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ValueError(f"surgery has no key {key!r}: {hint}Its keys are {', '.join(names)}")
+        surgery = mapping(surgery, "surgery", "options", keys=[field.name for field in fields(cls)])
         if surgery.get("plan") is not None and len(surgery) > 1:
             others = ", ".join(key for key in surgery if key != "plan")
             raise ValueError(f"surgery: a plan decides everything; leave out {others}")
@@ -68,16 +70,11 @@ class SurgeryOptions:
             return resized_to(self.pipeline)
         if self.input_size is None:
             return None
-        sides = tuple(self.input_size) if isinstance(self.input_size, Sequence) else (self.input_size,) * 2
-        try:
-            height, width = (whole_number(side, "input_size", at_least=1) for side in sides)
-        except ValueError as error:
-            raise ValueError(f"surgery: input_size={self.input_size!r} must be a side or (height, width)") from error
-        return height, width
+        return height_and_width(self.input_size, "surgery: input_size", at_least=1)
 
     def saved_plan(self) -> Plan | None:
         """The saved plan, if one is given."""
-        return None if self.plan is None else Plan.from_json(self.plan)
+        return None if self.plan is None else Plan.from_json(file_to_read(self.plan, "surgery: plan"))
 
     def convert(self, network: nn.Module) -> None:
         """Convert a network that takes one image batch, in place.
@@ -94,7 +91,8 @@ class SurgeryOptions:
 
     def choices(self) -> dict[str, Any]:
         """The arguments of :func:`~coconv_surgery.plan_conversion`, except the input size."""
-        overrides = {pattern: _answer(value) for pattern, value in (self.overrides or {}).items()}
+        overrides = {} if self.overrides is None else mapping(self.overrides, "overrides", "levels by pattern")
+        overrides = {pattern: _answer(value, f"overrides[{pattern!r}]") for pattern, value in overrides.items()}
         return {
             "policy": _policy(self.policy),
             "include": self.include,
@@ -119,9 +117,10 @@ def resized_to(pipeline: Sequence[Any]) -> Pair:
     (800, 1333)
     """
     scales = [transform for transform in _transforms(pipeline) if isinstance(transform.get("scale"), Sequence)]
-    if not scales or len(scales[-1]["scale"]) != 2 or not all(isinstance(side, int) for side in scales[-1]["scale"]):
+    if not scales:
         raise ValueError("surgery: pipeline has no transform with scale=(width, height): give input_size instead")
-    width, height = scales[-1]["scale"]
+    form = "is not (width, height): give input_size instead"
+    width, height = whole_numbers(scales[-1]["scale"], "surgery: pipeline: scale", form, lengths=[2])
     return (min(width, height), max(width, height)) if scales[-1].get("keep_ratio") else (height, width)
 
 
@@ -138,14 +137,16 @@ def _policy(policy: Any) -> str | Policy:
     if not isinstance(policy, Mapping):
         get_policy(policy)
         return cast(str | Policy, policy)
-    arguments = {key: value for key, value in policy.items() if key not in ("type", "_scope_")}
-    name = cast(str, policy.get("type"))
-    get_policy(name)
-    try:
-        return POLICIES[name](**arguments)
-    except TypeError as error:
-        raise ValueError(f"surgery: policy {name!r}: {error}") from error
+    settings = mapping(policy, "policy", "a type and its settings")
+    name = instance(settings.pop("type", None), "the type of policy", str, "a name, as in dict(type='stage')")
+    settings.pop("_scope_", None)
+    return named_policy(name, **settings)
 
 
-def _answer(value: Any) -> Answer | None:
-    return Levels(**value) if isinstance(value, Mapping) else value
+def _answer(value: Any, name: str) -> Answer | None:
+    if not isinstance(value, Mapping):
+        return cast(Answer | None, value)
+    given = mapping(value, name, "dilations and splits", keys=Levels._fields)
+    if "dilations" not in given:
+        raise ValueError(f"{name} must have dilations, one for each level")
+    return Levels(**given)

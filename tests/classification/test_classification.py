@@ -129,3 +129,23 @@ def test_the_import_says_what_to_install_without_mmengine():
     script = "import sys; sys.modules['mmengine'] = None; import coconv_surgery.classification"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
     assert "needs mmengine: pip install 'coconv-surgery[mmdet]'" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TIMMClassifier(5), "model_name must be a name of timm's, not int"),
+        (lambda: TIMMClassifier("test_resnet", surgery=[]), "surgery must be a dict of options, not list"),
+        (
+            lambda: TIMMClassifier("test_resnet")(torch.zeros(2, 3, 64, 64), mode="loss"),
+            "data_samples must be a tensor",
+        ),
+        (lambda: TIMMImageFolder(None, {}), "root must be the path of a folder, not NoneType"),
+        (lambda: TIMMImageFolder("x", [1]), "transform must be a dict of arguments of create_transform.., not list"),
+        (lambda: TopKAccuracy(5), "topk=5 must be numbers of at least 1"),
+        (lambda: TopKAccuracy((1, 0)), r"topk=\(1, 0\) must be numbers of at least 1"),
+    ],
+)
+def test_a_wrong_argument_is_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

@@ -85,9 +85,11 @@ def test_a_detector_trains_on_it(configs):
     [
         ({"surgery": {"levls": 3}}, "no key 'levls'"),
         ({"pretrained": True, "checkpoint_path": "x.pth"}, "choose one"),
+        ({"pretrained": "no"}, "pretrained must be True or False, not str"),
+        ({"out_indices": 5}, "out_indices=5 must be whole numbers"),
     ],
     ids=str,
 )
 def test_bad_input_is_one_clear_error(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         build(**options)
