@@ -2,7 +2,6 @@
 
 # ruff: noqa: D301 (click's \b keeps the lines of an example apart)
 
-import difflib
 import os
 import sys
 import warnings
@@ -20,6 +19,7 @@ from coconv_surgery.bench.run import Target, run
 from coconv_surgery.bench.speed import ENGINES, Engine
 from coconv_surgery.checkpoint import save_converted
 from coconv_surgery.demo.shapes import write_shapes
+from coconv_surgery.layers.arguments import near_miss
 from coconv_surgery.layers.levels import SplitRule
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.planning.policies import POLICIES, LevelPolicy, get_policy
@@ -296,8 +296,7 @@ def demo(output: Path, detection: bool) -> None:
 
 def _create(name: str, *, pretrained: bool = False) -> nn.Module:
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
+        hint = near_miss(name, timm.list_models(), count=3) or "timm.list_models() lists them"
         raise ValueError(f"timm has no model {name!r}: {hint}")
     model: nn.Module = timm.create_model(name, pretrained=pretrained)
     return model

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from coconv_surgery.layers.arguments import whole_number
+
 OUTLINES = ("disc", "square", "triangle")
 CLASSES = tuple(f"{surroundings}{outline}" for outline in OUTLINES for surroundings in ("", "ringed "))
 
@@ -53,9 +55,8 @@ def write_shapes(root: str | Path, *, train: int = 512, val: int = 128, size: in
     >>> sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
     ['annotations/train.json', 'annotations/val.json', 'train/000001.jpg', 'train/000002.jpg', 'val/000001.jpg']
     """
-    for name, value, least in (("train", train, 1), ("val", val, 1), ("size", size, 64), ("seed", seed, 0)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+    train, val = whole_number(train, "train", at_least=1), whole_number(val, "val", at_least=1)
+    size, seed = whole_number(size, "size", at_least=64), whole_number(seed, "seed", at_least=0)
     root = Path(root).absolute()
     meta = {"format": _FORMAT, "train": train, "val": val, "size": size, "seed": seed}
     if _holds(root, meta):

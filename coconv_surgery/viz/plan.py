@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from coconv_surgery.layers.arguments import instance
 from coconv_surgery.layers.functional import pair
 from coconv_surgery.planning.plan import Plan, PlanRow
 
@@ -25,7 +26,7 @@ def draw_plan(plan: Plan, path: str | Path, title: str = "") -> None:
     Raises:
         ValueError: If there is nothing to draw.
     """
-    rows = plan.in_question
+    rows = instance(plan, "plan", Plan, "a Plan").in_question
     if not rows:
         raise ValueError("the plan has no convolution to draw: none is 3×3 or converted")
     highest = max(max(pair(dilation)) for row in rows for dilation in row.dilations)

@@ -17,7 +17,7 @@ def test_the_installed_command_ends_a_mistake_with_one_line():
     command = Path(sys.executable).with_name("coconv")
     done = subprocess.run([command, "plan", "resnet5"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("coconv: timm has no model 'resnet5': did you mean resnet50")
+    assert done.stderr.startswith("coconv: timm has no model 'resnet5': did you mean 'resnet50'")
     assert done.stderr.count("\n") == 1
 
 
@@ -100,7 +100,7 @@ def test_demo_converts_a_network_on_a_photograph(coconv, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["plan", "resnet5"], 1, "timm has no model 'resnet5': did you mean resnet50"),
+        (["plan", "resnet5"], 1, "timm has no model 'resnet5': did you mean 'resnet50'"),
         (["plan", "resnet18", "--policy", "stag"], 1, "did you mean 'stage'"),
         (["plan", "resnet18", "--policy", "stag", "--split", "even"], 1, "did you mean 'stage'"),
         (["plan", "resnet18", "--policy", "stage", "--max-levels", "3"], 1, "does not take max_levels"),
