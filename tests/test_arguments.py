@@ -135,6 +135,7 @@ ARGUMENTS = [
     ("aliases", lambda v: row(aliases=v), ()),
     ("untraced", lambda v: row(untraced=v), {"None", "x", ""}),
     ("reason_key", lambda v: row(reason_key=v), {"None"}),
+    ("rows", lambda v: planned().reasons(v), {"None", "[]"}),
     ("every_conv", lambda v: plan().table(every_conv=v), {"True"}),
     ("other", lambda v: plan().diff(v), ()),
     ("path", lambda v: plan().to_json(v), {"None", "x"}),

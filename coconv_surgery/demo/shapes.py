@@ -6,6 +6,7 @@ around nothing, which do not belong to any class, ensure that a ring alone tells
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from coconv_surgery.layers.arguments import whole_number
+from coconv_surgery.layers.arguments import instance, whole_number
 
 OUTLINES = ("disc", "square", "triangle")
 CLASSES = tuple(f"{surroundings}{outline}" for outline in OUTLINES for surroundings in ("", "ringed "))
@@ -57,6 +58,7 @@ def write_shapes(root: str | Path, *, train: int = 512, val: int = 128, size: in
     """
     train, val = whole_number(train, "train", at_least=1), whole_number(val, "val", at_least=1)
     size, seed = whole_number(size, "size", at_least=64), whole_number(seed, "seed", at_least=0)
+    instance(root, "root", (str, os.PathLike), "the path of a folder")
     root = Path(root).absolute()
     meta = {"format": _FORMAT, "train": train, "val": val, "size": size, "seed": seed}
     if _holds(root, meta):

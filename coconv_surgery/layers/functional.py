@@ -14,7 +14,6 @@ from coconv_surgery.layers.arguments import (
     instance,
     sequence,
     whole_number,
-    whole_numbers,
 )
 
 Pair = tuple[int, int]
@@ -74,7 +73,7 @@ def coconv2d(
     try:
         return _coconv2d(*arguments)
     except Exception:
-        _check_arguments(*arguments)
+        _check_arguments(arguments)
         raise
 
 
@@ -126,18 +125,8 @@ def _coconv2d(
     return torch.cat(outputs, dim=-3).contiguous()
 
 
-def _check_arguments(
-    input: Any,
-    weight: Any,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: Any,
-    dilations: Any,
-    splits: Any,
-    padding_mode: Any,
-) -> None:
+def _check_arguments(arguments: tuple[Any, ...]) -> None:
+    input, weight, bias, stride, padding, dilation, groups, dilations, splits, padding_mode = arguments
     for name, tensor in (("input", input), ("weight", weight), ("bias", weight if bias is None else bias)):
         instance(tensor, name, torch.Tensor, "a tensor")
     height_and_width(stride, "stride", at_least=1)
@@ -148,26 +137,28 @@ def _check_arguments(
         choice(padding, "padding", NAMED_PADDING)
     else:
         height_and_width(padding, "padding", at_least=0)
-    form = "must be a sequence with one entry for each level"
-    levels = [height_and_width(level, "dilations", at_least=1) for level in sequence(dilations, "dilations", form)]
-    channels = whole_numbers(splits, "splits", form)
+    levels = [height_and_width(level, "dilations", at_least=1) for level in one_per_level(dilations, "dilations")]
+    channels = [whole_number(count, "splits", at_least=1) for count in one_per_level(splits, "splits")]
     if len(levels) != len(channels):
         raise ValueError(f"dilations={dilations} and splits={splits} must have one entry for each level")
     if weight.dim() != 4 or sum(channels) != len(weight):
-        raise ValueError(f"splits={splits} must sum up to the first of the four dimensions of weight, {_shape(weight)}")
+        raise ValueError(f"splits={splits} must sum up to the first of the four sides of weight, {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have the shape {_shape(weight[:, 0, 0, 0])}, not {_shape(bias)}")
+        raise ValueError(f"bias must have {len(weight)} numbers, one for each output channel, not {tuple(bias.shape)}")
     if input.dim() not in (3, 4) or input.shape[-3] != groups * weight.shape[1]:
-        raise ValueError(
-            f"input must be (N, C, H, W) or (C, H, W) with {groups * weight.shape[1]} channels (groups={groups}), not "
-            f"{_shape(input)}"
-        )
+        wanted = f"(N, C, H, W) or (C, H, W) with {groups * weight.shape[1]} channels (groups={groups})"
+        raise ValueError(f"input must be {wanted}, not {tuple(input.shape)}")
     for level in levels:
         check_padding((weight.shape[2], weight.shape[3]), padding, pair(dilation), level)
 
 
-def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+def one_per_level(values: Any, name: str) -> tuple[Any, ...]:
+    """Dilations or channels, as a tuple.
+
+    Raises:
+        ValueError: If they have no order.
+    """
+    return sequence(values, name, "must be a sequence with one entry for each level")
 
 
 def level_padding(

@@ -5,8 +5,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch.nn as nn
 
-from coconv_surgery.layers.arguments import choice, height_and_width, sequence, whole_number
-from coconv_surgery.layers.functional import Dilation, check_padding, pair
+from coconv_surgery.layers.arguments import choice, height_and_width, whole_number
+from coconv_surgery.layers.functional import Dilation, check_padding, one_per_level, pair
 
 SplitRule = Literal["pow2", "even"]
 # cuDNN takes a dilation as a 32-bit integer.
@@ -87,7 +87,7 @@ def complete_levels(
         count = whole_number(levels, "levels", at_least=1)
         _check_count(conv, count)
         dilations = scale_dilations(conv.dilation, range(1, count + 1))
-    chosen = _in_order(dilations, "dilations")
+    chosen = one_per_level(dilations, "dilations")
     if isinstance(splits, str):
         choice(splits, "splits", get_args(SplitRule))
         _check_count(conv, len(chosen))
@@ -110,7 +110,7 @@ def check_levels(conv: nn.Conv2d, dilations: Sequence[Dilation], splits: Sequenc
         ValueError: With the reason, if it cannot.
     """
     chosen = level_dilations(dilations)
-    shares = tuple(whole_number(value, "splits") for value in _in_order(splits, "splits"))
+    shares = tuple(whole_number(value, "splits") for value in one_per_level(splits, "splits"))
     kernel, base = pair(conv.kernel_size), pair(conv.dilation)
     if not chosen or len(chosen) != len(shares):
         raise ValueError(f"dilations {chosen} and splits {shares} must have one entry for each level")
@@ -138,7 +138,7 @@ def level_dilations(values: Any) -> tuple[Dilation, ...]:
     Raises:
         ValueError: If it is not a sequence of whole numbers or pairs of them.
     """
-    return tuple(squeeze(height_and_width(value, "dilations")) for value in _in_order(values, "dilations"))
+    return tuple(squeeze(height_and_width(value, "dilations")) for value in one_per_level(values, "dilations"))
 
 
 def is_plain(conv: nn.Conv2d, dilations: Sequence[Dilation]) -> bool:
@@ -162,10 +162,6 @@ def scale_dilations(dilation: int | Sequence[int], factors: Iterable[int]) -> tu
     """
     height, width = pair(dilation)
     return tuple(squeeze((factor * height, factor * width)) for factor in factors)
-
-
-def _in_order(values: Any, name: str) -> tuple[Any, ...]:
-    return sequence(values, name, "must be a sequence with one entry for each level")
 
 
 def _check_count(conv: nn.Conv2d, count: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from coconv_surgery.layers.arguments import file_to_read, file_to_write, flag, instance, whole_number
+from coconv_surgery.layers.arguments import file_to_read, file_to_write, flag, instance, sequence, whole_number
 from coconv_surgery.layers.functional import Dilation, Pair
 from coconv_surgery.planning.reasons import Reason
 from coconv_surgery.tracing.signature import Signature
@@ -57,13 +57,16 @@ class PlanRow:
 
     def __post_init__(self) -> None:
         instance(self.name, "name", str, "a string")
-        instance(self.signature, "signature", Signature, "a Signature")
+        row = f"row {self.name!r}:"
+        instance(self.signature, f"{row} signature", Signature, "a Signature")
         for name in ("dilations", "splits", "output_sizes", "aliases"):
-            instance(getattr(self, name), name, tuple, "a tuple")
+            instance(getattr(self, name), f"{row} {name}", tuple, "a tuple")
+        for alias in self.aliases:
+            instance(alias, f"{row} an entry of aliases", str, "a string")
         for name in ("reason", "untraced"):
-            instance(getattr(self, name), name, (str, type(None)), "a string or None")
-        instance(self.reason_key, "reason_key", (Reason, type(None)), "a Reason or None")
-        whole_number(self.calls, "calls", at_least=0)
+            instance(getattr(self, name), f"{row} {name}", (str, type(None)), "a string or None")
+        instance(self.reason_key, f"{row} reason_key", (Reason, type(None)), "a Reason or None")
+        whole_number(self.calls, f"{row} calls", at_least=0)
 
     @property
     def levels(self) -> int:
@@ -96,7 +99,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for row in instance(self.rows, "rows", tuple, "a tuple of PlanRow"):
-            instance(row, "an entry of rows", PlanRow, "a PlanRow")
+            _as_row(row)
         for name in ("policy", "input", "traced"):
             instance(getattr(self, name), name, str, "a string")
         whole_number(self.parameters, "parameters", at_least=0)
@@ -122,7 +125,8 @@ class Plan:
         Args:
             rows: Count among these. Default: all.
         """
-        counted = Counter(row.reason for row in (self.rows if rows is None else rows) if row.reason)
+        among = self.rows if rows is None else sequence(rows, "rows", "must be rows of a plan")
+        counted = Counter(row.reason for row in map(_as_row, among) if row.reason)
         return dict(counted.most_common())
 
     def summary(self) -> str:
@@ -211,6 +215,10 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def _as_row(row: Any) -> PlanRow:
+    return instance(row, "an entry of rows", PlanRow, "a PlanRow")
+
+
 def _cells(row: PlanRow) -> tuple[str, ...]:
     signature = row.signature
     name = " = ".join((row.name, *row.aliases))
@@ -244,8 +252,6 @@ def _read_row(data: dict[str, Any]) -> PlanRow:
     row = PlanRow(**fields)
     dilations = [side for value in row.dilations for side in (value if isinstance(value, tuple) else (value,))]
     sizes = [side for size in row.output_sizes for side in size]
-    for alias in row.aliases:
-        instance(alias, f"row {row.name!r}: an entry of aliases", str, "a string")
     if not all(len(size) == 2 for size in row.output_sizes):
         raise TypeError(f"row {row.name!r} has output sizes that are not (height, width)")
     if not all(type(number) is int for number in (row.calls, *dilations, *row.splits, *sizes)):
