@@ -1,0 +1,280 @@
+"""What a network's code can reach outside of the network, remembered and put back."""
+
+import array
+import dis
+import functools
+import logging
+import random
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from coconv_surgery.tracing.objects import dict_of, iter_as, parts, slots_of, walk
+
+# Libraries whose code keeps nothing that a network has given it, or knows what to keep.
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "coconv_surgery"} - {"__main__"}
+# Classes of theirs that hold what others put into them.
+_HOLDERS = ("collections", "weakref", "_thread", "types", "functools", "argparse", "_weakref", "_weakrefset")
+_DEFINITIONS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+OF_EVERY_MODULE = vars(nn.Module()).keys()
+_IMPORT = dis.opmap["IMPORT_NAME"]
+_MISSING = object()
+
+
+class Surroundings:
+    """Everything that changes outside of a network when a copy of it runs.
+
+    A forward pass may leave something in places of which a copy of the network has none of its own: in module-level
+    dictionaries, class attributes, default arguments, closures. They are found by following the network's code: its
+    classes' functions, the names that they use, what those hold, and so on. Definitions, such as classes that are
+    registered on first use, stay.
+
+    Args:
+        model: The network.
+        *others: What else has code that runs with it.
+    """
+
+    def __init__(self, model: nn.Module, *others: Any) -> None:
+        self._own = set(model.modules())
+        self._buffers = list(model.buffers())
+        self._restorers: list[Callable[[], None]] = []
+        self._tensors: list[torch.Tensor] = []
+        self._ids: set[int] = set()
+        names: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        for value in walk(model, *others, into=self._reach):
+            self._remember(value)
+            if isinstance(value, types.FunctionType) and not _is_library(value.__globals__.get("__name__")):
+                _, used = names.setdefault(id(value.__globals__), (value.__globals__, set()))
+                used.update(_names(value.__code__))
+        for namespace, used in names.values():
+            before = {name: namespace[name] for name in used if name in namespace}
+            self._restorers.append(functools.partial(_restore_names, namespace, used, before))
+        for tensor in self._tensors:
+            self._keep_numbers(tensor)
+
+    def __contains__(self, value: object) -> bool:
+        """Whether an object is one of those that are put back."""
+        return id(value) in self._ids
+
+    def keep_buffers(self, of_at_most: int | None = None) -> None:
+        """Remember the numbers of the network's buffers as well, which code outside of it may reach.
+
+        Args:
+            of_at_most: Only of buffers with as many numbers. Default: of all.
+        """
+        for buffer in self._buffers:
+            if of_at_most is None or buffer.numel() <= of_at_most:
+                self._keep_numbers(buffer)
+
+    def put_back(self) -> None:
+        """Make everything what it was."""
+        for restore in reversed(self._restorers):
+            restore()
+
+    def _remember(self, value: Any) -> None:
+        if isinstance(value, dict):
+            self._put_back_by(_restore_dict, value, dict(dict.items(value)))
+        elif isinstance(value, torch.Tensor):
+            self._tensors.append(value)
+        elif isinstance(value, types.CellType):
+            self._put_back_by(_restore_cell, value, _content(value))
+        elif isinstance(value, type):
+            if not _is_library(value.__module__):
+                self._put_back_by(_restore_class, value, dict(vars(value)))
+        elif isinstance(value, list | set | deque):
+            base = next(base for base in (list, set, deque) if isinstance(value, base))
+            self._put_back_by(_restore_items, value, base, list(iter_as(base, value)))
+        elif (kept := _kept_by_methods(value)) is not None:
+            self._put_back_by(*kept)
+        elif not _is_library(type(value).__module__) and hasattr(type(value), "__slots__"):
+            self._put_back_by(_restore_slots, value, slots_of(value))
+
+    def _keep_numbers(self, tensor: torch.Tensor) -> None:
+        if not tensor.is_meta:
+            self._restorers.append(functools.partial(_restore_numbers, tensor, tensor.detach().clone()))
+
+    def _put_back_by(self, restore: Callable[..., Any], value: Any, *before: Any) -> None:
+        self._ids.add(id(value))
+        self._restorers.append(functools.partial(restore, value, *before))
+
+    def _reach(self, value: Any) -> Iterable[Any]:
+        """What code can reach from an object: what it holds, and for functions and classes what they use."""
+        if isinstance(value, nn.Module) and value in self._own:
+            # A copy has its own of what torch keeps in every module.
+            mine = [part for name, part in vars(value).items() if name not in OF_EVERY_MODULE]
+            return [type(value), *value._modules.values(), *mine]
+        kind = type(value)
+        if kind is types.FunctionType:
+            if _is_library(value.__module__):
+                # A function of theirs may stand around one of the network's.
+                return contents(value.__closure__ or ())
+            held = (*(value.__closure__ or ()), *(value.__defaults__ or ()), value.__kwdefaults__, vars(value))
+            return [*held, *_named(value.__code__, value.__globals__)]
+        if kind is types.CellType:
+            return contents([value])
+        if kind is types.MethodType:
+            return (value.__func__, value.__self__)
+        if kind in (staticmethod, classmethod, functools._lru_cache_wrapper):
+            return (value.__wrapped__,)
+        if kind is property:
+            return (value.fget, value.fset)
+        if kind in (dict, list, tuple, set, frozenset):
+            return parts(value)
+        if isinstance(value, type):
+            return (*value.__mro__[1:], *(() if _is_library(value.__module__) else vars(value).values()))
+        if isinstance(value, logging.Logger | torch.Tensor | types.ModuleType):
+            return ()
+        if isinstance(value, dict | list | tuple | set | frozenset | deque | functools.partial):
+            return (*parts(value), *_class(value), *_dict(value))
+        if _is_library(kind.__module__) and kind.__module__ not in _HOLDERS:
+            return _dict(value) if isinstance(value, nn.Module) else ()
+        return (*_class(value), *_dict(value), *slots_of(value).values())
+
+
+def _class(value: Any) -> tuple[type, ...]:
+    return () if _is_library(type(value).__module__) else (type(value),)
+
+
+def _dict(value: Any) -> tuple[dict[str, Any], ...]:
+    found = dict_of(value)
+    return () if found is None else (found,)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library(module: str | None) -> bool:
+    return str(module or "builtins").partition(".")[0] in _LIBRARIES
+
+
+def contents(cells: Iterable[types.CellType]) -> list[Any]:
+    """What is in the cells of a closure that are filled."""
+    return [content for cell in cells if (content := _content(cell)) is not _MISSING]
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return _MISSING
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """The names in a function's code, also those that it may ask for as strings; too many rather than too few."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += _names(constant)
+        elif isinstance(constant, str) and len(constant) < 100:
+            names.append(constant)
+    return names
+
+
+def _named(code: types.CodeType, namespace: dict[str, Any]) -> Iterator[Any]:
+    """What the names in a function's code stand for."""
+    names = _names(code)
+    used = [namespace[name] for name in names if name in namespace]
+    used += [sys.modules[name] for name in names if name in sys.modules]  # a function may import what it uses
+    if _IMPORT in code.co_code[::2]:
+        used += [sys.modules.get(f"{namespace.get('__package__')}.{name}") for name in names]
+    for value in used:
+        yield from _members(value, names) if isinstance(value, types.ModuleType) else [value]
+
+
+def _members(module: types.ModuleType, names: list[str], depth: int = 3) -> Iterator[Any]:
+    if _is_library(module.__name__) or not depth:
+        return
+    for name in names:
+        value = vars(module).get(name)
+        yield from _members(value, names, depth - 1) if isinstance(value, types.ModuleType) else [value]
+
+
+def _kept_by_methods(value: Any) -> tuple[Any, ...] | None:
+    """How to put back what only its own methods change: how, the object, and what it was."""
+    numpy: Any = sys.modules.get("numpy")
+    if isinstance(value, random.Random):
+        return (type(value).setstate, value, value.getstate())
+    if isinstance(value, torch.Generator):
+        return (torch.Generator.set_state, value, value.get_state())
+    if isinstance(value, bytearray | array.array):
+        return (_restore_slice, value, value[:])
+    if numpy is not None:
+        if isinstance(value, numpy.ndarray):
+            return (numpy.copyto, value, value.copy())
+        if isinstance(value, numpy.random.RandomState):
+            return (numpy.random.RandomState.set_state, value, value.get_state())
+        if isinstance(value, numpy.random.Generator):
+            return (setattr, value.bit_generator, "state", value.bit_generator.state)
+    return None
+
+
+def _restore_dict(value: dict[Any, Any], before: dict[Any, Any]) -> None:
+    base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    now = dict(dict.items(value))
+    for key in now.keys() - before.keys():
+        if not isinstance(now[key], _DEFINITIONS):
+            base.pop(value, key, None)
+    for key, content in before.items():
+        if now.get(key, _MISSING) is not content:
+            base.__setitem__(value, key, content)
+    if [*value] != [*before] and value.keys() == before.keys():
+        base.clear(value)
+        base.update(value, before)
+
+
+def _restore_names(namespace: dict[str, Any], names: set[str], before: dict[str, Any]) -> None:
+    for name in names:
+        now = namespace.get(name, _MISSING)
+        if name in before and now is not before[name]:
+            namespace[name] = before[name]
+        elif name not in before and now is not _MISSING and not isinstance(now, _DEFINITIONS):
+            del namespace[name]
+
+
+def _restore_slice(value: Any, before: Any) -> None:
+    value[:] = before
+
+
+def _restore_items(value: Any, base: Any, before: list[Any]) -> None:
+    now = list(iter_as(base, value))
+    if len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True)):
+        if base is list:
+            value[:] = before  # at once, because another thread may be reading
+        else:
+            base.clear(value)
+            base.update(value, before) if base is set else base.extend(value, before)
+
+
+def _restore_slots(value: Any, before: dict[str, Any]) -> None:
+    now = slots_of(value)
+    for name in now.keys() - before.keys():
+        object.__delattr__(value, name)
+    for name, content in before.items():
+        if now.get(name, _MISSING) is not content:
+            object.__setattr__(value, name, content)
+
+
+def _restore_cell(cell: types.CellType, before: Any) -> None:
+    if _content(cell) is not before:
+        if before is _MISSING:
+            del cell.cell_contents
+        else:
+            cell.cell_contents = before
+
+
+def _restore_class(cls: type, before: dict[str, Any]) -> None:
+    now = dict(vars(cls))
+    for name in now.keys() - before.keys():
+        if not isinstance(now[name], _DEFINITIONS):
+            type.__delattr__(cls, name)
+    for name, content in before.items():
+        if now.get(name, _MISSING) is not content and not name.startswith("__"):
+            type.__setattr__(cls, name, content)
+
+
+def _restore_numbers(tensor: torch.Tensor, before: torch.Tensor) -> None:
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.data.copy_(before)  # which nobody's backward pass counts as a change
