@@ -1,6 +1,5 @@
 """Plan a conversion, apply it in place, and undo it."""
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 import torch.fx as fx
 import torch.nn as nn
 
@@ -22,11 +20,13 @@ from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_parameters
 from coconv_surgery.planning.policies import Answer, Policy
 from coconv_surgery.tracing.convertible import check_convertible
+from coconv_surgery.tracing.copying import separate_copy
 from coconv_surgery.tracing.finding import find_sites
 from coconv_surgery.tracing.inputs import InputSize, infer_inputs
 from coconv_surgery.tracing.sites import Site
 from coconv_surgery.tracing.switching import revert_sites, switch_sites
 from coconv_surgery.tracing.trace import trace_network
+from coconv_surgery.tracing.unseen import unseen
 
 _PLAN = "_coconv_plan"
 
@@ -77,7 +77,8 @@ def plan_conversion(
     """
     check_convertible(model)
     choices = Choices(policy, include, exclude, overrides)
-    return _plan(model, find_sites(model), choices, input_size, example_inputs)
+    with unseen(model):
+        return _plan(model, find_sites(model), choices, input_size, example_inputs)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -169,9 +170,11 @@ def convert(
     """
     check_convertible(model)
     choices = Choices(policy, include, exclude, overrides)
-    model = model if flag(inplace, "inplace") else copy.deepcopy(model)
-    sites = find_sites(model)
-    _apply(model, sites, _plan(model, sites, choices, input_size, example_inputs))
+    model = model if flag(inplace, "inplace") else separate_copy(model)
+    with unseen(model):
+        sites = find_sites(model)
+        plan = _plan(model, sites, choices, input_size, example_inputs)
+    _apply(model, sites, plan)
     return model
 
 
@@ -233,9 +236,8 @@ def _plan(
     model: nn.Module, sites: Sequence[Site], choices: Choices, input_size: InputSize | None, example_inputs: Any
 ) -> Plan:
     choices.check(sites)
-    with torch.inference_mode(False):  # which would hide the dataflow
-        inputs = infer_inputs(model, input_size, example_inputs)
-        trace = trace_network(model, sites, inputs)
+    inputs = infer_inputs(model, input_size, example_inputs)
+    trace = trace_network(model, sites, inputs)
     rows = tuple(map(choices.row, trace.convs))
     return Plan(rows, policy=choices.label, input=str(inputs), parameters=count_parameters(model), traced=trace.how)
 

@@ -17,8 +17,9 @@ ROOMS = [
 FILES = {
     "layers": ["arguments", "functional", "levels", "conv", "rollback", "switch", "timm_convs"],
     "tracing": [
-        *("convertible", "inputs", "twin", "signature", "graph_convs", "graph_weights", "rewriting"),
-        *("sites", "finding", "switching", "dataflow", "observer", "fx_map", "trace"),
+        *("convertible", "objects", "inputs", "unseen", "surroundings", "copying", "twin", "visit"),
+        *("signature", "graph_convs", "graph_weights", "rewriting", "sites", "finding", "switching"),
+        *("dataflow", "padding", "observer", "fx_map", "trace"),
     ],
     "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "decision"],
 }

@@ -6,6 +6,7 @@ which an override may overrule.
 
 import torch.nn as nn
 
+from coconv_surgery.layers.functional import level_padding
 from coconv_surgery.layers.switch import hidden_attributes, is_switchable
 from coconv_surgery.planning.reasons import Reason, Why
 from coconv_surgery.tracing.dataflow import Reader
@@ -87,18 +88,37 @@ def not_learned(conv: TracedConv) -> Why | None:
 def read_by_position(conv: TracedConv) -> Why | None:
     """Levels suit a layer whose reader mixes its channels: where a channel has a meaning, all need the same context."""
     readers = {call.reader for call in conv.calls}
-    if Reader.NOBODY in readers:
-        return Reason.PREDICTION.because()
-    return Reason.READ_BY_POSITION.because() if Reader.POSITION in readers else None
+    return next((reason.because() for reader, reason in _MEANINGS.items() if reader in readers), None)
+
+
+_MEANINGS = {
+    Reader.NOBODY: Reason.PREDICTION,
+    Reader.SIDE_OUTPUT: Reason.SIDE_OUTPUT,
+    Reader.POSITION: Reason.READ_BY_POSITION,
+    Reader.UNKNOWN: Reason.DATAFLOW_UNKNOWN,
+}
 
 
 def padded_outside(conv: TracedConv) -> Why | None:
     """Larger dilations would need more of the padding that another layer supplies."""
     modes = [call.padded_by for call in conv.calls if call.padded_by]
-    # Whatever else writes into a map piece by piece looks like circular padding, before a layer that has its own.
-    if not modes or (modes[0] == "circular" and conv.site.signature.padding not in ((0, 0), "valid")):
+    # Whatever else writes into a map piece by piece looks like such padding, before a layer that has its own.
+    if not modes or (modes[0] == "piecewise" and conv.site.signature.padding not in ((0, 0), "valid")):
         return None
     return Reason.PADDED_OUTSIDE.because(mode=modes[0])
+
+
+def causal(conv: TracedConv) -> Why | None:
+    """All of an axis's padding on one side keeps what comes later out; the padding of levels would let it in."""
+    signature = conv.site.signature
+    for call in conv.calls:
+        for axis in (0, 1):
+            reach = signature.dilation[axis] * (signature.kernel_size[axis] - 1)
+            own = level_padding(signature.kernel_size, signature.padding, signature.dilation, signature.dilation)[axis]
+            before, after = (own + around for around in call.margins[axis])
+            if reach and ((before >= reach and after <= 0) or (after >= reach and before <= 0)):
+                return Reason.CAUSAL.because()
+    return None
 
 
 # What a site itself tells, with or without a trace.
@@ -112,7 +132,7 @@ SITE_OBSTACLES = (
     fixed_levels,
 )
 OBSTACLES = (weight_read_elsewhere, never_called)
-CHOICES = (other_kernel, not_learned, read_by_position, padded_outside)
+CHOICES = (other_kernel, not_learned, read_by_position, causal, padded_outside)
 
 
 def site_obstacle(site: Site) -> Why | None:

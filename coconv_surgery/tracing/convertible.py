@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from coconv_surgery.layers.arguments import instance
+
 _WRAPPERS = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
@@ -21,8 +23,7 @@ def check_convertible(model: nn.Module) -> None:
         TypeError: If it is not a module, or holds one that is wrapped, scripted, or has a replaced forward.
         ValueError: If it holds a lazy module without weights.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    instance(model, "model", nn.Module, "a torch.nn.Module")
     for name, module in model.named_modules():
         path = f"model.{name}" if name else "model"
         for cls in type(module).__mro__:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from coconv_surgery.layers.arguments import flag, instance, kind, mapping, whole_numbers
 from coconv_surgery.layers.functional import Pair
+from coconv_surgery.tracing.objects import tensors_in
 
 InputSize = int | Sequence[int]
 
@@ -42,10 +43,8 @@ class Inputs:
     @property
     def image_size(self) -> Pair | None:
         """Height and width of the first image batch among the inputs."""
-        for leaf in tree_leaves((self.args, self.kwargs)):
-            if isinstance(leaf, torch.Tensor) and leaf.dim() in (3, 4):
-                return leaf.shape[-2], leaf.shape[-1]
-        return None
+        images = (tensor for tensor in tensors_in(self.args, self.kwargs) if tensor.dim() in (3, 4))
+        return next(((image.shape[-2], image.shape[-1]) for image in images), None)
 
     def __str__(self) -> str:
         tensors = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -94,7 +93,10 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
 
 
 def _configured_size(model: nn.Module) -> Pair:
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    try:
+        config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    except Exception:  # whatever a property of the network raises
+        config = None
     size = config.get("input_size") if isinstance(config, Mapping) else None
     if not size:
         raise ValueError(

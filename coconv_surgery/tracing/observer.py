@@ -1,21 +1,27 @@
 """One forward pass, watched: which convolution is called on how large a map, and what becomes of its output."""
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
-from coconv_surgery.layers.functional import Pair
-from coconv_surgery.tracing.dataflow import Reader, find_readers, upstream_first
+from coconv_surgery.layers.functional import Pair, pair
+from coconv_surgery.tracing.copying import CopyError
+from coconv_surgery.tracing.dataflow import Dataflow, Node, Reader
 from coconv_surgery.tracing.inputs import Inputs
-from coconv_surgery.tracing.twin import Twin
+from coconv_surgery.tracing.objects import tensors_in
+from coconv_surgery.tracing.padding import Margins, margins, padding_mode
+from coconv_surgery.tracing.twin import NetworkError, Twin
+from coconv_surgery.tracing.unseen import saved_as_they_are, saves_by_hooks
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,15 @@ class Call:
         output_size: Height and width of its output.
         reader: What reads the output.
         padded_by: The operation that pads the input with something other than zeros, if one does.
+        margins: What operations around it add to its input, less what they crop: before and after, along the height
+            and along the width.
     """
 
     input_size: Pair
     output_size: Pair
     reader: Reader
     padded_by: str | None = None
+    margins: Margins = ((0, 0), (0, 0))
 
 
 @dataclass(frozen=True)
@@ -55,89 +64,44 @@ class _Output:
     name: str
     input_size: Pair
     output_size: Pair
-    node: Any
-    padded_by: str | None
+    source: Node | None
+    node: Node | None
+    stride: Pair
 
 
-def observe(twin: Twin, watched: Mapping[nn.Module, str], inputs: Inputs) -> Observation:
+def observe(
+    twin: Twin,
+    watched: Mapping[nn.Module, str],
+    inputs: Inputs,
+    originals: Mapping[int, str] | None = None,
+    *,
+    see_through: bool = True,
+) -> Observation:
     """Run a twin, and see what its convolutions do.
 
     Args:
         twin: A copy of a network.
         watched: Names of its convolutions.
         inputs: What to call it with.
+        originals: Names of the parameters of the network itself, by ``id``, which nothing of the twin should reach.
+        see_through: Whether to follow the dataflow where the network switches gradients off. Where it is not followed,
+            it is unknown.
+
+    Raises:
+        NetworkError: If the network's code raises something.
+        CopyError: If its code runs a part of the network itself.
     """
-    with _Observer(twin.model, watched) as observer:
-        ends, entered = twin.run(inputs.args, dict(inputs.kwargs), inputs.call)
-    activations = [*observer.activations, *_grad_nodes(entered)]
-    nodes = [output.node for output in observer.outputs if output.node is not None]
-    readers = find_readers(nodes, _grad_nodes(ends), activations)
-    calls = defaultdict(list)
-    for output in observer.outputs:
-        reader = Reader.LAYER if output.node is None else readers[output.node]
-        calls[output.name].append(Call(output.input_size, output.output_size, reader, output.padded_by))
-    # What leaves a convolution's output as it is comes with the convolution's own node.
-    reads = [(node, name) for node, name in observer.reads if node not in readers]
-    used = set(upstream_first([*_grad_nodes(ends), *activations])) if reads else set()
-    return Observation(calls, {name for node, name in reads if node in used}, twin.fake)
-
-
-class _Observer(TorchFunctionMode):
-    """Watches a forward pass: calls of convolutions, activations, and weights used outside their convolution.
-
-    Its hooks stay in the twin, which nobody else runs.
-    """
-
-    def __init__(self, model: nn.Module, watched: Mapping[nn.Module, str]) -> None:
-        super().__init__()
-        self.outputs: list[_Output] = []
-        self.activations: list[Any] = []
-        # Where a weight enters an operation that is not its convolution's own.
-        self.reads: list[tuple[Any, str]] = []
-        self._names: dict[int, list[str]] = defaultdict(list)
-        self._running = 0
-        # A function written in Python is part of the graph as long as its output is.
-        self._alive: list[torch.Tensor] = []
-        for module in model.modules():
-            if module in watched:
-                self._watch_conv(watched[module], module)
-                for weight in _weights(module):
-                    self._names[id(weight)].append(watched[module])
-            elif module._parameters and not isinstance(module, ParametrizationList):
-                module.register_forward_hook(lambda module, args, output: self._activate(output))
-
-    def record(self, name: str, input: Any, output: Any) -> None:
-        """Take note of a convolution's call; other kinds may take and return something else than maps."""
-        if all(isinstance(value, torch.Tensor) and value.dim() >= 3 for value in (input, output)):
-            size, output_size = (input.shape[-2], input.shape[-1]), (output.shape[-2], output.shape[-1])
-            self.outputs.append(_Output(name, size, output_size, output.grad_fn, _padding_operation(input)))
-
-    def _watch_conv(self, name: str, module: nn.Module) -> None:
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._running += 1
-
-        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self._running -= 1
-            self.record(name, next(iter((*args, *kwargs.values())), None), output)
-            self._activate(output)
-
-        module.register_forward_pre_hook(enter)
-        # A model may catch what its convolution raises.
-        module.register_forward_hook(leave, with_kwargs=True, always_call=True)
-
-    def _activate(self, output: Any) -> None:
-        for tensor in _tensors_with_history(output):
-            self.activations.append(tensor.grad_fn)
-            if isinstance(tensor.grad_fn, BackwardCFunction):
-                self._alive.append(tensor)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self._running and isinstance(result, torch.Tensor) and result.grad_fn is not None:
-            for source, _ in result.grad_fn.next_functions:
-                for name in self._names.get(id(getattr(source, "variable", None)), ()):
-                    self.reads.append((result.grad_fn, name))
-        return result
+    observer = _Observer(twin.model, watched, originals or {}, see_through)
+    try:
+        with observer:
+            ends, entered = twin.run(inputs.args, dict(inputs.kwargs), inputs.call)
+    except NetworkError as error:
+        error.hidden = observer.switched
+        if observer.fault is None:
+            raise
+    if observer.fault is not None:  # which is not the network's, whoever has caught it meanwhile
+        raise observer.fault
+    return observer.conclude(ends, entered, twin.fake)
 
 
 def _weights(conv: nn.Module) -> list[torch.Tensor]:
@@ -149,18 +113,187 @@ def _weights(conv: nn.Module) -> list[torch.Tensor]:
     return [weight for weight in held if weight is not None]
 
 
-# Circular padding is written piece by piece.
-_PADDINGS = {"ReflectionPad": "reflection", "ReplicationPad": "replication", "CopySlices": "circular"}
+# Where functions that pad take the value that they pad with, and the mode.
+_PADS = {
+    F.pad: (3, 2),
+    torch.constant_pad_nd: (2, None),
+    torch.ops.aten.pad.default: (3, 2),
+    torch.ops.aten.constant_pad_nd.default: (2, None),
+}
 
 
-def _padding_operation(input: torch.Tensor) -> str | None:
-    operation = input.grad_fn.name() if input.grad_fn is not None else ""
-    return next((mode for name, mode in _PADDINGS.items() if name in operation), None)
+def _mode_of(pad: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The way in which a call pads, if not with zeros."""
+    value_at, mode_at = _PADS[pad]
+    mode = kwargs.get("mode", "constant" if mode_at is None else next(iter(args[mode_at:]), "constant"))
+    value = kwargs.get("value", next(iter(args[value_at:]), None))
+    return {"constant": "constant" if value else None, "reflect": "reflection", "replicate": "replication"}.get(
+        mode, mode
+    )
 
 
-def _grad_nodes(tree: Any) -> list[Any]:
-    return [tensor.grad_fn for tensor in _tensors_with_history(tree)]
+_DETACH = (torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
-def _tensors_with_history(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None)
+class _Observer(TorchFunctionMode):
+    """Watches a forward pass: calls of convolutions, activations, and weights used outside their convolution.
+
+    Its hooks stay in the twin, which nobody else runs.
+
+    Attributes:
+        fault: What went wrong in the observer itself.
+        switched: Whether the network has tried to hide the dataflow.
+    """
+
+    def __init__(
+        self, model: nn.Module, watched: Mapping[nn.Module, str], originals: Mapping[int, str], see_through: bool
+    ) -> None:
+        super().__init__()
+        self._originals = originals
+        self.fault: Exception | None = None
+        self.switched = False
+        self._see_through = see_through
+        self._outputs: list[_Output] = []
+        self._activations: list[torch.Tensor] = []
+        # Where a weight enters an operation that is not its convolution's own.
+        self._reads: list[tuple[Node, str]] = []
+        self._names: dict[int, list[str]] = defaultdict(list)
+        self._running = 0
+        # How operations pad, where not with zeros.
+        self._paddings: dict[Node, str] = {}
+        # What was computed since, with its node, and what a checkpoint then took for its own.
+        self._computed: dict[int, tuple[torch.Tensor, Node]] = {}
+        self._inside: dict[tuple[Node, int], Node] = {}
+        for module in model.modules():
+            if module in watched:
+                self._watch_conv(watched[module], module)
+                for weight in _weights(module):
+                    self._names[id(weight)].append(watched[module])
+            elif module._parameters and not isinstance(module, ParametrizationList):
+                module.register_forward_hook(lambda module, args, output: self._activate(output))
+
+    def conclude(self, ends: Any, entered: Any, fake: bool) -> Observation:
+        """Say what was seen, given what the network was called with and what came of it."""
+
+        def nodes(tensors: Iterable[torch.Tensor]) -> list[Node]:
+            return [self._node_of(tensor) for tensor in tensors if tensor.grad_fn is not None]
+
+        activations = [*nodes(self._activations), *nodes(tensors_in(entered))]
+        outputs = {output.node for output in self._outputs if output.node is not None}
+        returned = list(tensors_in(ends))
+        maps = nodes(tensor for tensor in returned if tensor.dim() > 1)
+        dataflow = Dataflow(nodes(returned), activations, outputs, self._inside, maps)
+        calls = defaultdict(list)
+        for output in self._outputs:
+            source, around = output.source, margins(dataflow, output.source, output.node, output.stride)
+            reader = dataflow.reader(output.node)
+            mode = padding_mode(dataflow, source, self._paddings)
+            call = Call(output.input_size, output.output_size, reader, mode, around)
+            calls[output.name].append(call)
+        # What leaves a convolution's output as it is comes with the convolution's own node.
+        reads = [(node, name) for node, name in self._reads if node not in outputs]
+        used = dataflow.of_use() if reads else set()
+        return Observation(calls, {name for node, name in reads if node in used}, fake)
+
+    def _watch_conv(self, name: str, conv: nn.Module) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._running += 1
+
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._running -= 1
+            with self._at_fault():
+                self._note(name, next(iter((*args, *kwargs.values())), None), output, module)
+            self._activate(output)
+
+        conv.register_forward_pre_hook(enter)
+        # A model may catch what its convolution raises.
+        conv.register_forward_hook(leave, with_kwargs=True, always_call=True)
+
+    def _note(self, name: str, input: Any, output: Any, conv: nn.Module) -> None:
+        # Other kinds may take and return something else than maps.
+        if all(isinstance(value, torch.Tensor) and value.dim() >= 3 for value in (input, output)):
+            size, output_size = (input.shape[-2], input.shape[-1]), (output.shape[-2], output.shape[-1])
+            stride = getattr(conv, "stride", None)
+            stride = pair(stride) if isinstance(stride, int | tuple) else (1, 1)
+            self._outputs.append(_Output(name, size, output_size, input.grad_fn, output.grad_fn, stride))
+
+    def _activate(self, output: Any) -> None:
+        with self._at_fault():
+            tensors = [output] if isinstance(output, torch.Tensor) else tensors_in(output)
+            # Kept alive, because a function written in Python is part of the graph as long as its output is.
+            self._activations += [tensor for tensor in tensors if tensor.grad_fn is not None]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument in args:
+            if id(argument) in self._originals:
+                with self._at_fault():
+                    raise CopyError(
+                        f"planning runs a copy of the network, whose code runs a part of the network itself, with "
+                        f"model.{self._originals[id(argument)]}: let it reach that part as an attribute"
+                    )
+        result = self._compute(func, args, kwargs or {})
+        if func in _PADS and isinstance(result, torch.Tensor) and result.grad_fn is not None:
+            with self._at_fault():
+                if mode := _mode_of(func, args, kwargs or {}):
+                    self._paddings[result.grad_fn] = mode
+        if not self._running and isinstance(result, torch.Tensor) and result.grad_fn is not None:
+            with self._at_fault():
+                for source, _ in result.grad_fn.next_functions:
+                    for name in self._names.get(id(getattr(source, "variable", None)), ()):
+                        self._reads.append((result.grad_fn, name))
+        return result
+
+    def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if saves_by_hooks():  # the network's own, which may keep what it is given
+            with saved_as_they_are():
+                return self._record(func, args, kwargs)
+        return self._record(func, args, kwargs)
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute what the network asks for, with the dataflow recorded even where it switches gradients off."""
+        if not self._see_through:
+            return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            self.switched |= not args[0]
+            return func(True)
+        if func in _DETACH and args[0].grad_fn is not None:
+            self.switched = True
+            return torch.ops.aten.alias.default(args[0])
+        if self.switched:
+            for tensor in tensors_in(args):
+                self._node_of(tensor)
+        inference = torch.is_inference_mode_enabled()
+        self.switched |= inference
+        try:
+            with torch.inference_mode(False) if inference else contextlib.nullcontext():
+                result = func(*args, **kwargs)
+        except RuntimeError:
+            if not self.switched:
+                raise
+            return self._as_asked(func, args, kwargs)
+        if self.switched and isinstance(result, torch.Tensor) and result.grad_fn is not None:
+            self._computed[id(result)] = (result, result.grad_fn)
+        return result
+
+    def _node_of(self, tensor: torch.Tensor) -> Node:
+        """The node that computed a tensor: inside of a function such as a checkpoint, if it comes from one."""
+        node, (_, computed_by) = tensor.grad_fn, self._computed.get(id(tensor), (tensor, None))
+        if computed_by is not None and isinstance(node, BackwardCFunction):
+            self._inside.setdefault((node, tensor.output_nr), computed_by)
+        return self._inside.get((node, tensor.output_nr), node)
+
+    def _as_asked(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute what cannot be recorded: parameters written in place, conversions to numpy and the like."""
+        with torch.no_grad():
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError:
+                return func(*tree_map_only(torch.Tensor, torch.Tensor.detach, args), **kwargs)
+
+    @contextlib.contextmanager
+    def _at_fault(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.fault = error
+            raise

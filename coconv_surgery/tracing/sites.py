@@ -189,7 +189,7 @@ class NodeSite(Site):
         owner = twin.get_submodule(self._owner_name)
         watched = WatchedConv(self._convs[0])
         name = f"coconv_site_{len(owner._modules)}"
-        owner.add_module(name, watched)
+        owner._modules[name] = watched  # add_module() would call the hooks on all modules
         for graph in graphs_of(owner).values():
             nodes = {node.name: node for node in graph.nodes}
             for conv in self._convs:

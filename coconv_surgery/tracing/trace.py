@@ -1,26 +1,23 @@
 """Which convolution of a network runs where, how often, on how large a map, and what reads its output."""
 
-import contextlib
-import inspect
-import random
-import sys
+import contextvars
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.fx as fx
 import torch.nn as nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
 from coconv_surgery.layers.functional import Pair
 from coconv_surgery.tracing.fx_map import GraphMap, map_graphs
 from coconv_surgery.tracing.inputs import Inputs
+from coconv_surgery.tracing.objects import in_words
 from coconv_surgery.tracing.observer import Call, Observation, observe
 from coconv_surgery.tracing.sites import Site
-from coconv_surgery.tracing.twin import FORWARD_ERRORS, Twin
+from coconv_surgery.tracing.twin import NetworkError, Twin
+from coconv_surgery.tracing.unseen import unseen
+from coconv_surgery.tracing.visit import Visit
 
 
 @dataclass(frozen=True)
@@ -90,9 +87,15 @@ def trace_network(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Tr
     Raises:
         ValueError: If the network does not run on these inputs.
     """
-    cuda = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(cuda), _random_numbers_kept(), saved_tensors_hooks(_as_it_is, _as_it_is):
-        graphs, paths, observed = _trace(model, sites, inputs)
+    with unseen(model), Visit(model, inputs) as visit:
+        graphs, paths, observed = contextvars.copy_context().run(_look, visit, sites, inputs)
+        visit.failed = isinstance(observed, NetworkError)
+    if isinstance(observed, NetworkError):
+        cause, size = observed.__cause__, " × ".join(map(str, inputs.image_size or ()))
+        raise ValueError(
+            f"{type(model).__name__} does not run on {f'a {size} input' if size else 'these inputs'} "
+            f"({in_words(cause)}): give input_size= or example_inputs= that suit it"
+        ) from cause
     tied: dict[Any, list[str]] = defaultdict(list)
     for site in sites:
         tied[site.weight_key].append(site.name)
@@ -114,48 +117,31 @@ def trace_network(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Tr
     return Trace(traced, f"{whole}; sizes from {'shapes alone' if observed.fake else 'a real forward pass'}")
 
 
-@contextlib.contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Give Python's and numpy's random generators back as they were."""
-    numpy: Any = sys.modules.get("numpy")  # where nobody has imported it, nobody draws from it
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    # Hooks on saved tensors that lie around planning are not called while others do nothing.
-    return tensor
-
-
-def _trace(
-    model: nn.Module, sites: Sequence[Site], inputs: Inputs
-) -> tuple[GraphMap, dict[str, list[str]], Observation]:
-    twin = Twin(model)
+def _look(
+    visit: Visit, sites: Sequence[Site], inputs: Inputs
+) -> tuple[GraphMap, dict[str, list[str]], Observation | NetworkError]:
+    twin = visit.twin()
     watched = _watch(twin, sites)
     paths: dict[str, list[str]] = defaultdict(list)
     for path, module in twin.model.named_modules(remove_duplicate=False):
         if module in watched:
             paths[watched[module]].append(path)
-    graphs = map_graphs(twin.model, _constants(twin.model, inputs))
-    if not inputs.needs_numbers:
+    graphs = map_graphs(twin.model, inputs)
+    originals = {id(parameter): name for name, parameter in visit.model.named_parameters()}
+    # A network that does not run with gradients on is run with them as it wants them.
+    ways = [(fake, see_through) for fake in (True, False) for see_through in (True, False)]
+    error = NetworkError()
+    for fake, see_through in ways[2:] if inputs.needs_numbers else ways:
+        if not see_through and not error.hidden:
+            continue
+        if not fake or not see_through:
+            twin = visit.twin(fake=fake)
+            watched = _watch(twin, sites)
         try:
-            return graphs, paths, observe(twin, watched, inputs)
-        except FORWARD_ERRORS:
-            pass
-    try:
-        twin = Twin(model, fake=False)
-        return graphs, paths, observe(twin, _watch(twin, sites), inputs)
-    except FORWARD_ERRORS as error:
-        size = " × ".join(map(str, inputs.image_size or ()))
-        raise ValueError(
-            f"{type(model).__name__} does not run on {f'a {size} input' if size else 'these inputs'} "
-            f"({type(error).__name__}: {error}): give input_size= or example_inputs= that suit it"
-        ) from error
+            return graphs, paths, observe(twin, watched, inputs, originals, see_through=see_through)
+        except NetworkError as raised:
+            error = raised.without_frames()
+    return graphs, paths, error
 
 
 def _watch(twin: Twin, sites: Sequence[Site]) -> dict[nn.Module, str]:
@@ -165,16 +151,3 @@ def _watch(twin: Twin, sites: Sequence[Site]) -> dict[nn.Module, str]:
         if isinstance(module, fx.GraphModule):
             module.recompile()
     return watched
-
-
-def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """The arguments of ``forward`` that hold no tensors, and its defaults: tracing takes them as they are."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    given = dict(zip((p.name for p in named), inputs.args, strict=False)) | dict(inputs.kwargs)
-    values = {p.name: given.get(p.name, p.default) for p in named if p.name in given or p.default is not p.empty}
-    return {
-        name: value
-        for name, value in values.items()
-        if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
-    }

@@ -2,54 +2,64 @@
 
 import copy
 import functools
-from collections import OrderedDict
+import traceback
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-# What a network is known to raise when its input does not suit it, or when it needs numbers and the twin has none.
-FORWARD_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-# Torch may be built without it.
-_PROCESS_GROUP: Any = getattr(torch.distributed, "ProcessGroup", ())
-_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from coconv_surgery.tracing.copying import CopyError, copy_network
+from coconv_surgery.tracing.objects import in_short, tensors_in
+from coconv_surgery.tracing.surroundings import Surroundings
+
+
+class NetworkError(Exception):
+    """What the code of a network raised, as the cause.
+
+    Attributes:
+        hidden: Whether the network ran with gradients on where it had switched them off.
+    """
+
+    hidden: bool = False
+
+    def without_frames(self) -> "NetworkError":
+        """The same without the variables of the functions that it came through, which keep the network's copy."""
+        error: BaseException | None = self
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        return self
 
 
 class Twin:
     """A copy of a network in evaluation mode whose parameters all require grad and, if ``fake``, take no memory.
 
-    The network itself is never run, switched or hooked. Hooks that the network registered on itself (timm's hooked
-    feature extractors) work in the twin; other people's hooks are left out, so none of them sees a fake tensor.
+    The network itself is never run, switched or hooked, and nobody else's hooks see the twin run.
 
     Args:
         model: The network to copy.
+        surroundings: What it shares with the twin. Default: what its code can reach.
         fake: Whether tensors carry a shape but no data. A network on the meta device has none to begin with.
 
     Attributes:
         model (nn.Module): The copy.
         fake (bool): Whether its tensors have no data.
+
+    Raises:
+        CopyError: If the network cannot be copied.
     """
 
-    def __init__(self, model: nn.Module, *, fake: bool = True) -> None:
+    def __init__(self, model: nn.Module, surroundings: Surroundings | None = None, *, fake: bool = True) -> None:
         on_meta = any(parameter.is_meta for parameter in model.parameters())
         self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if fake and not on_meta else None
         self.fake = fake or on_meta
         self._default_device = torch.device("meta") if on_meta else None
-        self.model = self._copy(model)
+        self.model = copy_network(model, surroundings or Surroundings(model), self._copy_tensor)
         for module in self.model.modules():
             module.training = False
             # Old-style normalisations of weights keep the result in a plain attribute.
@@ -57,6 +67,7 @@ class Twin:
             for weight in weights:
                 if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.is_leaf:
                     weight.requires_grad_(True)
+        self._call_alone()
 
     def run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[..., Any] | None = None
@@ -64,98 +75,97 @@ class Twin:
         """Run the twin on inputs of the network, tracking the dataflow from them.
 
         Args:
-            args: Positional inputs; tensors are replaced by shapes where the twin is fake.
+            args: Positional inputs; tensors are replaced by shapes where the twin is fake, and all else by a copy.
             kwargs: Inputs by name.
             call: What to call instead of the twin's model, with that before the inputs.
 
         Returns:
             The outputs, and the inputs as the twin saw them.
+
+        Raises:
+            NetworkError: If the network's code raises something.
         """
+        self._call_alone()  # what has come since, too
         with self._mode(), torch.set_grad_enabled(True):
-            args, kwargs = tree_map_only(torch.Tensor, self._enter, (args, kwargs))
-            outputs = self.model(*args, **kwargs) if call is None else call(self.model, *args, **kwargs)
+            args, kwargs = self._enter((args, kwargs))
+            try:
+                outputs = self.model(*args, **kwargs) if call is None else call(self.model, *args, **kwargs)
+                # An iterator has run when it has given everything.
+                outputs = list(outputs) if isinstance(outputs, Iterator) else outputs
+            except Exception as error:
+                raise NetworkError from error
             return outputs, (args, kwargs)
+
+    def _call_alone(self) -> None:
+        """Let modules be called without the hooks on all modules, in place of what ``torch.compile`` puts there."""
+        for module in self.model.modules():
+            vars(module)["_compiled_call_impl"] = functools.partial(_call, weakref.ref(module))
+
+    def traces(self) -> list[weakref.ref[Any]]:
+        """What dies with the twin, unless somebody keeps a part of it or a tensor that it computed."""
+        return [weakref.ref(part) for part in (self._fake_mode, *self.model.modules()) if part is not None]
+
+    def take_apart(self) -> None:
+        """Let go of everything, without waiting for the garbage collector."""
+        for module in list(self.model.modules()):
+            vars(module).clear()
+        vars(self).clear()
 
     def _mode(self) -> AbstractContextManager[Any]:
         if self._fake_mode is not None:
             return self._fake_mode
         return nullcontext() if self._default_device is None else self._default_device
 
-    def _enter(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._default_device is not None:
-            tensor = tensor.to(self._default_device)
-        elif self._fake_mode is not None:
-            tensor = self._fake_mode.from_tensor(tensor)
+    def _enter(self, inputs: Any) -> Any:
+        entered = {id(tensor): self._enter_tensor(tensor) for tensor in tensors_in(inputs)}
+        try:
+            return copy.deepcopy(inputs, entered)
+        except Exception as error:  # whatever an input's own code raises when it is copied
+            raise CopyError(
+                f"the inputs hold something that cannot be copied ({in_short(error)}), and planning would change it: "
+                "make copy.deepcopy() of it work"
+            ) from error
+
+    def _enter_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        copied = self._copy_tensor(tensor)
+        tensor = tensor if copied is None else copied
         # A clone, because networks may write into their input, and a leaf that requires grad forbids that.
-        return tensor.detach().clone().requires_grad_(True).clone() if tensor.is_floating_point() else tensor
+        return tensor.detach().clone().requires_grad_(True).clone() if tensor.is_floating_point() else tensor.clone()
 
-    def _copy(self, model: nn.Module) -> nn.Module:
-        memo: dict[int, Any] = {}
-        for tensor in _own_tensors(model):
-            if self._fake_mode is not None:
-                memo[id(tensor)] = self._fake_mode.from_tensor(tensor)
-            elif not tensor.is_leaf:  # a cached result, which deepcopy refuses
-                memo[id(tensor)] = tensor.detach().clone()
-        for module in model.modules():
-            # Norms that synchronise hold a group of processes, of which there is one.
-            groups = (value for value in vars(module).values() if isinstance(value, _PROCESS_GROUP))
-            memo.update((id(group), group) for group in groups)
-        tables = [(module, name) for module in model.modules() for name in _HOOK_TABLES]
-        for module, name in tables:
-            memo[id(getattr(module, name))] = OrderedDict()
-        twin = _copy_module(model, memo)
-        for module, name in tables:
-            for key, hook in getattr(module, name).items():
-                if id(_owner(hook)) in memo:
-                    memo[id(getattr(module, name))][key] = copy.deepcopy(hook, memo)
-        return twin
-
-
-def _copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a module deeply; attributes that refuse to be copied and hold no tensors, such as locks, are shared.
-
-    Args:
-        module: The module.
-        memo: As of :func:`copy.deepcopy`; it is filled.
-
-    Raises:
-        Exception: What the module raises, if it cannot be copied.
-    """
-    memo = {} if memo is None else memo
-    attempt = dict(memo)
-    try:
-        copied = copy.deepcopy(module, attempt)
-    except Exception:
-        shared = {id(value): value for value in _uncopyable(module)}
-        if not shared:
-            raise
-        attempt = memo | shared
-        copied = copy.deepcopy(module, attempt)
-    memo.update(attempt)
-    return copied
-
-
-def _uncopyable(module: nn.Module) -> Iterator[Any]:
-    """Attributes of a module and those in it that refuse to be copied, and hold neither tensors nor modules."""
-    own = vars(nn.Module()).keys()
-    for part in module.modules():
-        for name, value in vars(part).items():
-            held = (value, *getattr(value, "__dict__", {}).values())
-            if name in own or any(isinstance(leaf, torch.Tensor | nn.Module) for leaf in held):
-                continue
+    def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A tensor of the twin for one of the network; None for one that a deep copy does not change."""
+        if self._default_device is not None:
+            return _like(tensor, tensor.detach().to(self._default_device).clone())
+        if tensor.is_inference():  # which never requires grad
+            with self._mode():
+                return _like(tensor, torch.empty_like(tensor) if self.fake else tensor.clone())
+        if self._fake_mode is not None:
             try:
-                copy.deepcopy(value)
-            except Exception:  # whatever the value's own code raises
-                yield value
+                return self._fake_mode.from_tensor(tensor)
+            except Exception:  # kinds of tensors that torch has no fakes of
+                return _like(tensor, tensor.detach().clone())
+        # Results that somebody keeps, and nested tensors, are refused by deepcopy.
+        copyable = tensor.is_leaf and not tensor.is_nested and tensor.layout in (torch.strided, torch.sparse_coo)
+        return None if copyable else _like(tensor, tensor.detach().clone())
 
 
-def _own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    for module in model.modules():
-        # vars() holds the dicts of parameters and buffers, and whatever else the module keeps.
-        yield from (leaf for leaf in tree_leaves(vars(module)) if isinstance(leaf, torch.Tensor))
+def _like(tensor: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
-def _owner(hook: Callable[..., Any]) -> object:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return cast(object, getattr(hook, "__self__", None))
+# What torch calls a module by, with the module's own hooks; those on all modules belong to others.
+_NOBODY_ELSE = {
+    name: type(value)() if name.startswith("_global_") and isinstance(value, dict) else value
+    for name, value in nn.Module._call_impl.__globals__.items()
+}
+call_alone = types.FunctionType(
+    nn.Module._call_impl.__code__,
+    _NOBODY_ELSE,
+    "call_alone",
+    nn.Module._call_impl.__defaults__,
+    nn.Module._call_impl.__closure__,
+)
+
+
+def _call(module: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    return call_alone(module(), *args, **kwargs)

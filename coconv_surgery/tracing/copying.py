@@ -1,0 +1,373 @@
+"""A copy of a network that shares no module and no tensor with it."""
+
+import copy
+import dis
+import functools
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn as nn
+
+from coconv_surgery.tracing.objects import attributes, in_short, parts, walk
+from coconv_surgery.tracing.surroundings import OF_EVERY_MODULE, Surroundings, contents
+
+# Torch may be built without it.
+_PROCESS_GROUP: Any = getattr(torch.distributed, "ProcessGroup", ())
+_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TALKATIVE = {"print", "open", "input", "breakpoint", "exec", "eval"}
+
+
+class CopyError(TypeError):
+    """A network of which there is no copy."""
+
+
+def copy_network(
+    model: nn.Module, surroundings: Surroundings, copy_tensor: Callable[[torch.Tensor], torch.Tensor | None]
+) -> nn.Module:
+    """Copy a network deeply, whatever its parts do when they are copied.
+
+    Functions that the network holds, and hooks with which it feeds itself, see the copy where they saw the network.
+    Other people's hooks are left out. What refuses to be copied and holds no tensors, such as a lock, is shared.
+
+    Args:
+        model: The network.
+        surroundings: What it shares with its copy in any case.
+        copy_tensor: Makes the copy of a tensor, or None to let it be copied as everything else.
+
+    Raises:
+        CopyError: If something of it cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for part in walk(model, into=_held):
+        if isinstance(part, torch.Tensor) and (copied := copy_tensor(part)) is not None:
+            memo[id(part)] = copied
+    for module in model.modules():
+        # Norms that synchronise hold a group of processes, of which there is one.
+        groups = (value for value in vars(module).values() if isinstance(value, _PROCESS_GROUP))
+        memo.update((id(group), group) for group in groups)
+        memo.update((id(vars(module)[name]), OrderedDict()) for name in _HOOK_TABLES)
+    twin = _copy(model, memo)
+    binder = _Binder(memo, surroundings)
+    for module in twin.modules():
+        for name, value in vars(module).items():
+            if name not in OF_EVERY_MODULE and (bound := binder.bind(value)) is not value:
+                vars(module)[name] = bound
+    for module in model.modules():
+        # Graph modules do not copy their hooks.
+        copied, held = vars(memo[id(module)]), vars(module)
+        copied.update((name, OrderedDict(held[name])) for name in _HOOK_FLAGS)
+        for name in _HOOK_TABLES:
+            own = [(key, binder.bind_hook(hook)) for key, hook in held[name].items() if binder.is_own_hook(hook)]
+            copied[name] = OrderedDict(own)
+    return twin
+
+
+def separate_copy(model: nn.Module) -> nn.Module:
+    """Copy a network as :func:`copy.deepcopy` does, if what comes of that is a network of its own.
+
+    Raises:
+        CopyError: If the copy would share a module or tensor with the network, or run a part of it.
+    """
+    modules = set(model.modules())
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in OF_EVERY_MODULE:
+                continue
+            functions = [part for part in walk(value) if isinstance(part, types.FunctionType)]
+            seen = walk(*functions, into=_seen_through_objects)
+            if any(isinstance(part, nn.Module) and part in modules for part in seen):
+                raise CopyError(
+                    f"{_path(path)}.{name} is a function that sees the network itself, and in a copy it still would: "
+                    "convert in place, or make it a method"
+                )
+    copied = copy.deepcopy(model)
+    _check_apart(model, copied)
+    return copied
+
+
+def _held(value: Any) -> Iterable[Any]:
+    """What an object holds, of modules without their hooks."""
+    if isinstance(value, nn.Module):
+        return [part for name, part in vars(value).items() if name not in _HOOK_TABLES]
+    return parts(value)
+
+
+def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    attempt = dict(memo)
+    twin: nn.Module = _deepcopy(model, attempt)
+    if shared := _shared(model, twin):
+        # A module that says it is its own copy.
+        attempt = dict(memo)
+        for module in shared:
+            attempt.setdefault(id(module), type(module).__new__(type(module)))
+        for module in shared:
+            state = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
+            attempt[id(module)].__setstate__(_deepcopy(state, attempt, module))
+        twin = _deepcopy(model, attempt)
+        _check_apart(model, twin)
+    _absorb(memo, attempt)
+    return twin
+
+
+def _check_apart(model: nn.Module, copied: nn.Module) -> None:
+    if shared := _shared(model, copied):
+        names = {module: name for name, module in model.named_modules()}
+        raise CopyError(
+            f"a copy of the network would share {_path(names[shared[0]])}, a {type(shared[0]).__name__}, with the "
+            "network itself: see to it that copy.deepcopy() makes one of its own"
+        )
+
+
+def _shared(model: nn.Module, twin: nn.Module) -> list[nn.Module]:
+    """The modules that a network and its copy share, or of which they share a parameter or buffer."""
+    theirs = {id(part) for part in (*twin.modules(), *twin.parameters(), *twin.buffers())}
+    return [
+        module
+        for module in model.modules()
+        if id(module) in theirs or any(id(tensor) in theirs for tensor in _tensors_of(module))
+    ]
+
+
+def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def _deepcopy(value: Any, memo: dict[int, Any], module: nn.Module | None = None) -> Any:
+    """Copy a module or its attributes; what refuses and holds no tensors is shared.
+
+    Args:
+        value: The module or its attributes.
+        memo: As of :func:`copy.deepcopy`; it is filled.
+        module: The module, where that is not the value.
+    """
+    attempt = dict(memo)
+    try:
+        copied = copy.deepcopy(value, attempt)
+    except Exception as error:  # whatever the network's own code raises
+        memo.update(_not_copyable(value if module is None else module, memo))
+        attempt = dict(memo)
+        try:
+            copied = copy.deepcopy(value, attempt)
+        except Exception:
+            raise CopyError(
+                f"a {type(value if module is None else module).__name__} cannot be copied ({in_short(error)}), and "
+                "planning runs a copy: make copy.deepcopy() of it work"
+            ) from error
+    _absorb(memo, attempt)
+    return copied
+
+
+def _not_copyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """What a network holds that refuses to be copied, and stands for itself in the copy.
+
+    Raises:
+        CopyError: If some of it holds tensors or modules.
+    """
+    shared: dict[int, Any] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in OF_EVERY_MODULE:
+                continue
+            # What others hold comes after them.
+            for part in reversed(list(walk(value))):
+                try:
+                    copy.deepcopy(part, {**memo, **shared})
+                except Exception as error:  # whatever the part's own code raises
+                    if any(isinstance(held, torch.Tensor | nn.Module) for held in walk(part)):
+                        raise CopyError(
+                            f"{_path(path)}.{name} holds a {type(part).__name__} with tensors that cannot be copied "
+                            f"({in_short(error)}), and planning runs a copy: make copy.deepcopy() of it work"
+                        ) from error
+                    shared[id(part)] = (
+                        _Spent(f"{_path(path)}.{name}") if isinstance(part, types.GeneratorType) else part
+                    )
+    return shared
+
+
+def _absorb(memo: dict[int, Any], attempt: dict[int, Any]) -> None:
+    """Take over what a memo knows, and what it keeps alive under an id of its own."""
+    kept = attempt.pop(id(attempt), [])
+    memo.update(attempt)
+    memo.setdefault(id(memo), []).extend(kept)
+
+
+class _Spent:
+    """Stands for a generator, which cannot be copied, and which planning may not advance."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __iter__(self) -> "_Spent":
+        return self
+
+    def __next__(self) -> Any:
+        raise RuntimeError(
+            f"{self._name} is a generator, and planning cannot take from it without the network missing it"
+        )
+
+
+class _Binder:
+    """Makes functions that see a network see its copy.
+
+    Args:
+        memo: What became of what, as of :func:`copy.deepcopy`.
+        surroundings: What stays as it is.
+    """
+
+    def __init__(self, memo: dict[int, Any], surroundings: Surroundings) -> None:
+        self._memo = memo
+        self._surroundings = surroundings
+        self._private = {id(value) for value in memo.values()}
+        self._bound: dict[int, tuple[Any, Any]] = {}
+
+    def is_own_hook(self, hook: Any) -> bool:
+        """Whether a network cannot do without a hook: it sees the network or its surroundings, or nothing at all.
+
+        Torch's own compute weights, as old-style weight normalisation does.
+        """
+        if type(hook).__module__.startswith("torch."):
+            return True
+        seen = list(walk(hook, into=_seen_by))
+        if any(id(value) in self._memo or (_is_state(value) and value in self._surroundings) for value in seen):
+            return True
+        functions = [value for value in seen if isinstance(value, types.FunctionType)]
+        states = [value for value in seen if value is not hook and not isinstance(value, _DEFINITIONS)]
+        harmless = not any(_TALKATIVE & {*f.__code__.co_names} or f.__module__.startswith("torch.") for f in functions)
+        return not states and bool(functions) and harmless
+
+    def bind_hook(self, hook: Any) -> Any:
+        """A hook for the copy. Nobody else sees what it leaves in its closure."""
+        if isinstance(hook, types.FunctionType | functools.partial):
+            return self.bind(hook, everything=True)
+        return copy.deepcopy(hook, self._memo)
+
+    def bind(self, value: Any, everything: bool = False) -> Any:
+        """The same with the copy in place of the network; containers of the copy are changed in place.
+
+        Args:
+            value: Anything that the copy holds.
+            everything: Whether functions get copies of whatever else they see, too.
+        """
+        if (copied := self._memo.get(id(value), value)) is not value:
+            return copied
+        if id(value) in self._bound:
+            return self._bound[id(value)][1]
+        self._bound[id(value)] = (value, value)
+        bound = value
+        if isinstance(value, types.FunctionType):
+            bound = self._function(value, everything)
+        elif isinstance(value, functools.partial):
+            func, args, keywords = (self.bind(part, everything) for part in (value.func, value.args, value.keywords))
+            if func is not value.func or args is not value.args or keywords is not value.keywords:
+                bound = functools.partial(func, *args, **keywords)
+        elif type(value) is weakref.ref and id(value()) in self._memo:
+            bound = weakref.ref(self._memo[id(value())])
+        elif isinstance(value, weakref.WeakMethod) and (method := value()) is not None:
+            bound = weakref.WeakMethod(copy.deepcopy(method, self._memo))
+        elif isinstance(value, weakref.WeakValueDictionary):
+            for key, item in list(value.items()):
+                value[key] = self._memo.get(id(item), item)
+        elif type(value) is tuple:
+            items = tuple(self.bind(item, everything) for item in value)
+            bound = value if all(item is old for item, old in zip(items, value, strict=True)) else items
+        elif isinstance(value, dict | list) and id(value) in self._private:
+            for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                if (new := self.bind(item, everything)) is not item:
+                    value[key] = new
+        elif id(value) in self._private and not isinstance(value, torch.Tensor | nn.Module | type):
+            for name, item in list(attributes(value).items()):
+                if (new := self.bind(item, everything)) is not item:
+                    object.__setattr__(value, name, new)
+        self._bound[id(value)] = (value, bound)
+        return bound
+
+    def _function(self, function: types.FunctionType, everything: bool) -> types.FunctionType:
+        if not everything and not self._is_reached_from(function):
+            return function
+        sees = functools.partial(self._sees, everything=everything)
+        namespace = {**function.__globals__, **{name: sees(value) for name, value in _globals_of(function).items()}}
+        closure = tuple(types.CellType(*map(sees, contents([cell]))) for cell in function.__closure__ or ())
+        defaults = None if function.__defaults__ is None else tuple(map(sees, function.__defaults__))
+        other = types.FunctionType(function.__code__, namespace, function.__name__, defaults, closure)
+        other.__kwdefaults__ = {name: sees(value) for name, value in (function.__kwdefaults__ or {}).items()}
+        return other
+
+    def _sees(self, value: Any, everything: bool) -> Any:
+        """What a function sees in place of a value."""
+        if id(value) in self._memo:
+            return self._memo[id(value)]
+        if isinstance(value, types.FunctionType | functools.partial):
+            return self.bind(value, everything)
+        if value in self._surroundings or isinstance(value, _DEFINITIONS):
+            return value
+        reached = self._is_reached_from(value)
+        if not everything and not reached:
+            return value
+        try:
+            return copy.deepcopy(value, self._memo)
+        except Exception as error:  # whatever the value's own code raises
+            if reached:
+                raise CopyError(
+                    f"a function of the network sees it through a {type(value).__name__} that cannot be copied "
+                    f"({in_short(error)}), and planning runs a copy: make copy.deepcopy() of it work"
+                ) from error
+            return value
+
+    def _is_reached_from(self, value: Any) -> bool:
+        return any(id(part) in self._memo for part in walk(value, into=_seen_through_objects))
+
+
+_DEFINITIONS = (
+    *(type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType),
+    *(torch.dtype, torch.device, str, bytes, int, float, complex, type(None)),
+)
+
+
+def _is_state(value: Any) -> bool:
+    return not isinstance(value, _DEFINITIONS)
+
+
+def _seen_by(value: Any) -> Iterable[Any]:
+    """What a function sees besides its arguments. Objects of other people are not looked into."""
+    seen_through = isinstance(
+        value, types.FunctionType | types.MethodType | functools.partial | dict | list | tuple | set
+    )
+    return _seen_through_objects(value) if seen_through else ()
+
+
+def _seen_through_objects(value: Any) -> Iterable[Any]:
+    """What a function sees besides its arguments, through any object."""
+    if isinstance(value, types.FunctionType):
+        closure = contents(value.__closure__ or ())
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        return [*closure, *defaults, *_globals_of(value).values()]
+    return parts(value)
+
+
+def _globals_of(function: types.FunctionType) -> dict[str, Any]:
+    """The global names that a function uses, with what they stand for; what a library defines is left out."""
+    namespace = function.__globals__
+    names = {
+        instruction.argval
+        for code in _codes(function.__code__)
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    return {name: namespace[name] for name in names if name in namespace and _is_state(namespace[name])}
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _path(name: str) -> str:
+    return f"model.{name}" if name else "model"
