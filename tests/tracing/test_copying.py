@@ -1,0 +1,442 @@
+"""Planning runs a copy that shares nothing with the network, whatever the network's parts do when they are copied."""
+
+import copy
+import functools
+import threading
+import types
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.fx as fx
+import torch.nn as nn
+import torch.nn.functional as F
+
+import coconv_surgery as cs
+
+IMAGE = torch.ones(1, 3, 32, 32)
+WAYS = {
+    "shapes": {"input_size": 32},
+    "numbers": {"example_inputs": cs.Inputs((IMAGE,), needs_numbers=True)},
+}
+
+
+class Net(nn.Module):
+    """A convolution, a norm and a prediction; anything else by name."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        self.conv, self.norm, self.mix = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.mix(self.norm(self.conv(x)))
+
+
+class Running(Net):
+    """Runs what it holds."""
+
+    def forward(self, x):
+        run = self.run
+        while isinstance(run, dict | list | tuple):
+            run = next(iter(run.values() if isinstance(run, dict) else run))
+        return run(x)
+
+
+def state_of(network):
+    """All that planning must not touch, teachers outside included."""
+    return {
+        name: (id(value), value.requires_grad, value.detach().clone())
+        for name, value in (*network.named_parameters(), *network.named_buffers())
+    } | {f"{name}.training": module.training for name, module in network.named_modules()}
+
+
+def check_untouched(network, before):
+    for name, value in state_of(network).items():
+        if isinstance(value, bool):
+            assert value == before[name], name
+        else:
+            assert value[:2] == before[name][:2], name
+            assert torch.equal(value[2], before[name][2]), name
+
+
+def sizes(network, way):
+    return cs.plan_conversion(network, **WAYS[way]).rows[0].output_sizes
+
+
+# -- Copies that are none -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_teacher_that_is_its_own_copy_is_left_alone(way):
+    class Teacher(nn.Sequential):
+        def __deepcopy__(self, memo):
+            return self
+
+    class Student(Net):
+        def forward(self, x):
+            return super().forward(x) + self.teacher(x)
+
+    teacher = Teacher(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).requires_grad_(False)
+    student = Student(teacher=teacher).train()
+    before = state_of(student)
+    plan = cs.plan_conversion(student, **WAYS[way])
+    assert [row.name for row in plan.converted] == ["conv", "teacher.0"]
+    check_untouched(student, before)
+
+
+def test_a_copy_to_convert_must_be_one():
+    class Teacher(nn.Sequential):
+        def __deepcopy__(self, memo):
+            return self
+
+    network = Net(teacher=Teacher(nn.Conv2d(3, 8, 3, padding=1)))
+    with pytest.raises(TypeError, match=r"would share model\.teacher, a Teacher, with the network itself"):
+        cs.convert(network, input_size=32, inplace=False)
+    seeing = Running()
+    seeing.run = lambda x: seeing.mix(seeing.conv(x))
+    with pytest.raises(TypeError, match=r"model\.run is a function that sees the network itself"):
+        cs.convert(seeing, input_size=32, inplace=False)
+    assert not cs.get_plan(network).converted
+    assert not cs.get_plan(seeing).converted
+
+
+def run_on(network, x):
+    return network.mix(network.norm(network.conv(x)))
+
+
+def around(function):
+    return lambda x: function(x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net: lambda x: run_on(net, x),
+        lambda net: functools.partial(run_on, net),
+        lambda net: functools.partial(around(lambda x: run_on(net, x))),
+        lambda net: {"functions": [(lambda x: run_on(net, x),)]},
+        lambda net: around(around(functools.partial(run_on, net))),
+        lambda net: lambda x, net=net: run_on(net, x),
+        lambda net: type("Caller", (), {"__call__": lambda self, x: run_on(self.net, x), "net": None})(),
+        lambda net: (lambda helper: lambda x: run_on(helper.net, x))(SimpleNamespace(net=net)),
+    ],
+    ids=["closure", "partial", "partial of a closure", "containers", "closures", "default", "object", "through one"],
+)
+def test_a_function_that_sees_the_network_sees_the_copy(make, way):
+    network = Running().train()
+    network.run = make(network)
+    if hasattr(network.run, "net"):
+        network.run.net = network
+    network.norm.requires_grad_(False)
+    before = state_of(network)
+    plan = cs.plan_conversion(network, **WAYS[way])
+    assert [row.name for row in plan.converted] == ["conv"]
+    check_untouched(network, before)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_replaced_forward_of_a_norm_moves_no_statistics(way):
+    network = Net().train()
+    norm = network.norm
+    norm.forward = lambda x: F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=True)
+    before = state_of(network)
+    assert cs.plan_conversion(network, **WAYS[way]).converted
+    check_untouched(network, before)
+
+
+class Child(nn.Module):
+    """Runs a part of its parent."""
+
+    def __init__(self, parent, reference):
+        super().__init__()
+        self.parent = reference(parent)
+
+    def forward(self, x):
+        return self.parent().mix(x)
+
+
+class Parent(Net):
+    def forward(self, x):
+        return self.child(self.norm(self.conv(x)))
+
+    def itself(self):
+        return self
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "reference", [weakref.ref, lambda parent: weakref.WeakMethod(parent.itself)], ids=["ref", "method"]
+)
+def test_a_weak_reference_to_the_network_is_one_to_the_copy(reference, way):
+    network = Parent()
+    network.child = Child(network, reference)
+    if reference is not weakref.ref:
+        network.child.forward = types.MethodType(lambda self, x: self.parent()().mix(x), network.child)
+    plan = cs.plan_conversion(network, **WAYS[way])
+    assert [(row.name, row.calls) for row in plan.rows] == [("conv", 1), ("mix", 1)]
+
+
+REGISTRY = {}
+
+
+class Registered(Net):
+    def forward(self, x):
+        return REGISTRY["mix"](self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_that_reaches_itself_from_outside_is_refused_by_name(way):
+    network = Registered()
+    REGISTRY["mix"] = network.mix
+    with pytest.raises(TypeError, match=r"runs a part of the network itself, with model\.mix\.weight"):
+        cs.plan_conversion(network, **WAYS[way])
+    REGISTRY.clear()
+
+
+# -- Hooks --------------------------------------------------------------------------------------------------------
+
+
+class Fed(Net):
+    """Goes on with what a hook has caught."""
+
+    features = None
+
+    def forward(self, x):
+        self.norm(self.conv(x))
+        return self.mix(self.features)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_that_feeds_itself_through_a_hook_runs(way):
+    network = Fed()
+    network.norm.register_forward_hook(lambda module, args, output: setattr(network, "features", output[..., ::2, ::2]))
+    assert cs.plan_conversion(network, **WAYS[way]).rows[1].output_sizes == ((16, 16),)
+    assert network.features is None
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hook_may_share_a_container_with_the_network(way):
+    class FedByContainer(Net):
+        def forward(self, x):
+            self.norm(self.conv(x))
+            return self.mix(self.caught["features"])
+
+    network = FedByContainer(caught={})
+    caught = network.caught
+
+    def catch(module, args, output):
+        caught["features"] = output
+
+    network.norm.register_forward_hook(catch)
+    assert cs.plan_conversion(network, **WAYS[way]).converted
+    assert caught == {}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hook_may_share_a_closure_with_the_network(way):
+    caught = {}
+
+    class FedByClosure(Net):
+        def forward(self, x):
+            self.norm(self.conv(x))
+            return self.mix(caught["features"])
+
+    network = FedByClosure()
+    network.norm.register_forward_hook(lambda module, args, output: caught.update(features=output))
+    network(IMAGE)
+    before = caught["features"]
+    assert cs.plan_conversion(network, **WAYS[way]).converted
+    assert caught["features"] is before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_graph_module_keeps_the_hooks_that_feed_the_network(way):
+    network = Fed()
+    network.norm = fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()))
+
+    def catch(module, args, kwargs, output):
+        network.features = output
+
+    network.norm.register_forward_hook(catch, with_kwargs=True)
+    assert cs.plan_conversion(network, **WAYS[way]).converted
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_old_style_weight_norm_computes_the_weight_of_the_copy(way):
+    network = Net()
+    torch.nn.utils.weight_norm(network.conv)
+    network.double()  # which leaves the weight computed last as it is
+    inputs = cs.Inputs((IMAGE.double(),), needs_numbers=way == "numbers")
+    before = network.conv.weight
+    assert cs.plan_conversion(network, example_inputs=inputs).converted
+    assert network.conv.weight is before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hook_that_changes_a_map_changes_sizes(way):
+    network = Net()
+    network.conv.register_forward_pre_hook(lambda module, args: (F.max_pool2d(args[0], 2),))
+    assert sizes(network, way) == ((16, 16),)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_peoples_hooks_see_nothing(way):
+    seen = []
+    network = Net()
+
+    def watch(module, args, output):
+        seen.append(network.training)
+
+    class Watcher:
+        def __init__(self, watched):
+            self.watched, self.outputs = watched, []
+
+        def __call__(self, module, args, output):
+            self.outputs.append(output)
+
+        def catch(self, module, args, output):
+            self.outputs.append(output)
+
+    watcher = Watcher(network)
+    for hook in (watch, watcher, watcher.catch, functools.partial(watch), lambda *args: watcher.catch(*args)):
+        network.conv.register_forward_hook(hook)
+    cs.plan_conversion(network, **WAYS[way])
+    assert seen == watcher.outputs == []
+
+
+# -- What refuses to be copied ------------------------------------------------------------------------------------
+
+
+class Refusing:
+    def __init__(self, held=None):
+        self.held = held
+
+    def __deepcopy__(self, memo):
+        raise ZeroDivisionError("not to be copied")
+
+
+class Locked:
+    """Holds a tensor next to what cannot be copied."""
+
+    def __init__(self):
+        self.lock, self.number = threading.Lock(), torch.ones(1)
+
+
+def cyclic():
+    items = [torch.ones(1)]
+    items.append({"again": items})
+    return items
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "build",
+    [
+        threading.Lock,
+        threading.Condition,
+        functools.partial(open, __file__),
+        functools.partial(ThreadPoolExecutor, 1),
+        lambda: (number for number in range(3)),
+        lambda: threading,
+        Refusing,
+        Locked,
+        cyclic,
+        lambda: torch.ones(1, requires_grad=True) * 2,
+        lambda: torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.quint8),
+        lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)]),
+        lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)], layout=torch.jagged),
+        lambda: torch.eye(3).to_sparse(),
+    ],
+    ids=[
+        *("lock", "condition", "file", "executor", "generator", "module", "refusing", "lock and tensor", "cyclic"),
+        *("result", "quantised", "nested", "jagged", "sparse"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_odd_attribute_does_not_stop_planning(build, way):
+    attribute = build()
+    network = Net(odd=attribute, odds=[attribute])
+    assert [row.name for row in cs.plan_conversion(network, **WAYS[way]).converted] == ["conv"]
+    assert network.odd is attribute
+    close = getattr(attribute, "shutdown", getattr(attribute, "close", lambda: None))
+    close()
+
+
+def test_what_holds_tensors_and_refuses_to_be_copied_is_an_error_that_names_it():
+    with pytest.raises(TypeError, match=r"model\.odd holds a Refusing with tensors .* \(ZeroDivisionError: not to be"):
+        cs.plan_conversion(Net(odd=Refusing(torch.ones(1))), input_size=32)
+
+
+def test_inputs_that_cannot_be_copied_are_refused():
+    numbers = (number for number in range(3))
+    with pytest.raises(TypeError, match="the inputs hold something that cannot be copied"):
+        cs.plan_conversion(Net(), example_inputs=(IMAGE, numbers))
+    assert next(numbers) == 0
+
+
+def test_planning_takes_nothing_from_an_iterator_among_the_inputs():
+    class Taking(Net):
+        def forward(self, images):
+            return super().forward(next(images))
+
+    images = iter([IMAGE, IMAGE])
+    assert cs.plan_conversion(Taking(), example_inputs=(images,)).converted
+    assert len(list(images)) == 2
+
+
+def test_planning_takes_nothing_from_a_generator():
+    class Drawing(Net):
+        def forward(self, x):
+            return super().forward(x) * next(self.numbers)
+
+    network = Drawing(numbers=(number for number in range(3)))
+    with pytest.raises(ValueError, match=r"model\.numbers is a generator"):
+        cs.plan_conversion(network, input_size=32)
+    assert next(network.numbers) == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_made_in_inference_mode_are_planned(way):
+    with torch.inference_mode():
+        network = Net()
+    before = state_of(network)
+    assert cs.plan_conversion(network, **WAYS[way]).converted
+    check_untouched(network, before)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_on_meta_beside_buffers_on_a_device_are_planned(way):
+    with torch.device("meta"):
+        network = Net()
+    network.norm.running_mean, network.norm.running_var = torch.zeros(16), torch.ones(16)
+    assert cs.plan_conversion(network, **WAYS[way]).converted
+    assert network.norm.running_mean.device.type == "cpu"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_written_while_planning_are_those_of_the_copy(way):
+    class Averaging(Net):
+        def forward(self, x):
+            with torch.no_grad():
+                self.mix.weight.mul_(0.99).add_(self.mix.bias.sum(), alpha=0.01)
+                self.conv.weight.clamp_(min=0)
+                self.norm.weight.data.add_(1)
+            return super().forward(x)
+
+    network = Averaging()
+    before = state_of(network)
+    assert cs.plan_conversion(network, **WAYS[way]).converted
+    check_untouched(network, before)
+
+
+def test_a_copy_has_hooks_modes_and_flags_of_its_own():
+    network = copy.deepcopy(Net().train())
+    converted = cs.convert(network, input_size=32, inplace=False)
+    assert converted.training
+    assert cs.get_plan(converted).converted
+    assert not cs.get_plan(network).converted
