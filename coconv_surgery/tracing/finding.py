@@ -58,7 +58,9 @@ def _node_sites(owner_names: list[str], owner: nn.Module, taken: set[str]) -> It
             _, nodes = alike.setdefault((weight.key, conv.arguments), (weight, []))
             nodes.append(conv)
     for weight, nodes in alike.values():
-        local = weight.name.removesuffix(".weight") if weight.name is not None else nodes[0].node.name
+        # A graph may be nothing but the convolution.
+        named = f".{weight.name}".removesuffix(".weight").removeprefix(".")
+        local = named if weight.name is not None else nodes[0].node.name
         name, *aliases = [".".join(filter(None, (prefix, local))) for prefix in owner_names]
         count = 1
         while name in taken:

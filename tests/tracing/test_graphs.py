@@ -587,3 +587,12 @@ def test_the_graphs_of_a_real_network_are_planned_converted_and_reverted_as_its_
         cs.revert(again)
     close(again(image), before if name != "coresnet18" else expected)
     assert [row.dilations for row in cs.get_plan(net).rows] == plain_levels
+
+
+def test_a_graph_that_is_nothing_but_a_convolution_has_the_modules_name():
+    class Own(nn.Conv2d):
+        pass
+
+    graph = fx.symbolic_trace(Own(3, 8, 3))
+    assert [row.name for row in cs.get_plan(graph).rows] == [""]
+    assert [row.name for row in cs.get_plan(nn.Sequential(graph)).rows] == ["0"]
