@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.amp.autocast_mode import is_autocast_available
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from coconv_surgery.layers.arguments import (
     choice,
@@ -224,7 +223,9 @@ def is_recorded() -> bool:
     if torch.compiler.is_dynamo_compiling():
         return False
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    return tracing or get_proxy_mode() is not None
+    key = torch._C._TorchDispatchModeKey.PROXY
+    before_dispatch = torch._ops._get_dispatch_mode_pre_dispatch(key)  # type: ignore[no-untyped-call]
+    return tracing or before_dispatch is not None or torch._C._get_dispatch_mode(key) is not None
 
 
 def _autocast(input: torch.Tensor) -> torch.Tensor:
