@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test bench lock clean
+.PHONY: setup demo test fuzz bench lock clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ test: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# Two thousand random networks, or as many as 30 minutes allow; it prints what it did.
+fuzz: setup
+	PYTHONPATH=tests $(BIN)/python -m fuzz --networks 2000 --minutes 30
 
 # On an idle machine; two hours on two cores.
 bench: setup

@@ -1,0 +1,1 @@
+"""Random networks, random operations on them, and what has to hold after each."""
