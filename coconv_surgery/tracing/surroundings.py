@@ -9,6 +9,7 @@ import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -72,9 +73,10 @@ class Surroundings:
                 self._keep_numbers(buffer)
 
     def put_back(self) -> None:
-        """Make everything what it was."""
-        for restore in reversed(self._restorers):
-            restore()
+        """Make everything what it was, the last remembered first."""
+        with ExitStack() as stack:
+            for restore in self._restorers:
+                stack.callback(restore)
 
     def _remember(self, value: Any) -> None:
         if isinstance(value, dict):
@@ -202,7 +204,7 @@ def _kept_by_methods(value: Any) -> tuple[Any, ...] | None:
     if isinstance(value, bytearray | array.array):
         return (_restore_slice, value, value[:])
     if numpy is not None:
-        if isinstance(value, numpy.ndarray):
+        if isinstance(value, numpy.ndarray) and value.flags.writeable:
             return (numpy.copyto, value, value.copy())
         if isinstance(value, numpy.random.RandomState):
             return (numpy.random.RandomState.set_state, value, value.get_state())

@@ -348,10 +348,12 @@ def test_what_another_thread_writes_meanwhile_stays():
 def test_generators_and_arrays_around_a_network_are_what_they_were(way):
     python, numpy, legacy = random.Random(0), np.random.default_rng(0), np.random.RandomState(0)
     generator, numbers, octets = torch.Generator().manual_seed(0), np.zeros(3), bytearray(3)
+    fixed = np.ones(3)
+    fixed.flags.writeable = False
 
     class Drawing(Gridded):
         def grid(self, size):
-            numbers[:] += 1
+            numbers[:] += fixed
             octets[0] = 7
             factor = python.random() + numpy.random() + legacy.rand() + float(torch.rand(1, generator=generator).sum())
             return torch.ones(size) * factor
