@@ -9,7 +9,6 @@ import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,7 +17,22 @@ import torch.nn as nn
 from coconv_surgery.tracing.objects import dict_of, iter_as, parts, slots_of, walk
 
 # Libraries whose code keeps nothing that a network has given it, or knows what to keep.
-_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "coconv_surgery"} - {"__main__"}
+_LIBRARIES = {
+    *sys.stdlib_module_names,
+    *(
+        "torch",
+        "numpy",
+        "coconv_surgery",
+        "mmengine",
+        "huggingface_hub",
+        "safetensors",
+        "rich",
+        "tqdm",
+        "yaml",
+        "addict",
+    ),
+    *("PIL", "cv2", "matplotlib", "pycocotools", "yapf", "packaging", "typing_extensions", "triton", "sympy"),
+}
 # Classes of theirs that hold what others put into them.
 _HOLDERS = ("collections", "weakref", "_thread", "types", "functools", "argparse", "_weakref", "_weakrefset")
 _DEFINITIONS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
@@ -73,10 +87,15 @@ class Surroundings:
                 self._keep_numbers(buffer)
 
     def put_back(self) -> None:
-        """Make everything what it was, the last remembered first."""
-        with ExitStack() as stack:
-            for restore in self._restorers:
-                stack.callback(restore)
+        """Make everything what it was, the last remembered first; an error leaves nothing out."""
+        errors = []
+        for restore in reversed(self._restorers):
+            try:
+                restore()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _remember(self, value: Any) -> None:
         if isinstance(value, dict):
