@@ -71,20 +71,21 @@ def same_state(first, second):
     )
 
 
-def every_fault(build, action, error=KeyboardInterrupt):
+def every_fault(build, action, error=KeyboardInterrupt, step=1):
     """Run an action on fresh subjects with a fault at each call in turn.
 
     Args:
         build: Makes a subject.
         action: Changes it.
         error: What is raised.
+        step: Every how many calls.
 
     Returns:
         The number of faults. Any that leaves a subject half done is an AssertionError that names the call.
     """
     subject, number, faults = build(), 0, 0
     while True:
-        number += 1
+        number += step
         before = state(subject)
         calls, failed = run_with_fault(lambda subject=subject: action(subject), number, error)
         if calls < number:

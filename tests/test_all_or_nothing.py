@@ -86,7 +86,8 @@ def test_planning_and_applying_in_one_leave_no_trace_of_a_fault(capsys):
     def build():
         return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
 
-    count = every_fault(build, lambda model: cs.convert(model, input_size=(3, 16, 16)))
+    # Most of the calls are planning's, which has not changed anything yet.
+    count = every_fault(build, lambda model: cs.convert(model, input_size=(3, 16, 16)), step=7)
     assert count > 200
     report(capsys, "convert", count)
 
