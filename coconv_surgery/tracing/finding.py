@@ -58,9 +58,9 @@ def _node_sites(owner_names: list[str], owner: nn.Module, taken: set[str]) -> It
             _, nodes = alike.setdefault((weight.key, conv.arguments), (weight, []))
             nodes.append(conv)
     for weight, nodes in alike.values():
-        # A graph may be nothing but the convolution.
-        named = f".{weight.name}".removesuffix(".weight").removeprefix(".")
-        local = named if weight.name is not None else nodes[0].node.name
+        local = weight.name.removesuffix(".weight") if weight.name is not None else nodes[0].node.name
+        if local == "weight" and len(alike) == 1 and not owner._modules:
+            local = ""  # the graph is nothing but the convolution
         name, *aliases = [".".join(filter(None, (prefix, local))) for prefix in owner_names]
         count = 1
         while name in taken:
