@@ -25,7 +25,7 @@ def check_convertible(model: nn.Module) -> None:
     """
     instance(model, "model", nn.Module, "a torch.nn.Module")
     for name, module in model.named_modules():
-        path = f"model.{name}" if name else "model"
+        path = path_of(name)
         for cls in type(module).__mro__:
             if cls.__name__ in _WRAPPERS:
                 raise TypeError(
@@ -44,3 +44,8 @@ def check_convertible(model: nn.Module) -> None:
             raise ValueError(
                 f"{path} is a lazy {type(module).__name__} without weights yet: run the network once first"
             )
+
+
+def path_of(name: str) -> str:
+    """A module's qualified name as a message shows it; that of the network itself is empty."""
+    return f"model.{name}" if name else "model"

@@ -13,8 +13,9 @@ import torch
 import torch.distributed
 import torch.nn as nn
 
+from coconv_surgery.tracing.convertible import path_of
 from coconv_surgery.tracing.objects import attributes, in_short, parts, walk
-from coconv_surgery.tracing.surroundings import OF_EVERY_MODULE, Surroundings, contents
+from coconv_surgery.tracing.surroundings import DEFINITIONS, OF_EVERY_MODULE, Surroundings, contents
 
 # Torch may be built without it.
 _PROCESS_GROUP: Any = getattr(torch.distributed, "ProcessGroup", ())
@@ -83,7 +84,7 @@ def separate_copy(model: nn.Module) -> nn.Module:
             seen = walk(*functions, into=_seen_through_objects)
             if any(isinstance(part, nn.Module) and part in modules for part in seen):
                 raise CopyError(
-                    f"{_path(path)}.{name} is a function that sees the network itself, and in a copy it still would: "
+                    f"{path_of(path)}.{name} is a function that sees the network itself, and in a copy it still would: "
                     "convert in place, or make it a method"
                 )
     copied = copy.deepcopy(model)
@@ -119,7 +120,7 @@ def _check_apart(model: nn.Module, copied: nn.Module) -> None:
     if shared := _shared(model, copied):
         names = {module: name for name, module in model.named_modules()}
         raise CopyError(
-            f"a copy of the network would share {_path(names[shared[0]])}, a {type(shared[0]).__name__}, with the "
+            f"a copy of the network would share {path_of(names[shared[0]])}, a {type(shared[0]).__name__}, with the "
             "network itself: see to it that copy.deepcopy() makes one of its own"
         )
 
@@ -181,11 +182,11 @@ def _not_copyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
                 except Exception as error:  # whatever the part's own code raises
                     if any(isinstance(held, torch.Tensor | nn.Module) for held in walk(part)):
                         raise CopyError(
-                            f"{_path(path)}.{name} holds a {type(part).__name__} with tensors that cannot be copied "
+                            f"{path_of(path)}.{name} holds a {type(part).__name__} with tensors that cannot be copied "
                             f"({in_short(error)}), and planning runs a copy: make copy.deepcopy() of it work"
                         ) from error
                     shared[id(part)] = (
-                        _Spent(f"{_path(path)}.{name}") if isinstance(part, types.GeneratorType) else part
+                        _Spent(f"{path_of(path)}.{name}") if isinstance(part, types.GeneratorType) else part
                     )
     return shared
 
@@ -237,7 +238,7 @@ class _Binder:
         if any(id(value) in self._memo or (_is_state(value) and value in self._surroundings) for value in seen):
             return True
         functions = [value for value in seen if isinstance(value, types.FunctionType)]
-        states = [value for value in seen if value is not hook and not isinstance(value, _DEFINITIONS)]
+        states = [value for value in seen if value is not hook and not isinstance(value, _STATELESS)]
         harmless = not any(_TALKATIVE & {*f.__code__.co_names} or f.__module__.startswith("torch.") for f in functions)
         return not states and bool(functions) and harmless
 
@@ -304,7 +305,7 @@ class _Binder:
             return self._memo[id(value)]
         if isinstance(value, types.FunctionType | functools.partial):
             return self.bind(value, everything)
-        if value in self._surroundings or isinstance(value, _DEFINITIONS):
+        if value in self._surroundings or isinstance(value, _STATELESS):
             return value
         reached = self._is_reached_from(value)
         if not everything and not reached:
@@ -323,14 +324,14 @@ class _Binder:
         return any(id(part) in self._memo for part in walk(value, into=_seen_through_objects))
 
 
-_DEFINITIONS = (
-    *(type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType),
+_STATELESS = (
+    *DEFINITIONS,
     *(torch.dtype, torch.device, str, bytes, int, float, complex, type(None)),
 )
 
 
 def _is_state(value: Any) -> bool:
-    return not isinstance(value, _DEFINITIONS)
+    return not isinstance(value, _STATELESS)
 
 
 def _seen_by(value: Any) -> Iterable[Any]:
@@ -367,7 +368,3 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _codes(constant)
-
-
-def _path(name: str) -> str:
-    return f"model.{name}" if name else "model"

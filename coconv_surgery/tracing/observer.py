@@ -127,9 +127,8 @@ def _mode_of(pad: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | N
     value_at, mode_at = _PADS[pad]
     mode = kwargs.get("mode", "constant" if mode_at is None else next(iter(args[mode_at:]), "constant"))
     value = kwargs.get("value", next(iter(args[value_at:]), None))
-    return {"constant": "constant" if value else None, "reflect": "reflection", "replicate": "replication"}.get(
-        mode, mode
-    )
+    names = {"constant": "constant" if value else None, "reflect": "reflection", "replicate": "replication"}
+    return names.get(mode, mode)
 
 
 _DETACH = (torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
@@ -228,7 +227,7 @@ class _Observer(TorchFunctionMode):
             if id(argument) in self._originals:
                 with self._at_fault():
                     raise CopyError(
-                        f"planning runs a copy of the network, whose code runs a part of the network itself, with "
+                        "planning runs a copy of the network, whose code runs a part of the network itself, with "
                         f"model.{self._originals[id(argument)]}: let it reach that part as an attribute"
                     )
         result = self._compute(func, args, kwargs or {})

@@ -13,21 +13,8 @@ Margins = tuple[Pair, Pair]
 _MODES = {"ReflectionPad": "reflection", "ReplicationPad": "replication", "CopySlices": "piecewise"}
 # What may stand between a convolution and what pads its input or crops its output: every pixel by itself.
 _POINTWISE = (
-    *(
-        "Relu",
-        "LeakyRelu",
-        "Prelu",
-        "Elu",
-        "Gelu",
-        "Silu",
-        "Mish",
-        "Hardswish",
-        "Hardtanh",
-        "Softplus",
-        "Sigmoid",
-        "Tanh",
-    ),
-    *("Mul", "Div", "Add", "Sub", "Neg", "Abs", "Pow", "Exp", "Clamp", "NativeBatchNorm", "CudnnBatchNorm"),
+    *("Relu", "LeakyRelu", "Prelu", "Elu", "Gelu", "Silu", "Mish", "Hardswish", "Hardtanh", "Softplus", "Sigmoid"),
+    *("Tanh", "Mul", "Div", "Add", "Sub", "Neg", "Abs", "Pow", "Exp", "Clamp", "NativeBatchNorm", "CudnnBatchNorm"),
     *("Clone", "Alias", "ToCopy"),
 )
 
@@ -75,8 +62,8 @@ def _before(dataflow: Dataflow, source: Node | None) -> Iterator[Node]:
     """The operations through which a convolution's input comes, as far as they pad, crop, or work pixel by pixel."""
     while source is not None and (_is_around(source) or "CopySlices" in source.name()):
         yield source
-        sources = [(index, node) for index, node in dataflow.sources(source) if node in dataflow.activations]
-        source = sources[0][1] if len(sources) == 1 else None
+        sources = [node for _, node in dataflow.sources(source) if node in dataflow.activations]
+        source = sources[0] if len(sources) == 1 else None
 
 
 def _is_around(node: Any) -> bool:
@@ -103,11 +90,12 @@ def _change(node: Any) -> dict[int, Pair]:
 
 def _joined(node: Any) -> dict[int, Pair]:
     """What a map is joined with that comes from nowhere, such as zeros."""
-    inputs = [source for source, _ in node.next_functions]
-    maps = [(index, source, number) for index, (source, number) in enumerate(node.next_functions) if source is not None]
+    inputs = node.next_functions
+    maps = [index for index, (source, _) in enumerate(inputs) if source is not None]
     if len(maps) != 1 or len(inputs) < 2:
         return {}
-    ((index, source, number),) = maps
+    (index,) = maps
+    source, number = inputs[index]
     shape, own = node._input_metadata[0].shape, source._input_metadata[number].shape
     axis = _signed(node._saved_dim) % len(shape) - (len(shape) - 2)
     added = int(shape[axis - 2]) - int(own[axis - 2])

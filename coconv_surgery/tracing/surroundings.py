@@ -19,23 +19,13 @@ from coconv_surgery.tracing.objects import dict_of, iter_as, parts, slots_of, wa
 # Libraries whose code keeps nothing that a network has given it, or knows what to keep.
 _LIBRARIES = {
     *sys.stdlib_module_names,
-    *(
-        "torch",
-        "numpy",
-        "coconv_surgery",
-        "mmengine",
-        "huggingface_hub",
-        "safetensors",
-        "rich",
-        "tqdm",
-        "yaml",
-        "addict",
-    ),
-    *("PIL", "cv2", "matplotlib", "pycocotools", "yapf", "packaging", "typing_extensions", "triton", "sympy"),
+    *("torch", "numpy", "coconv_surgery", "mmengine", "huggingface_hub", "safetensors", "triton", "sympy"),
+    *("rich", "tqdm", "yaml", "addict", "PIL", "cv2", "matplotlib", "pycocotools", "yapf", "packaging"),
+    "typing_extensions",
 }
 # Classes of theirs that hold what others put into them.
 _HOLDERS = ("collections", "weakref", "_thread", "types", "functools", "argparse", "_weakref", "_weakrefset")
-_DEFINITIONS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+DEFINITIONS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
 OF_EVERY_MODULE = vars(nn.Module()).keys()
 _IMPORT = dis.opmap["IMPORT_NAME"]
 _MISSING = object()
@@ -59,14 +49,13 @@ class Surroundings:
         self._buffers = list(model.buffers())
         self._restorers: list[Callable[[], None]] = []
         self._tensors: list[torch.Tensor] = []
+        self._with_numbers: set[int] = set()
         self._ids: set[int] = set()
-        names: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        # Namespaces, with the names that code uses of each.
+        self._namespaces: dict[int, tuple[dict[str, Any], set[str]]] = {}
         for value in walk(model, *others, into=self._reach):
             self._remember(value)
-            if isinstance(value, types.FunctionType) and not _is_library(value.__globals__.get("__name__")):
-                _, used = names.setdefault(id(value.__globals__), (value.__globals__, set()))
-                used.update(_names(value.__code__))
-        for namespace, used in names.values():
+        for namespace, used in self._namespaces.values():
             before = {name: namespace[name] for name in used if name in namespace}
             self._restorers.append(functools.partial(_restore_names, namespace, used, before))
         for tensor in self._tensors:
@@ -116,7 +105,8 @@ class Surroundings:
             self._put_back_by(_restore_slots, value, slots_of(value))
 
     def _keep_numbers(self, tensor: torch.Tensor) -> None:
-        if not tensor.is_meta:
+        if not tensor.is_meta and id(tensor) not in self._with_numbers:
+            self._with_numbers.add(id(tensor))
             self._restorers.append(functools.partial(_restore_numbers, tensor, tensor.detach().clone()))
 
     def _put_back_by(self, restore: Callable[..., Any], value: Any, *before: Any) -> None:
@@ -131,11 +121,14 @@ class Surroundings:
             return [type(value), *value._modules.values(), *mine]
         kind = type(value)
         if kind is types.FunctionType:
+            namespace, names = value.__globals__, _names(value.__code__)
+            if not _is_library(namespace.get("__name__")):
+                self._namespaces.setdefault(id(namespace), (namespace, set()))[1].update(names)
             if _is_library(value.__module__):
                 # A function of theirs may stand around one of the network's.
                 return contents(value.__closure__ or ())
             held = (*(value.__closure__ or ()), *(value.__defaults__ or ()), value.__kwdefaults__, vars(value))
-            return [*held, *_named(value.__code__, value.__globals__)]
+            return [*held, *_named(names, namespace, imports=_IMPORT in value.__code__.co_code[::2])]
         if kind is types.CellType:
             return contents([value])
         if kind is types.MethodType:
@@ -194,12 +187,11 @@ def _names(code: types.CodeType) -> list[str]:
     return names
 
 
-def _named(code: types.CodeType, namespace: dict[str, Any]) -> Iterator[Any]:
+def _named(names: list[str], namespace: dict[str, Any], *, imports: bool) -> Iterator[Any]:
     """What the names in a function's code stand for."""
-    names = _names(code)
     used = [namespace[name] for name in names if name in namespace]
     used += [sys.modules[name] for name in names if name in sys.modules]  # a function may import what it uses
-    if _IMPORT in code.co_code[::2]:
+    if imports:
         used += [sys.modules.get(f"{namespace.get('__package__')}.{name}") for name in names]
     for value in used:
         yield from _members(value, names) if isinstance(value, types.ModuleType) else [value]
@@ -236,7 +228,7 @@ def _restore_dict(value: dict[Any, Any], before: dict[Any, Any]) -> None:
     base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
     now = dict(dict.items(value))
     for key in now.keys() - before.keys():
-        if not isinstance(now[key], _DEFINITIONS):
+        if not isinstance(now[key], DEFINITIONS):
             base.pop(value, key, None)
     for key, content in before.items():
         if now.get(key, _MISSING) is not content:
@@ -251,7 +243,7 @@ def _restore_names(namespace: dict[str, Any], names: set[str], before: dict[str,
         now = namespace.get(name, _MISSING)
         if name in before and now is not before[name]:
             namespace[name] = before[name]
-        elif name not in before and now is not _MISSING and not isinstance(now, _DEFINITIONS):
+        elif name not in before and now is not _MISSING and not isinstance(now, DEFINITIONS):
             del namespace[name]
 
 
@@ -289,7 +281,7 @@ def _restore_cell(cell: types.CellType, before: Any) -> None:
 def _restore_class(cls: type, before: dict[str, Any]) -> None:
     now = dict(vars(cls))
     for name in now.keys() - before.keys():
-        if not isinstance(now[name], _DEFINITIONS):
+        if not isinstance(now[name], DEFINITIONS):
             type.__delattr__(cls, name)
     for name, content in before.items():
         if now.get(name, _MISSING) is not content and not name.startswith("__"):
