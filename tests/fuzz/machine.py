@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +255,12 @@ class Surgery(RuleBasedStateMachine):
         with unchanged("planning", net):
             return self.attempt(plan, given)
 
+    def plan_alone(self, net: nn.Module, given: dict[str, Any]) -> Any:
+        """Plan all of a network that nothing has been done to."""
+        image = cs.Inputs((self.recipe.image(),), needs_numbers=given["by"] == "numbers")
+        plan = partial(cs.plan_conversion, net, given["policy"], example_inputs=image)
+        return self.attempt(plan, {**given, "how": "all"})
+
     # The operations.
 
     @rule(given=choices, around=st.sampled_from(AROUND))
@@ -291,11 +297,8 @@ class Surgery(RuleBasedStateMachine):
     @operation
     def plan_ungraphed(self, given: dict[str, Any]) -> None:
         """A graph gets the decisions of what it was traced from."""
-        given = {**given, "how": "all"}
         plain, graphed = self.recipe.build(parts.UNGRAPHED), self.recipe.build()
-        image = cs.Inputs((self.recipe.image(),), needs_numbers=given["by"] == "numbers")
-        first = self.attempt(lambda: cs.plan_conversion(graphed, given["policy"], example_inputs=image), given)
-        second = self.attempt(lambda: cs.plan_conversion(plain, given["policy"], example_inputs=image), given)
+        first, second = (self.plan_alone(net, given) for net in (graphed, plain))
         own, other = decisions(first), decisions(second)
         # A graph tells more than a module with a forward of its own, and less than one that is registered.
         known = (nn.Conv2d, parts.InheritedConv2d, cs.CoConv2d)
@@ -307,11 +310,8 @@ class Surgery(RuleBasedStateMachine):
     @operation
     def plan_with_gradients(self, given: dict[str, Any]) -> None:
         """Where a network switches gradients off, no more is converted than where it does not."""
-        given = {**given, "how": "all"}
         free, own = self.recipe.build(parts.OPEN), self.recipe.build()
-        image = cs.Inputs((self.recipe.image(),), needs_numbers=given["by"] == "numbers")
-        first = self.attempt(lambda: cs.plan_conversion(own, given["policy"], example_inputs=image), given)
-        second = self.attempt(lambda: cs.plan_conversion(free, given["policy"], example_inputs=image), given)
+        first, second = (self.plan_alone(net, given) for net in (own, free))
         more = {row.name for row in first.converted} - {row.name for row in second.converted}
         check(not more, "more is converted where gradients are off")
 

@@ -13,14 +13,9 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
+from forwards import IMAGE, WAYS
 
 import coconv_surgery as cs
-
-IMAGE = torch.ones(1, 3, 32, 32)
-WAYS = {
-    "shapes": {"input_size": 32},
-    "numbers": {"example_inputs": cs.Inputs((IMAGE,), needs_numbers=True)},
-}
 
 
 class Net(nn.Module):

@@ -8,34 +8,16 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from forwards import WAYS, Model
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import DeformConv2d
 
 import coconv_surgery as cs
 from coconv_surgery.planning.reasons import Reason
 
-IMAGE = torch.ones(1, 3, 32, 32)
-WAYS = {
-    "shapes": {"input_size": 32},
-    "numbers": {"example_inputs": cs.Inputs((IMAGE,), needs_numbers=True)},
-}
-
 
 def conv(inputs=16, outputs=16, **arguments):
     return nn.Conv2d(inputs, outputs, 3, **{"padding": 1, **arguments})
-
-
-class Model(nn.Module):
-    """A network of some parts and a forward function."""
-
-    def __init__(self, forward, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.function = forward
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def reasons(model, way="shapes"):

@@ -14,16 +14,11 @@ import pytest
 import torch
 import torch.fx as fx
 import torch.nn as nn
+from forwards import IMAGE, WAYS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import coconv_surgery as cs
 from coconv_surgery.tracing.surroundings import Surroundings
-
-IMAGE = torch.ones(1, 3, 32, 32)
-WAYS = {
-    "shapes": {"input_size": 32},
-    "numbers": {"example_inputs": cs.Inputs((IMAGE,), needs_numbers=True)},
-}
 
 
 class Gridded(nn.Module):

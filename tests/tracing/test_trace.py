@@ -14,6 +14,7 @@ import torch.ao.nn.quantized as quantized
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from forwards import Model
 from timm.layers import CondConv2d
 from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn.utils import parametrizations
@@ -30,19 +31,6 @@ QCONFIG = get_default_qat_qconfig()
 
 def conv(inputs=4, outputs=4):
     return nn.Conv2d(inputs, outputs, 3, padding=1)
-
-
-class Model(nn.Module):
-    """A network of some parts and a forward function."""
-
-    def __init__(self, forward, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self._forward = forward
-
-    def forward(self, x):
-        return self._forward(self, x)
 
 
 def trace(model, side=16, channels=4):

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.fx as fx
 import torch.nn as nn
+from forwards import IMAGE, WAYS
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -23,12 +24,6 @@ import coconv_surgery as cs
 from coconv_surgery.tracing import observer, padding
 from coconv_surgery.tracing.finding import find_sites
 from coconv_surgery.tracing.fx_map import _Tracer
-
-IMAGE = torch.ones(1, 3, 32, 32)
-WAYS = {
-    "shapes": {"input_size": 32},
-    "numbers": {"example_inputs": cs.Inputs((IMAGE,), needs_numbers=True)},
-}
 
 
 @pytest.fixture(params=WAYS)
