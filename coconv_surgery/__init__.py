@@ -5,6 +5,7 @@ from coconv_surgery.checkpoint import load_converted, read_plan, save_converted
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import coconv2d
 from coconv_surgery.layers.levels import Levels, split_channels
+from coconv_surgery.layers.metadata import PlainWeightsWarning, unchecked_levels
 from coconv_surgery.layers.switch import register_coconv, to_coconv_, to_conv_
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow
 from coconv_surgery.planning.policies import Policy, ResolutionPolicy, StagePolicy, TopPolicy, UniformPolicy
@@ -19,6 +20,7 @@ __all__ = [
     "Inputs",
     "Levels",
     "NoChangeWarning",
+    "PlainWeightsWarning",
     "Plan",
     "PlanError",
     "PlanRow",
@@ -43,4 +45,5 @@ __all__ = [
     "split_channels",
     "to_coconv_",
     "to_conv_",
+    "unchecked_levels",
 ]

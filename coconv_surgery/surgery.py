@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-import torch.fx as fx
 import torch.nn as nn
 
 from coconv_surgery.layers.arguments import flag, instance
@@ -16,6 +15,7 @@ from coconv_surgery.merging import keep_levels_in_merges
 from coconv_surgery.planning.decision import Choices, found_row
 from coconv_surgery.planning.eligibility import site_obstacle, subclass
 from coconv_surgery.planning.maps import check_maps, largest_input
+from coconv_surgery.planning.notes import is_guarded, note_plan, noted_plan, set_guard
 from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_parameters
 from coconv_surgery.planning.policies import Answer, Policy
@@ -27,8 +27,6 @@ from coconv_surgery.tracing.sites import Site
 from coconv_surgery.tracing.switching import revert_sites, switch_sites
 from coconv_surgery.tracing.trace import trace_network
 from coconv_surgery.tracing.unseen import unseen
-
-_PLAN = "_coconv_plan"
 
 
 class NoChangeWarning(UserWarning):
@@ -125,7 +123,8 @@ def switch_to_plan(model: nn.Module, sites: Sequence[Site], plan: Plan, undo: Ex
     changes = [(site, targets[site.name]) for site in sites if site.state != (targets[site.name] or site.plain)]
     switch_sites(sites, changes, undo)
     keep_levels_in_merges(model, undo)
-    _note(model, plan, undo)
+    note_plan(model, plan, undo)
+    _renew_guards(model, undo)
     return bool(changes)
 
 
@@ -205,7 +204,8 @@ def revert(model: nn.Module) -> nn.Module:
         revert_sites(sites, undo)
         keep_levels_in_merges(model, undo)
         for module in model.modules():
-            _note(module, None, undo)
+            note_plan(module, None, undo)
+        _renew_guards(model, undo)
         undo.pop_all()
     return model
 
@@ -226,8 +226,8 @@ def get_plan(model: nn.Module) -> Plan:
     instance(model, "model", nn.Module, "a torch.nn.Module")
     rows = tuple(map(found_row, find_sites(model)))
     found = Plan(rows, policy="as found", input="unknown", parameters=count_parameters(model))
-    remembered = _notes(model).get(_PLAN)
-    if not isinstance(remembered, Plan) or remembered.diff(found):
+    remembered = noted_plan(model)
+    if remembered is None or remembered.diff(found):
         return found
     return replace(remembered, parameters=found.parameters)  # a new classifier may have come since
 
@@ -306,27 +306,10 @@ def _target(site: Site, row: PlanRow) -> Levels | None:
     return levels
 
 
+def _renew_guards(model: nn.Module, undo: ExitStack) -> None:
+    for module in filter(is_guarded, list(model.modules())):
+        set_guard(module, get_plan(module), undo)
+
+
 def _shorten(names: Sequence[str], limit: int = 5) -> str:
     return "; ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _notes(model: nn.Module) -> dict[str, Any]:
-    # Of its own attributes, a graph module keeps its meta alone when it is copied. Some have none.
-    kept = isinstance(model, fx.GraphModule) and isinstance(vars(model).get("meta"), dict)
-    return cast(dict[str, Any], vars(model)["meta"]) if kept else vars(model)
-
-
-def _note(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
-    """Keep a plan with a network, or forget it."""
-    notes = _notes(model)
-    if plan is None and _PLAN not in notes:
-        return
-    undo.callback(_restore_note, notes, notes.get(_PLAN))
-    _restore_note(notes, plan)
-
-
-def _restore_note(notes: dict[str, Any], plan: Plan | None) -> None:
-    if plan is None:
-        notes.pop(_PLAN, None)
-    else:
-        notes[_PLAN] = plan

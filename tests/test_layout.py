@@ -15,13 +15,13 @@ ROOMS = [
 ]
 # Files of a room, in order.
 FILES = {
-    "layers": ["arguments", "functional", "levels", "conv", "rollback", "switch", "timm_convs"],
+    "layers": ["arguments", "files", "functional", "levels", "metadata", "conv", "rollback", "switch", "timm_convs"],
     "tracing": [
         *("convertible", "objects", "inputs", "unseen", "surroundings", "copying", "twin", "visit"),
         *("signature", "graph_convs", "graph_weights", "rewriting", "sites", "finding", "switching"),
         *("dataflow", "padding", "observer", "fx_map", "trace"),
     ],
-    "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "decision"],
+    "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "decision"],
 }
 
 

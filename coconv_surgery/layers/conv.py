@@ -7,8 +7,8 @@ kernels of its own dilation, so local detail and context come out of one layer, 
 convolution (Eqs. 1 to 3).
 """
 
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 import torch
 import torch.fx
@@ -17,6 +17,7 @@ import torch.nn as nn
 from coconv_surgery.layers.arguments import choice, flag, height_and_width, instance, whole_number
 from coconv_surgery.layers.functional import NAMED_PADDING, PADDING_MODES, Dilation, Pair, coconv2d, pair
 from coconv_surgery.layers.levels import Levels, SplitRule, complete_levels, is_plain
+from coconv_surgery.layers.metadata import may_load, write_levels
 
 torch.fx.wrap("coconv2d")  # one node of a graph, as the convolution it replaces is
 
@@ -174,6 +175,29 @@ class CoConv2d(nn.Conv2d):
             splits=self.splits,
             padding_mode=self.padding_mode,
         )
+
+    # A state dict holds the levels in its metadata: weights that were trained with others do not load.
+    def _save_to_state_dict(self, destination: Mapping[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        write_levels(destination, prefix, self._levels_to_tell)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if may_load(state_dict, prefix, local_metadata, self._levels_to_tell, error_msgs):
+            keys = missing_keys, unexpected_keys
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *keys, error_msgs)
+
+    @property
+    def _levels_to_tell(self) -> Levels | None:
+        return None if is_plain(self, self.dilations) else self._coconv_levels
 
     def extra_repr(self) -> str:
         """The plain convolution's arguments, then the levels."""

@@ -1,0 +1,114 @@
+"""The plan that a network was converted by, kept with the network, in its state dicts, and in a guard's buffer.
+
+A state dict's ``_metadata`` holds the plan of the network, and of every part that was converted on its own, beside the
+levels of each convolution, see :mod:`coconv_surgery.layers.metadata`.
+"""
+
+import functools
+import hashlib
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+
+from coconv_surgery.planning.plan import Plan
+
+KEY = "coconv_plan"
+GUARD = "converted_by_coconv_surgery_"
+_ATTRIBUTE = "_coconv_plan"
+
+
+def noted_plan(model: nn.Module) -> Plan | None:
+    """The plan that is kept with a network, whether it still describes it or not."""
+    plan = _attributes(model).get(_ATTRIBUTE)
+    return plan if isinstance(plan, Plan) else None
+
+
+def note_plan(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
+    """Keep a plan with a network and in its state dicts, or forget it.
+
+    Args:
+        model: The network.
+        plan: The plan, or None.
+        undo: Takes what puts everything back, see :mod:`coconv_surgery.layers.rollback`.
+    """
+    before = noted_plan(model)
+    if plan is not None or before is not None:
+        undo.callback(_set_note, model, before)
+        _set_note(model, plan)
+
+
+def is_guarded(model: nn.Module) -> bool:
+    """Whether a network holds a guard's buffer."""
+    return any(name.startswith(GUARD) for name in model._buffers)
+
+
+def set_guard(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
+    """Give a network the buffer that no plain one has a place for, in the stead of the one it had; or take it out.
+
+    Args:
+        model: The network.
+        plan: Its plan, or None.
+        undo: Takes what puts everything back.
+    """
+    buffers, transient = model._buffers, model._non_persistent_buffers_set
+    undo.callback(_refill, transient, transient.copy())
+    undo.callback(_refill, buffers, buffers.copy())
+    for name in [name for name in model._buffers if name.startswith(GUARD)]:
+        delattr(model, name)
+    if plan is not None and plan.converted:
+        device = next((tensor.device for tensor in model.state_dict().values() if torch.is_tensor(tensor)), None)
+        name, content = guard_of(plan)
+        model.register_buffer(name, content.to(device))
+
+
+def guard_of(plan: Plan) -> tuple[str, torch.Tensor]:
+    """Name and content of a guard's buffer: the same for all networks with the same convolutions and levels.
+
+    Returns:
+        A name that tells two plans apart, and the plan as UTF-8 bytes.
+    """
+    rows = (
+        replace(row, reason=None if row.converted else "left alone", reason_key=None, calls=0, output_sizes=())
+        for row in plan.rows
+    )
+    bare = Plan(tuple(replace(row, aliases=(), untraced=None) for row in rows), "as found", "unknown", parameters=0)
+    content = bare.to_json().encode()
+    return GUARD + hashlib.sha256(content).hexdigest()[:8], torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _set_note(model: nn.Module, plan: Plan | None) -> None:
+    attributes, hooks = _attributes(model), model._state_dict_hooks
+    ours = [key for key, hook in hooks.items() if hook is _write_plan]
+    if plan is not None:
+        attributes[_ATTRIBUTE] = plan
+        if not ours:
+            model._register_state_dict_hook(_write_plan)  # type: ignore[no-untyped-call]
+        return
+    attributes.pop(_ATTRIBUTE, None)
+    for key in ours:
+        del hooks[key]
+
+
+def _write_plan(model: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    if (plan := noted_plan(model)) is not None:
+        metadata[KEY] = _as_json(plan)
+
+
+@functools.lru_cache(maxsize=8)  # some averages of weights take a state dict at every step
+def _as_json(plan: Plan) -> str:
+    return plan.to_json()
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    # Of its own attributes, a graph module keeps its meta alone when it is copied. Some have none.
+    kept = isinstance(model, fx.GraphModule) and isinstance(vars(model).get("meta"), dict)
+    return cast(dict[str, Any], vars(model)["meta"]) if kept else vars(model)
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.update(content)

@@ -1,0 +1,122 @@
+"""What a state dict says of the levels of its network."""
+
+import io
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import coconv_surgery as cs
+
+
+def network(*dilations, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, **kwargs), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1))
+    for conv in net[:2] if dilations else ():
+        cs.to_coconv_(conv, dilations)
+    return net
+
+
+def through_torch_save(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("carry", [lambda state: state, through_torch_save], ids=["in memory", "saved"])
+def test_weights_of_other_levels_are_one_error_that_names_every_row(carry):
+    saved = carry(network(1, 2, seed=1).state_dict())
+    net = network(1, 3)
+    before = [net[0].weight.clone(), net[1].weight.clone()]
+    with pytest.raises(RuntimeError) as error:
+        net.load_state_dict(saved, strict=False)
+    message = str(error.value)
+    assert message.count("unchecked_levels()") == 1
+    assert "0: dilations (1, 3) with (4, 4) channels, the weights come from dilations (1, 2) with (4, 4)" in message
+    assert "1: dilations (1, 3)" in message
+    assert torch.equal(net[0].weight, before[0])
+    assert torch.equal(net[1].weight, before[1])
+
+
+def test_weights_of_the_same_levels_load_without_a_word():
+    saved, net = through_torch_save(network(1, 2, seed=1).state_dict()), network(1, 2)
+    net.load_state_dict(saved)
+    assert torch.equal(net[0].weight, saved["0.weight"])
+
+
+def test_other_splits_are_other_levels():
+    conv, other = (cs.CoConv2d(8, 8, 3, padding=1, dilations=(1, 2), splits=splits) for splits in ((4, 4), (6, 2)))
+    with pytest.raises(RuntimeError, match=r"\(6, 2\) channels, the weights come from .* \(4, 4\)"):
+        other.load_state_dict(conv.state_dict())
+
+
+def test_within_unchecked_levels_they_load_all_the_same():
+    saved, net = network(1, 2, seed=1).state_dict(), network(1, 3)
+    with cs.unchecked_levels():
+        net.load_state_dict(saved)
+        network(1, 2).load_state_dict(dict(saved))
+    assert torch.equal(net[0].weight, saved["0.weight"])
+    with pytest.raises(RuntimeError):
+        net.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("carry", "words"),
+    [(lambda state: state, "a network that was not converted"), (dict, "do not say how their network was converted")],
+    ids=["plain", "without metadata"],
+)
+def test_weights_that_are_not_known_to_be_converted_load_with_one_warning(carry, words):
+    saved, net = carry(network(seed=1).state_dict()), network(1, 2)
+    for _ in range(2):
+        with pytest.warns(cs.PlainWeightsWarning, match=words) as caught:
+            net.load_state_dict(saved)
+        assert len(caught) == 1
+    assert torch.equal(net[0].weight, saved["0.weight"])
+
+
+def test_a_single_level_is_a_plain_convolution():
+    plain, single = network(), network(1)
+    single.load_state_dict(plain.state_dict())
+    plain.load_state_dict(single.state_dict())
+    with pytest.raises(RuntimeError, match="0: a plain convolution, the weights come from dilations"):
+        single.load_state_dict(network(1, 2).state_dict())
+
+
+def test_a_convolution_that_no_weight_is_for_is_not_warned_of():
+    net = network(1, 2)
+    head = {name: tensor for name, tensor in net.state_dict().items() if name.startswith("2.")}
+    net.load_state_dict(head, strict=False)
+
+
+def test_a_parametrized_convolution_tells_its_levels():
+    nets = network(1, 2), network(1, 3)
+    for net in nets:
+        weight_norm(net[0])
+    assert nets[0].state_dict()._metadata["0"]["coconv_levels"] == {"dilations": (1, 2), "splits": (4, 4)}
+    with pytest.raises(RuntimeError, match=r"0: dilations \(1, 3\)"):
+        nets[1].load_state_dict(nets[0].state_dict())
+
+
+@pytest.mark.parametrize("nonsense", [5, {"dilations": "x" * 10**6}, {"dilations": torch.ones(2), "splits": None}, []])
+def test_a_note_that_makes_no_sense_is_an_error(nonsense):
+    state = network(1, 2).state_dict()
+    state._metadata["0"]["coconv_levels"] = nonsense
+    with pytest.raises(RuntimeError, match="the weights come from") as error:
+        network(1, 2).load_state_dict(state)
+    assert len(str(error.value)) < 2_000
+
+
+def test_a_wrapper_of_the_network_makes_no_difference():
+    saved = nn.Sequential(network(1, 2)).state_dict()
+    with pytest.raises(RuntimeError, match=r"0\.1: dilations"):
+        nn.Sequential(network(1, 3)).load_state_dict(saved)
