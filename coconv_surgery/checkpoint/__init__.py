@@ -1,5 +1,5 @@
 """A converted network on disk."""
 
-from coconv_surgery.checkpoint.converted import check_loadable, load_converted, read_plan, save_converted
+from coconv_surgery.checkpoint.converted import load_converted, read_plan, save_converted
 
-__all__ = ["check_loadable", "load_converted", "read_plan", "save_converted"]
+__all__ = ["load_converted", "read_plan", "save_converted"]

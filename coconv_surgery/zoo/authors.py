@@ -20,7 +20,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import load_state_dict
 
-from coconv_surgery.checkpoint import check_loadable
+from coconv_surgery.checkpoint.tensors import check_loadable
 from coconv_surgery.layers.arguments import file_to_read, instance
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import complete_levels

@@ -1,11 +1,14 @@
 """A converted network on disk."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 import coconv_surgery as cs
+from coconv_surgery.checkpoint import converted
 
 
 @pytest.fixture
@@ -70,3 +73,128 @@ def test_a_network_on_the_meta_device_is_refused(net, saved):
 def test_a_folder_that_does_not_exist_is_an_error_of_the_file_system(net, tmp_path):
     with pytest.raises(OSError, match="cannot write"):
         cs.save_converted(net, tmp_path / "none" / "net.safetensors")
+
+
+class Holder(nn.Module):
+    """A contextual convolution beside whatever else a state dict may hold."""
+
+    def __init__(self, **buffers):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Remembers(Holder):
+    """Its extra state is whatever it was given."""
+
+    extra = None
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def through_a_file(model, fresh, folder):
+    cs.to_coconv_(next(conv for conv in model.modules() if isinstance(conv, nn.Conv2d)), (1, 2))
+    cs.save_converted(model, folder / "net.safetensors")
+    return cs.load_converted(fresh, folder / "net.safetensors")
+
+
+def test_a_shared_module_in_channels_last_comes_back(tmp_path):
+    def build():
+        conv = nn.Conv2d(4, 4, 3, padding=1)
+        return nn.Sequential(conv, conv).to(memory_format=torch.channels_last)
+
+    model, fresh = build(), build()
+    through_a_file(model, fresh, tmp_path)
+    assert fresh[0] is fresh[1]
+    assert torch.equal(fresh[0].weight, model[0].weight)
+    assert fresh[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_was_written_once_for_a_shared_module_does_not_fit_separate_ones(tmp_path):
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    fresh = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    cs.to_coconv_(conv, (1, 2))
+    model = nn.Sequential(conv, conv)
+    cs.save_converted(model, tmp_path / "net.safetensors")
+    with pytest.raises(cs.PlanError, match="1 unexpected in the network: 1"):
+        cs.load_converted(fresh, tmp_path / "net.safetensors")
+    assert load_file(tmp_path / "net.safetensors").keys() == {"0.weight", "0.bias"}
+
+
+def test_overlapping_and_expanded_buffers_come_back(tmp_path):
+    def build(values):
+        whole = torch.arange(6.0) * values
+        return Holder(
+            first=whole[:4], second=whole[2:], again=whole.view(2, 3), row=torch.full((1, 3), values).expand(5, 3)
+        )
+
+    model, fresh = build(2.0), build(1.0)
+    through_a_file(model, fresh, tmp_path)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(fresh.get_buffer(name), buffer), name
+    assert fresh.row.stride() == (0, 1)
+
+
+def test_values_that_an_expanded_buffer_cannot_hold_are_refused(tmp_path):
+    fresh = Holder(row=torch.ones(1, 3).expand(2, 3))
+    with pytest.raises(ValueError, match="1 of which the network holds one for several that differ, as row"):
+        through_a_file(Holder(row=torch.arange(6.0).view(2, 3)), fresh, tmp_path)
+    assert type(fresh.conv) is nn.Conv2d
+
+
+@pytest.mark.parametrize("extra", [None, 3, {"steps": [1, 2.5, "x"], "on": True}, torch.arange(3)])
+def test_extra_state_comes_back(tmp_path, extra):
+    model, fresh = Remembers(), Remembers()
+    model.extra = extra
+    through_a_file(model, fresh, tmp_path)
+    assert torch.equal(fresh.extra, extra) if isinstance(extra, torch.Tensor) else fresh.extra == extra
+
+
+def test_what_a_file_has_no_place_for_is_named_before_anything_is_written(tmp_path):
+    model = Remembers(sparse=torch.eye(3).to_sparse(), wide=torch.ones(2, dtype=torch.complex128))
+    model.extra = (1, 2)
+    with pytest.raises(ValueError, match=r"sparse has the layout torch.sparse_coo; wide is of type torch.complex128; "):
+        cs.save_converted(model, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match="_extra_state is a tuple"):
+        cs.save_converted(model, tmp_path / "net.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_with_nothing_converted_keeps_its_reasons(tmp_path):
+    model, fresh = nn.Sequential(nn.Conv2d(4, 4, 1)), nn.Sequential(nn.Conv2d(4, 4, 1))
+    with pytest.warns(cs.NoChangeWarning):
+        cs.convert(model, input_size=(4, 32, 32))
+    cs.save_converted(model, tmp_path / "net.safetensors")
+    cs.load_converted(fresh, tmp_path / "net.safetensors")
+    assert cs.get_plan(fresh) == cs.get_plan(model)
+    assert cs.get_plan(fresh).rows[0].reason == "kernel 1×1"
+
+
+def test_a_network_that_was_converted_the_same_way_takes_over_policy_and_maps(net, saved):
+    fresh = type(net)()
+    for name, levels in (("stem", net.stem), ("body.0", net.body[0])):
+        cs.to_coconv_(fresh.get_submodule(name), levels.dilations, levels.splits)
+    cs.load_converted(fresh, saved)
+    assert cs.get_plan(fresh) == cs.get_plan(net)
+
+
+def test_a_write_that_fails_leaves_the_old_file(net, saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def half(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(converted, "save_file", half)
+    with pytest.raises(OSError, match="no space left"):
+        cs.save_converted(net, saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]

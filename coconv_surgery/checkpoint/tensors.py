@@ -1,0 +1,95 @@
+"""Tensors on their way to a file and back."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import save
+
+
+def check_loadable(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Check that tensors can be copied into those that a network has under the same names.
+
+    Args:
+        model: The network.
+        weights: Tensors by name.
+        path: Where they come from, for the message.
+
+    Raises:
+        ValueError: If the network has no memory for them, or one is not an ordinary tensor of numbers.
+    """
+    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, where weights have no place: build it on another"
+        )
+    for name, tensor in weights.items():
+        kind = _not_ordinary(tensor)
+        if tensor.is_complex() and not (name in own and own[name].is_complex()):
+            kind = f"is of type {tensor.dtype}, which would lose its imaginary part"
+        if kind is not None:
+            raise ValueError(f"{path}: {name} {kind}; it must be an ordinary tensor")
+
+
+def cannot_write(tensor: torch.Tensor) -> str | None:
+    """Why a safetensors file has no place for a tensor, or None."""
+    if why := _not_ordinary(tensor):
+        return why
+    try:
+        save({"x": torch.empty(1, dtype=tensor.dtype)})
+    except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError):
+        return f"is of type {tensor.dtype}"
+    return None
+
+
+def each_once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors as safetensors takes them, contiguous and each in memory of its own.
+
+    Returns:
+        Them, and for each that is held under a second name the first one.
+    """
+    first: dict[Any, str] = {}
+    once, shared, taken = {}, {}, set()
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and first.setdefault(place, name) != name:
+            shared[name] = first[place]
+        else:
+            copied = tensor.contiguous().resolve_conj().resolve_neg()
+            storage = copied.untyped_storage()
+            if storage.nbytes() != copied.nbytes or storage.data_ptr() in taken:
+                copied = copied.clone()
+            taken.add(copied.untyped_storage().data_ptr())
+            once[name] = copied
+    return once, shared
+
+
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers once and shows them several times, so that it cannot be written to as a whole."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def held_once(expanded: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Of values in the shape of an expanded tensor, those that it holds: a view."""
+    return values[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in expanded.stride())]
+
+
+def can_hold(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether a tensor has a place for each of some values, or those that share one are equal."""
+    return not is_expanded(tensor) or torch.equal(held_once(tensor, values).expand_as(values), values)
+
+
+def _not_ordinary(tensor: torch.Tensor) -> str | None:
+    """Why a tensor is not an ordinary one."""
+    if tensor.is_meta:
+        return "has a shape but no numbers"
+    if tensor.is_nested:
+        return "is nested"
+    if tensor.is_quantized or tensor.layout is not torch.strided:
+        return "is quantised" if tensor.is_quantized else f"has the layout {tensor.layout}"
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"is a {type(tensor).__name__}"
+    return None
