@@ -8,6 +8,7 @@ import difflib
 import operator
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import torch
 T = TypeVar("T")
 _SHOWN = 100
 _LARGEST = 2**63 - 1
+_LONGEST = 2**16
 
 
 def whole_number(value: Any, name: str, at_least: int | None = None) -> int:
@@ -112,14 +114,17 @@ def sequence(values: Any, name: str, form: str) -> tuple[Any, ...]:
         form: What they should be, for the message.
 
     Raises:
-        ValueError: If they have no order.
+        ValueError: If they have no order, or are too many to be meant.
     """
     try:
-        found = None if isinstance(values, str | bytes | Set | Mapping) else tuple(values)
+        # One that has no end, or a range of a billion, is not written out to be counted.
+        found = None if isinstance(values, str | bytes | Set | Mapping) else tuple(islice(values, _LONGEST + 1))
     except TypeError:
         found = None
     if found is None:
         raise ValueError(f"{name}={shown(values)} {form}")
+    if len(found) > _LONGEST:
+        raise ValueError(f"{name}={shown(values)} has more than {_LONGEST:,} entries: {form}")
     return found
 
 
@@ -139,6 +144,30 @@ def instance(value: Any, name: str, kinds: type[T] | tuple[type[T], ...], what: 
     if not isinstance(value, kinds):
         raise TypeError(f"{name} must be {what}, not {kind(value)}{advice and f': {advice}'}")
     return value
+
+
+def text(value: Any, name: str) -> str:
+    """A string, if it can be printed and written to a file.
+
+    Raises:
+        TypeError: If it is not a string.
+        ValueError: If it holds half of a surrogate pair, which is no character.
+    """
+    try:
+        instance(value, name, str, "a string").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}={shown(ascii(value))} holds what is no character: {error.reason}") from error
+    return str(value)
+
+
+def optional_text(value: Any, name: str) -> str | None:
+    """A string as of :func:`text`, or None.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: As :func:`text`.
+    """
+    return None if value is None else text(instance(value, name, str, "a string or None"), name)
 
 
 def flag(value: Any, name: str) -> bool:
@@ -242,8 +271,11 @@ def shown(value: Any) -> str:
     >>> shown((1, 2))
     '(1, 2)'
     """
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    try:
+        words = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
+        words = f"a {kind(value)} that is too long to show"
+    return words if len(words) <= _SHOWN else f"{words[:_SHOWN]}…"
 
 
 def _path(value: Any, name: str, what: str) -> Path:

@@ -2,15 +2,31 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
 
-from coconv_surgery.layers.arguments import file_to_read, file_to_write, flag, instance, sequence, whole_number
-from coconv_surgery.layers.functional import Dilation, Pair
+from coconv_surgery.layers.arguments import (
+    as_number,
+    file_to_read,
+    file_to_write,
+    flag,
+    height_and_width,
+    instance,
+    mapping,
+    optional_text,
+    sequence,
+    shown,
+    text,
+    whole_number,
+    whole_numbers,
+)
+from coconv_surgery.layers.functional import Dilation, Pair, pair
+from coconv_surgery.layers.levels import squeeze
 from coconv_surgery.planning.reasons import Reason
 from coconv_surgery.tracing.signature import Signature
 
@@ -30,6 +46,9 @@ def count_parameters(model: nn.Module) -> int:
 @dataclass(frozen=True)
 class PlanRow:
     """What is to become of one convolution.
+
+    A single level at the convolution's own dilation is the convolution itself: such a row gets that reason, unless it
+    has another.
 
     Attributes:
         name: Its qualified name.
@@ -56,17 +75,16 @@ class PlanRow:
     reason_key: Reason | None = None
 
     def __post_init__(self) -> None:
-        instance(self.name, "name", str, "a string")
-        row = f"row {self.name!r}:"
+        row = f"row {shown(text(self.name, 'name'))}:"
         instance(self.signature, f"{row} signature", Signature, "a Signature")
-        for name in ("dilations", "splits", "output_sizes", "aliases"):
-            instance(getattr(self, name), f"{row} {name}", tuple, "a tuple")
-        for alias in self.aliases:
-            instance(alias, f"{row} an entry of aliases", str, "a string")
-        for name in ("reason", "untraced"):
-            instance(getattr(self, name), f"{row} {name}", (str, type(None)), "a string or None")
         instance(self.reason_key, f"{row} reason_key", (Reason, type(None)), "a Reason or None")
-        whole_number(self.calls, f"{row} calls", at_least=0)
+        checked = {name: check(getattr(self, name), f"{row} {name}") for name, check in _CHECKS.items()}
+        if len(checked["dilations"]) != len(checked["splits"]):
+            raise ValueError(f"{row} dilations and splits must have one entry for each level")
+        if checked["reason"] is None and [*map(pair, checked["dilations"])] == [self.signature.dilation]:
+            checked["reason_key"], checked["reason"] = Reason.ONE_LEVEL.because()
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def levels(self) -> int:
@@ -101,8 +119,8 @@ class Plan:
         for row in instance(self.rows, "rows", tuple, "a tuple of PlanRow"):
             _as_row(row)
         for name in ("policy", "input", "traced"):
-            instance(getattr(self, name), name, str, "a string")
-        whole_number(self.parameters, "parameters", at_least=0)
+            text(getattr(self, name), name)
+        object.__setattr__(self, "parameters", whole_number(self.parameters, "parameters", at_least=0))
 
     @property
     def converted(self) -> tuple[PlanRow, ...]:
@@ -171,10 +189,10 @@ class Plan:
             path: A file to write as well.
         """
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        text = json.dumps(content, indent=1, ensure_ascii=False, default=_reason_name)
+        written = json.dumps(content, indent=1, ensure_ascii=False, default=_reason_name)
         if path is not None:
-            file_to_write(path, "path").write_text(text + "\n", encoding="utf-8")
-        return text
+            file_to_write(path, "path").write_text(written + "\n", encoding="utf-8")
+        return written
 
     @classmethod
     def from_json(cls, source: str | Path) -> "Plan":
@@ -189,20 +207,36 @@ class Plan:
             OSError: If the file cannot be read.
         """
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        path = None if is_text else file_to_read(source, "source", "JSON text or the path of a file")
-        label = "the text" if is_text else str(source)
-        try:
-            data = json.loads(str(source) if path is None else path.read_text(encoding="utf-8"))
-        except (RecursionError, ValueError) as error:
-            raise PlanError(f"{label} is not JSON: {error}") from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise PlanError(f'{label} is not a plan: a plan has \'"format": "{FORMAT}"\'')
-        if (version := data.pop("version", None)) != VERSION:
-            raise PlanError(f"{label} has plan version {version}; this release reads version {VERSION}")
-        try:
-            return cls(**{**data, "rows": tuple(map(_read_row, data["rows"]))})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{label} is not a complete plan: {error}") from error
+        if is_text:
+            return read_plan_text(str(source), "the text")
+        return read_plan_text(file_to_read(source, "source", "JSON text or the path of a file").read_bytes(), source)
+
+
+def read_plan_text(content: str | bytes, source: str | Path) -> Plan:
+    """Read a plan.
+
+    Args:
+        content: JSON.
+        source: Where it comes from, for the message.
+
+    Raises:
+        PlanError: If it is not a plan, or has another format version.
+    """
+    try:
+        data = json.loads(content)
+    except (RecursionError, ValueError) as error:
+        raise PlanError(f"{source} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        raise PlanError(f'{source} is not a plan: a plan has \'"format": "{FORMAT}"\'')
+    if (version := as_number(data.pop("version", None))) != VERSION:
+        later = version is not None and version > VERSION
+        which = f"plan version {shown(version)}, of a later release" if later else "no plan version that there is"
+        raise PlanError(f"{source} has {which}; this release reads version {VERSION}{'; update it' if later else ''}")
+    try:
+        rows = sequence(data.get("rows"), "rows", "must be a list")
+        return Plan(**{**data, "rows": tuple(map(_read_row, rows))})
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{source} is not a complete plan: {error}") from error
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -241,23 +275,42 @@ def _reason_name(reason: Reason) -> str:
     return reason.name.lower()
 
 
-def _read_row(data: dict[str, Any]) -> PlanRow:
-    fields = {name: _tupled(value) for name, value in data.items()}
-    fields["signature"] = Signature(**{name: _tupled(value) for name, value in data["signature"].items()})
-    if (key := data.get("reason_key")) is not None:
+def _read_row(data: Any) -> PlanRow:
+    given = mapping(data, "an entry of rows", "its fields")
+    row = f"row {shown(given.get('name'))}"
+    given["signature"] = Signature(**mapping(given.get("signature"), f"{row}: signature", "its fields"))
+    if (key := given.get("reason_key")) is not None:
         if key not in map(_reason_name, Reason):
-            raise TypeError(f"row {data.get('name')!r} has a reason_key that does not exist: {key!r}")
+            raise ValueError(f"{row} has a reason_key that does not exist: {shown(key)}")
         # Whoever takes the reason out by hand means that the convolution is to be converted.
-        fields["reason_key"] = None if data.get("reason") is None else Reason[key.upper()]
-    row = PlanRow(**fields)
-    dilations = [side for value in row.dilations for side in (value if isinstance(value, tuple) else (value,))]
-    sizes = [side for size in row.output_sizes for side in size]
-    if not all(len(size) == 2 for size in row.output_sizes):
-        raise TypeError(f"row {row.name!r} has output sizes that are not (height, width)")
-    if not all(type(number) is int for number in (row.calls, *dilations, *row.splits, *sizes)):
-        raise TypeError(f"row {row.name!r} has dilations, splits, calls or sizes that are not whole numbers")
-    return row
+        given["reason_key"] = None if given.get("reason") is None else Reason[key.upper()]
+    return PlanRow(**given)
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+def _dilations(values: Any, name: str) -> tuple[Dilation, ...]:
+    each = sequence(values, name, "must be a dilation for each level")
+    return tuple(squeeze(height_and_width(value, name, at_least=1)) for value in each)
+
+
+def _splits(values: Any, name: str) -> tuple[int, ...]:
+    return whole_numbers(values, name, "must be channels for each level", at_least=0)
+
+
+def _sizes(values: Any, name: str) -> tuple[Pair, ...]:
+    each = sequence(values, name, "must be pairs of height and width")
+    return tuple(height_and_width(value, name, at_least=0) for value in each)
+
+
+def _names(values: Any, name: str) -> tuple[str, ...]:
+    return tuple(text(value, name) for value in sequence(values, name, "must be names"))
+
+
+_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "dilations": _dilations,
+    "splits": _splits,
+    "reason": optional_text,
+    "calls": partial(whole_number, at_least=0),
+    "output_sizes": _sizes,
+    "aliases": _names,
+    "untraced": optional_text,
+}

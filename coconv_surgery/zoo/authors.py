@@ -6,30 +6,28 @@ layer for networks of one's own, ``CoConv3x3_2d``, stores ``coconv_levels.0.weig
 DataParallel's ``module.``, and the tensors may be one entry, ``state_dict``, of what was saved.
 """
 
-import pickle
 import re
-import struct
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from timm.models import load_state_dict
 
+from coconv_surgery.checkpoint.reading import CheckpointError, read_weights
 from coconv_surgery.checkpoint.tensors import check_loadable
-from coconv_surgery.layers.arguments import file_to_read, instance
+from coconv_surgery.layers.arguments import file_to_read, instance, shown
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import complete_levels
 from coconv_surgery.layers.rollback import deep_restorer
 
-_LEVEL_KEY = re.compile(
-    r"(?P<conv>(?:.+\.)?conv2(?=\.conv2_)|.+(?=\.coconv_levels\.))"
-    r"\.(?:conv2_|coconv_levels\.)(?P<level>\d+)\.(?P<kind>weight|bias)"
+# What follows the name of the convolution. A level has few digits: a number of a thousand is none.
+_LEVEL = re.compile(
+    r"(?:(?:(?<=\.conv2)|(?<=^conv2))\.conv2_|(?<=.)\.coconv_levels\.)(?P<level>[0-9]{1,4})\.(?P<kind>weight|bias)\Z"
 )
+_SHOWN = 200
 _NORM_ORDER = (
     "the checkpoint has the layout of the CoConv authors' release, whose CoResNet normalises after the addition at the "
     "end of every stage: build this one with norm_after_add=True, as 'coresnet50.iduta' is, or outputs will differ"
@@ -55,8 +53,8 @@ def merge_levels(state_dict: dict[str, Any], prefix: str = "") -> dict[str, tupl
     """
     found: dict[tuple[str, str], dict[int, str]] = {}
     for key in state_dict:
-        if key.startswith(prefix) and (match := _LEVEL_KEY.fullmatch(key)):
-            found.setdefault((match["conv"], match["kind"]), {})[int(match["level"])] = key
+        if key.startswith(prefix) and (match := _LEVEL.search(key)):
+            found.setdefault((key[: match.start()], match["kind"]), {})[int(match["level"])] = key
     merged = {}
     splits = {}
     for (conv, kind), keys in found.items():
@@ -82,16 +80,37 @@ def warn_of_norm_order(model: nn.Module) -> None:
         warnings.warn(_NORM_ORDER, stacklevel=3)
 
 
+def check_groups(model: nn.Module, splits: Mapping[str, Sequence[int]], prefix: str = "") -> None:
+    """Check that the authors' levels mean what ours do: each of theirs has all the groups of a grouped convolution.
+
+    Args:
+        model: The network.
+        splits: Output channels of each level, by the name of the convolution.
+        prefix: What these names start with.
+
+    Raises:
+        ValueError: If a convolution has several of both.
+    """
+    for name, module in model.named_modules():
+        levels = splits.get(f"{prefix}{name}", ())
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and len(levels) > 1:
+            raise ValueError(
+                f"{prefix}{name} has {module.groups} groups and {len(levels)} levels: every level of the authors' "
+                "convolution reads all groups, and one of ours reads its own, so the same weights compute something "
+                "else: take a network without groups, or with one level there"
+            )
+
+
 def is_authors_checkpoint(path: str | Path) -> bool:
     """Whether a checkpoint has a convolution stored level by level.
 
     Raises:
-        ValueError: If the safe loader cannot read it.
+        CheckpointError: If the safe loader cannot read it.
         OSError: If it cannot be opened.
     """
     if file_to_read(path, "path").suffix in (".npz", ".npy"):  # which timm reads for networks of JAX
         return False
-    return any(_LEVEL_KEY.fullmatch(str(name)) for name in _read(path))
+    return any(_LEVEL.search(name) for name in read_weights(path))
 
 
 def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
@@ -109,34 +128,41 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         TypeError: If ``model`` is not a module, or ``path`` not a path.
-        ValueError: If it is not a complete checkpoint, is not in the authors' layout, or does not fit the network: all
-            that does not is named, and the network is left as it was.
+        CheckpointError: If it is not a complete checkpoint.
+        ValueError: If it is not in the authors' layout, or does not fit the network: all that does not is named, and
+            the network is left as it was.
         OSError: If it cannot be opened.
 
     Warns:
         UserWarning: If the network does not normalise after the addition, as theirs do.
     """
     instance(model, "model", nn.Module, "a torch.nn.Module")
-    state = _read(path)
+    state = dict(read_weights(path))
     _check_tensors(state, path)
     check_loadable(model, state, path)
+    # Their shapes alone, until they are known to be the network's.
+    merged: dict[str, Any] = {name: tensor.to("meta") for name, tensor in state.items()}
     try:
-        splits = merge_levels(state)
+        splits = merge_levels(merged)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     if not splits:
         raise ValueError(
             f"{path} is not in the CoConv authors' layout, no convolution is stored level by level: "
             "load it as an ordinary checkpoint, with timm.models.load_checkpoint()"
         )
+    try:
+        check_groups(model, splits)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
     own = model.state_dict()
     problems = {
-        "missing in the file": _summed_up(own.keys() - state.keys(), state),
-        "unexpected in the file": _summed_up(state.keys() - own.keys(), own),
+        "missing in the file": _summed_up(own.keys() - merged.keys(), merged),
+        "unexpected in the file": _summed_up(merged.keys() - own.keys(), own),
         "of another shape": [
-            f"{name} ({_shape(state[name])} in the file, {_shape(own[name])} in the network)"
+            f"{_cut(name)} ({_shape(merged[name])} in the file, {_shape(own[name])} in the network)"
             for name in own
-            if name in state and own[name].shape != state[name].shape
+            if name in merged and own[name].shape != merged[name].shape
         ],
         "with other levels": list(_other_levels(model, splits)),
     }
@@ -144,6 +170,7 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     if lines:
         raise ValueError(f"{path} does not fit {type(model).__name__}, which is left as it was:\n" + "\n".join(lines))
     warn_of_norm_order(model)
+    merge_levels(state)
     with ExitStack() as undo:
         undo.callback(deep_restorer(model))
         model.load_state_dict(state)
@@ -170,6 +197,7 @@ def export_authors_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
             "network would compute something else with its weights: train 'coresnet50.iduta' for it"
         )
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    check_groups(model, {name: conv.splits for name, conv in model.named_modules() if isinstance(conv, CoConv2d)})
     for name, conv in model.named_modules():
         if not isinstance(conv, CoConv2d):
             continue
@@ -183,33 +211,12 @@ def export_authors_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-# What the loaders raise on a file that is damaged or refused.
-_UNREADABLE = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError),
-    *(RuntimeError, TypeError, ValueError),
-    *(pickle.UnpicklingError, struct.error, SafetensorError),
-)
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    file_to_read(path, "path").open("rb").close()  # a file that cannot be opened is not a damaged one
-    try:
-        state = load_state_dict(str(path), use_ema=False, weights_only=True)
-    except _UNREADABLE as error:
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error.__cause__ or error)):
-            problem = f"holds more than tensors ({code[1]}), and the safe loader does not execute that"
-        else:
-            problem = "is not a complete checkpoint"
-        raise ValueError(f"{path} {problem}") from error
-    return dict(state)
-
-
 def _check_tensors(state: Mapping[Any, Any], path: str | Path) -> None:
     if not state:
-        raise ValueError(f"{path} holds no tensors")
+        raise CheckpointError(f"{path} holds no tensors")
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(f"{path} holds a {type(value).__name__} under {name!r}, not a tensor by name")
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path} holds a {type(value).__name__} under {shown(name)}, not a tensor by name")
 
 
 def _other_levels(model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
@@ -222,18 +229,27 @@ def _other_levels(model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> Ite
             yield f"{name} ({stored} in the file, {own} in the network)"
 
 
-def _summed_up(names: Iterable[str], others: Collection[str]) -> list[str]:
+def _summed_up(names: Collection[str], others: Collection[str]) -> list[str]:
     """Names, a whole module as ``module.*`` where the other side has nothing of it."""
-    inner = {prefix for name in others for prefix in _prefixes(name)}
-    summed = (next((f"{prefix}.*" for prefix in _prefixes(name) if prefix not in inner), name) for name in names)
-    return sorted(
-        dict.fromkeys(summed), key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]
-    )
+    # A module that lies deeper than either side has any is never the first that the other side lacks.
+    depth = 1 + min(max((name.count(".") for name in side), default=0) for side in (names, others))
+    inner = {prefix for name in others for prefix in _prefixes(name, depth)}
+    summed = (next((f"{prefix}.*" for prefix in _prefixes(name, depth) if prefix not in inner), name) for name in names)
+    return sorted({_cut(name): None for name in summed}, key=_natural)
 
 
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
+def _prefixes(name: str, depth: int) -> list[str]:
+    parts = name.split(".", depth)
     return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _natural(name: str) -> list[str | tuple[int, str]]:
+    """What sorts ``layer2`` before ``layer10``."""
+    return [(len(part), part) if part.isdigit() else part for part in re.split("([0-9]+)", name)]
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
 
 
 def _shape(tensor: torch.Tensor) -> str:

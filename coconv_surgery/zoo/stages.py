@@ -8,7 +8,7 @@ import torch.nn as nn
 from coconv_surgery.layers.arguments import whole_numbers
 from coconv_surgery.layers.levels import is_plain, scale_dilations
 from coconv_surgery.layers.switch import to_coconv_
-from coconv_surgery.zoo.authors import merge_levels, warn_of_norm_order
+from coconv_surgery.zoo.authors import check_groups, merge_levels, warn_of_norm_order
 
 TABLE_1 = (4, 3, 2, 1)
 
@@ -79,6 +79,7 @@ class AuthorsCheckpoints(nn.Module):
 
     # All ways of loading call this method: load_state_dict(), timm's and mmengine's loaders. mmengine's calls no hooks.
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if merge_levels(state_dict, prefix):
+        if splits := merge_levels(state_dict, prefix):
+            check_groups(self, splits, prefix)
             warn_of_norm_order(self)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,148 @@
+"""The one reader of weight files: nothing in a file is executed, and every size is checked before memory is spent."""
+
+import io
+import pickle
+import struct
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+
+from coconv_surgery.checkpoint.pickles import ALLOWED, Pickle, RefusedError
+from coconv_surgery.layers.arguments import file_to_read, kind, shown
+
+# What torch raises on a file that is damaged.
+_UNREADABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, OSError),
+    *(RuntimeError, TypeError, ValueError),
+    *(pickle.UnpicklingError, struct.error, BadZipFile, SafetensorError),
+)
+_ADVICE = "copy or download it again"
+# Of a zip file without a comment: a fixed record, before which those of a large file have two more.
+_END, _END_SIZE = b"PK\5\6", 22
+_LOCATOR, _LOCATOR_SIZE, _LARGE_END_SIZE = b"PK\6\7", 20, 56
+
+
+class CheckpointError(ValueError):
+    """A file of weights that cannot be read, or claims more than it holds."""
+
+
+def read_weights(path: str | Path) -> Mapping[str, Any]:
+    """Read tensors by name, as timm would.
+
+    Those of an entry ``state_dict`` or ``model`` are taken, and what ``DataParallel`` and ``torch.compile`` put before
+    names is taken off.
+
+    Args:
+        path: A file that ``torch.save`` wrote, or a safetensors file.
+
+    Raises:
+        TypeError: If it is not a path.
+        CheckpointError: As :func:`read_checkpoint`, or if what it holds has no names.
+        OSError: If it cannot be opened.
+    """
+    content = read_checkpoint(path)
+    entry = next((content[key] for key in ("state_dict", "model") if key in content), content)
+    if not isinstance(entry, Mapping):
+        raise CheckpointError(f"{path} holds a {kind(entry)} where its weights should be, not tensors by name")
+    for name in entry:
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path} holds something under {shown(name)}, not a tensor by name")
+    weights: dict[str, Any] = clean_state_dict(dict(entry))
+    return weights
+
+
+def read_checkpoint(path: str | Path) -> dict[Any, Any]:
+    """Read what was saved, as it was saved.
+
+    The tensors of a torch file, unless its format is that of torch before 1.6, and of a safetensors file stay in the
+    file until they are used: it must not be written to meanwhile.
+
+    Args:
+        path: A file that ``torch.save`` wrote, or a safetensors file.
+
+    Returns:
+        The dict that was saved, or the tensors of a safetensors file by name.
+
+    Raises:
+        TypeError: If it is not a path.
+        CheckpointError: If it is not complete, holds more than weights, or claims more than it holds.
+        OSError: If it cannot be opened.
+    """
+    path = file_to_read(path, "path")
+    with path.open("rb") as file:  # one that cannot be opened is not a damaged one
+        start, size = file.read(2), path.stat().st_size
+    form = "checkpoint"
+    try:
+        if is_safetensors(path):
+            form = "safetensors file"
+            return load_file(str(path))
+        if zipped := start == b"PK":
+            _check_zip(path, size)
+        else:
+            _check_pickles(path, size)
+        content = _load(path, zipped)
+    except RefusedError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path} is not a complete {form}: {_ADVICE}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {kind(content)}, not tensors by name: save a state_dict()")
+    return content
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file is a safetensors file, or is called one."""
+    with open(path, "rb") as file:
+        return Path(path).suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def _load(path: Path, zipped: bool) -> Any:
+    safe = getattr(torch.serialization, "safe_globals", None)
+    with safe(ALLOWED) if safe is not None else nullcontext():
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _check_zip(path: Path, size: int) -> None:
+    _check_end(path, size)
+    with ZipFile(path) as file:
+        entries = file.infolist()
+        names = [entry.filename for entry in entries]
+        if any(entry.compress_type != ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
+            raise RefusedError("is compressed, which torch.save() does not do: unpack it, and save it anew")
+        if sum(entry.file_size for entry in entries) > size:
+            raise RefusedError("claims to be larger than it is")
+        if len({*names}) < len(names) or min(entry.header_offset for entry in entries):
+            raise RefusedError("is a zip file that torch.save() did not write: save it anew")
+        folder = names[0].partition("/")[0]
+        if f"{folder}/constants.pkl" in names:
+            raise RefusedError("is a TorchScript archive, which is code: save the state_dict() of the network")
+        prefix = f"{folder}/data/"
+        records = {entry.filename.removeprefix(prefix): entry.file_size for entry in entries}
+        Pickle(size, records).follow(io.BytesIO(file.read(f"{folder}/data.pkl")))
+
+
+def _check_end(path: Path, size: int) -> None:
+    """See to it that there is one way to read the directory of a zip file: torch and Python look for it differently."""
+    with path.open("rb") as file:
+        file.seek(max(0, size - _END_SIZE - _LOCATOR_SIZE))
+        locator, end = file.read(_LOCATOR_SIZE), file.read()
+    if not end.startswith(_END):
+        raise ValueError("the directory is not at the end")
+    (large_end,) = struct.unpack("<8xQ4x", locator)
+    if locator.startswith(_LOCATOR) and large_end != size - _END_SIZE - _LOCATOR_SIZE - _LARGE_END_SIZE:
+        raise RefusedError("has two directories")
+
+
+def _check_pickles(path: Path, size: int) -> None:
+    with path.open("rb") as file:
+        pickles = Pickle(size)
+        # A number that says what it is, the version, the machine, what was saved, and the storages that follow.
+        for _ in range(5):
+            pickles.follow(file)
