@@ -179,7 +179,8 @@ class CoConv2d(nn.Conv2d):
     # A state dict holds the levels in its metadata: weights that were trained with others do not load.
     def _save_to_state_dict(self, destination: Mapping[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        write_levels(destination, prefix, self._levels_to_tell)
+        if self.contextual_levels is not None:
+            write_levels(destination, prefix, self.contextual_levels, self)
 
     def _load_from_state_dict(
         self,
@@ -191,12 +192,13 @@ class CoConv2d(nn.Conv2d):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if may_load(state_dict, prefix, local_metadata, self._levels_to_tell, error_msgs):
+        if may_load(state_dict, prefix, local_metadata, self.contextual_levels, error_msgs):
             keys = missing_keys, unexpected_keys
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *keys, error_msgs)
 
     @property
-    def _levels_to_tell(self) -> Levels | None:
+    def contextual_levels(self) -> Levels | None:
+        """The levels, or None where they compute what the plain convolution does."""
         return None if is_plain(self, self.dilations) else self._coconv_levels
 
     def extra_repr(self) -> str:

@@ -13,10 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch.nn as nn
+
 from coconv_surgery.layers.arguments import shown
 from coconv_surgery.layers.levels import Levels
 
 KEY = "coconv_levels"
+CONV = "coconv_conv"
+_ARGUMENTS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 DIFFERENT = (
     "the network is not converted as the one that these weights come from was, and would compute something else with "
     "them. coconv_surgery.plan_of() says how that was converted; within coconv_surgery.unchecked_levels() they load "
@@ -56,17 +60,28 @@ def unchecked_levels() -> Iterator[None]:
         _loading.unchecked = before
 
 
-def write_levels(state_dict: Mapping[str, Any], prefix: str, levels: Levels | None) -> None:
+def write_levels(state_dict: Mapping[str, Any], prefix: str, levels: Levels, conv: nn.Conv2d | None = None) -> None:
     """Note a convolution's levels in the metadata of a state dict, if it has any.
 
     Args:
         state_dict: As torch passes it to a module that saves itself.
         prefix: The same.
-        levels: The levels, or None of a plain convolution.
+        levels: The levels.
+        conv: The convolution, to note what it is as well.
     """
     metadata = getattr(state_dict, "_metadata", None)
-    if metadata is not None and levels is not None:
-        metadata.setdefault(prefix[:-1], {})[KEY] = levels._asdict()
+    if metadata is None:
+        return
+    own = metadata.setdefault(prefix[:-1], {})
+    own[KEY] = levels._asdict()
+    if conv is not None:
+        own[CONV] = {name: _in_numbers(getattr(conv, name)) for name in _ARGUMENTS}
+
+
+def forget_levels(state_dict: Mapping[str, Any]) -> None:
+    """Take all levels out of a state dict's metadata."""
+    for metadata in getattr(state_dict, "_metadata", {}).values():
+        metadata.pop(KEY, None)
 
 
 def may_load(
@@ -87,32 +102,52 @@ def may_load(
     Warns:
         PlainWeightsWarning: Once for a network, if it is contextual, and the weights are not or do not say.
     """
-    if _loading.unchecked or not any(name.startswith(prefix) for name in state_dict):
+    if not any(name.startswith(prefix) for name in state_dict):
         return True
-    noted = metadata.get(KEY)
-    if noted is None:
-        if levels is not None and _loading.warned is not errors:
+    if KEY not in metadata:
+        if levels is not None and not _loading.unchecked and _loading.warned is not errors:
             _loading.warned = errors
             _warn(known=bool(metadata))
         return True
-    if levels is not None and noted == levels._asdict():
+    if (difference := levels_differ(metadata, levels)) is None:
         return True
     if DIFFERENT not in errors:
         errors.append(DIFFERENT)
-    own = "a plain convolution" if levels is None else _in_words(levels._asdict())
-    errors.append(f"{prefix[:-1]}: {own}, the weights come from {_in_words(noted)}")
+    errors.append(f"{prefix[:-1]}: {difference}")
     return False
 
 
+def levels_differ(metadata: Mapping[str, Any], levels: Levels | None) -> str | None:
+    """Say in words where the levels of a convolution are not those that its part of the metadata notes.
+
+    Args:
+        metadata: Its part.
+        levels: Its levels, or None of what is no contextual convolution.
+
+    Returns:
+        The difference; None if there is none, nothing is noted, or levels are not to be checked.
+    """
+    own, noted = None if levels is None else levels._asdict(), metadata.get(KEY)
+    if noted is None or own == noted or _loading.unchecked:
+        return None
+    return f"{'plain' if own is None else _in_words(own)}, the weights come from {_in_words(noted)}"
+
+
 def _warn(*, known: bool) -> None:
-    origin = "come from a network that was not converted" if known else "do not say how their network was converted"
-    advice = "" if known else "; load_converted() reads files that do"
-    warnings.warn(
-        f"these weights {origin}: if it was otherwise than this one, or not at all, the outputs are wrong until it is "
-        f"fine-tuned{advice}",
-        PlainWeightsWarning,
-        stacklevel=3,
+    said = (
+        "come from a network that was not converted: outputs are wrong until this one is fine-tuned"
+        if known
+        else "do not say how their network was converted: if not as this one is, outputs are wrong until this one is "
+        "fine-tuned; load_converted() reads files that say it"
     )
+    warnings.warn(f"these weights {said}", PlainWeightsWarning, stacklevel=3)
+
+
+def _in_numbers(value: Any) -> Any:
+    # The safe loader knows Python's own alone.
+    if isinstance(value, str):
+        return value
+    return tuple(map(_in_numbers, value)) if isinstance(value, tuple) else int(value)
 
 
 def _in_words(levels: Any) -> str:

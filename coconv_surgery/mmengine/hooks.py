@@ -10,6 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 
 from coconv_surgery.layers.arguments import flag
+from coconv_surgery.layers.metadata import forget_levels
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow
 from coconv_surgery.surgery import get_plan
 
@@ -76,6 +77,7 @@ class CoConvPlanHook(Hook):  # type: ignore[misc]
         if self.strict:
             raise PlanError(f"{message}\nTo load it anyway, use dict(type='CoConvPlanHook', strict=False)")
         runner.logger.warning(message)
+        forget_levels(checkpoint["state_dict"])
 
 
 def _network(runner: Any) -> nn.Module:
