@@ -1,7 +1,15 @@
 """Contextual convolution (CoConv) for the networks you already have."""
 
 import coconv_surgery.layers.timm_convs  # noqa: F401  registers them
-from coconv_surgery.checkpoint import load_converted, read_plan, save_converted
+from coconv_surgery.checkpoint import (
+    CheckpointError,
+    guard,
+    hub_arguments,
+    load_converted,
+    plan_of,
+    read_plan,
+    save_converted,
+)
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import coconv2d
 from coconv_surgery.layers.levels import Levels, split_channels
@@ -15,6 +23,7 @@ from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.zoo import CoResNet, export_authors_state_dict, load_authors_checkpoint
 
 __all__ = [
+    "CheckpointError",
     "CoConv2d",
     "CoResNet",
     "Inputs",
@@ -35,9 +44,12 @@ __all__ = [
     "convert",
     "export_authors_state_dict",
     "get_plan",
+    "guard",
+    "hub_arguments",
     "load_authors_checkpoint",
     "load_converted",
     "plan_conversion",
+    "plan_of",
     "read_plan",
     "register_coconv",
     "revert",

@@ -232,6 +232,27 @@ def get_plan(model: nn.Module) -> Plan:
     return replace(remembered, parameters=found.parameters)  # a new classifier may have come since
 
 
+def complete_plan(model: nn.Module, plan: Plan) -> Plan:
+    """A plan of a part of a network, or of one whose plain convolutions differ, made one of this network.
+
+    Args:
+        model: The network.
+        plan: What it says of a convolution holds, if that is to be contextual, or is the same one here.
+
+    Returns:
+        The plan, whose other rows are those of the network as it is.
+    """
+    planned = {name: row for row in plan.rows for name in (*row.aliases, row.name)}
+    rows, known = [], set()
+    for row in get_plan(model).rows:
+        meant = next((planned[name] for name in (row.name, *row.aliases) if name in planned), row)
+        known.add(meant.name)
+        holds = meant.converted or meant.signature == row.signature
+        rows.append(replace(meant, name=row.name, aliases=row.aliases) if holds else row)
+    rows += [row for row in plan.rows if row.name not in known]
+    return replace(plan, rows=tuple(rows), parameters=count_parameters(model))
+
+
 def _plan(
     model: nn.Module, sites: Sequence[Site], choices: Choices, input_size: InputSize | None, example_inputs: Any
 ) -> Plan:
@@ -294,7 +315,7 @@ def _target(site: Site, row: PlanRow) -> Levels | None:
     if differences := site.signature.differences(row.signature):
         raise ValueError(differences)
     if not row.converted:
-        if site.levels is not None and (site.no_plain_form or subclass(site)):
+        if site.state != site.plain and (site.no_plain_form or subclass(site)):
             raise ValueError(site.no_plain_form or f"{type(site.conv).__name__} stands for no plain convolution")
         return None
     if site.state == (row.dilations, row.splits):

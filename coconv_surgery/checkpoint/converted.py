@@ -1,30 +1,26 @@
-"""A converted network in one safetensors file: its weights together with its plan."""
+"""A converted network and the file of its weights."""
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from coconv_surgery.checkpoint.header import beside_tensors, is_json, read_header, write_header
+from coconv_surgery.checkpoint.origin import read_plan
+from coconv_surgery.checkpoint.reading import is_safetensors, read_weights
 from coconv_surgery.checkpoint.tensors import can_hold, cannot_write, check_loadable, each_once, held_once, is_expanded
-from coconv_surgery.layers.arguments import file_to_read, flag
+from coconv_surgery.layers.arguments import flag
 from coconv_surgery.layers.files import whole_file
 from coconv_surgery.layers.metadata import unchecked_levels
 from coconv_surgery.layers.rollback import deep_restorer
 from coconv_surgery.planning.notes import GUARD, guard_of, is_guarded
-from coconv_surgery.planning.plan import Plan
-from coconv_surgery.surgery import get_plan, switch_to_plan
+from coconv_surgery.surgery import complete_plan, get_plan, switch_to_plan
 from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.finding import find_sites
-
-# What the header holds besides the tensors, as JSON.
-_PLAN = "coconv_plan"
-_SHARED = "coconv_shared"  # names of tensors that are written under another name
-_EXTRA = "coconv_extra_state"
 
 
 def save_converted(model: nn.Module, path: str | Path, *, guard: bool = False) -> None:
@@ -49,7 +45,7 @@ def save_converted(model: nn.Module, path: str | Path, *, guard: bool = False) -
     tensors = {name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
     extra = {name: value for name, value in state.items() if name not in tensors}
     problems = [f"{name} {why}" for name, tensor in tensors.items() if (why := cannot_write(tensor))]
-    problems += [f"{name} is a {type(value).__name__}" for name, value in extra.items() if not _is_json(value)]
+    problems += [f"{name} is a {type(value).__name__}" for name, value in extra.items() if not is_json(value)]
     if problems:
         raise ValueError(
             f"a safetensors file has no place for {'; '.join(problems)}: write the state dict with torch.save(), whose "
@@ -58,27 +54,11 @@ def save_converted(model: nn.Module, path: str | Path, *, guard: bool = False) -
     tensors, shared = each_once(tensors)
     if plan.converted and (guard or is_guarded(model)):
         tensors.update([guard_of(plan)])
-    metadata = {_PLAN: plan.to_json(), _SHARED: json.dumps(shared), _EXTRA: json.dumps(extra)}
-    metadata = {key: value for key, value in metadata.items() if value != "{}"}
     with whole_file(path, "path") as passing:
         try:
-            save_file(tensors, passing, metadata=metadata)
+            save_file(tensors, passing, metadata=write_header(plan, shared, extra))
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
-
-
-def read_plan(path: str | Path) -> Plan:
-    """Read the plan of a file that :func:`save_converted` wrote.
-
-    Raises:
-        TypeError: If it is not a path.
-        ValueError: If it is not a safetensors file, or holds no plan.
-        OSError: If it cannot be read.
-    """
-    header = _header(path)
-    if _PLAN not in header:
-        raise ValueError(f"{path} holds no plan: it was not written by save_converted()")
-    return Plan.from_json(header[_PLAN])
 
 
 def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
@@ -86,23 +66,24 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
 
     Args:
         model: A network of the same architecture, plain or converted.
-        path: A file that :func:`save_converted` wrote.
+        path: A file that :func:`save_converted` wrote, or any other that tells its plan, see :func:`plan_of`: a state
+            dict that ``torch.save`` wrote, a checkpoint of mmengine or Lightning. No code in it is executed.
 
     Returns:
         The same model object.
 
     Raises:
         TypeError: If ``model`` is not a module that can be converted in place, or ``path`` not a path.
-        ValueError: If the file holds no plan, or plan or weights do not fit. Whatever goes wrong, interrupts included,
-            the network is left as it was; to that end its weights are kept in memory a second time meanwhile.
+        CheckpointError: If it is not a complete file of that kind, or tells no plan.
+        ValueError: If plan or weights do not fit. Whatever goes wrong, interrupts included, the network is left as it
+            was; to that end its weights are kept in memory a second time meanwhile.
         OSError: If the file cannot be read.
     """
     check_convertible(model)
-    plan, header = read_plan(path), _header(path)
-    weights: dict[str, Any] = load_file(str(path))
-    check_loadable(model, weights, path)
-    weights.update({alias: weights[name] for alias, name in json.loads(header.get(_SHARED, "{}")).items()})
-    weights.update(json.loads(header.get(_EXTRA, "{}")))
+    plan, weights = read_plan(path), dict(read_weights(path))
+    check_loadable(model, {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, path)
+    if is_safetensors(path):
+        weights |= beside_tensors(read_header(path), weights, path)
     own = model.state_dict()
     weights, own = ({name: held[name] for name in held if not name.startswith(GUARD)} for held in (weights, own))
     both = [name for name in own.keys() & weights.keys() if isinstance(own[name], torch.Tensor)]
@@ -119,7 +100,7 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(f"the weights in {path} do not fit {type(model).__name__}: {words}")
     expanded = {name: (own[name], weights.pop(name)) for name in both if is_expanded(own[name])}
     with ExitStack() as undo:
-        switch_to_plan(model, find_sites(model), plan, undo)
+        switch_to_plan(model, find_sites(model), complete_plan(model, plan), undo)
         undo.callback(deep_restorer(model))
         with unchecked_levels(), torch.no_grad():
             model.load_state_dict(weights, strict=False)
@@ -127,19 +108,3 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
                 held_once(tensor, tensor).copy_(held_once(tensor, values))
         undo.pop_all()
     return model
-
-
-def _header(path: str | Path) -> dict[str, str]:
-    path = file_to_read(path, "path")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-
-
-def _is_json(value: Any) -> bool:
-    """Whether a value is the same after it has been JSON."""
-    if isinstance(value, dict):
-        return all(type(key) is str for key in value) and all(map(_is_json, value.values()))
-    return all(map(_is_json, value)) if type(value) is list else type(value) in (str, int, float, bool, type(None))

@@ -17,7 +17,7 @@ from timm.models import load_checkpoint
 
 from coconv_surgery.bench.run import Target, run
 from coconv_surgery.bench.speed import ENGINES, Engine
-from coconv_surgery.checkpoint import save_converted
+from coconv_surgery.checkpoint import load_converted, plan_of, save_converted
 from coconv_surgery.demo.shapes import write_shapes
 from coconv_surgery.layers.arguments import near_miss
 from coconv_surgery.layers.levels import SplitRule
@@ -116,6 +116,8 @@ def convert(
 ) -> None:
     """Convert a timm MODEL and save its weights together with the plan.
 
+    A checkpoint of a converted network tells its plan, which holds unless another is asked for.
+
     \b
     coconv convert resnet50 --pretrained -o coresnet50.safetensors
     coconv convert resnet50 --checkpoint w.pth --plan plan.json -o out.safetensors
@@ -127,15 +129,21 @@ def convert(
     given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if plan_path is not None and given:
         raise click.UsageError(f"--plan already decides everything: leave out --{given[0].replace('_', '-')}")
+    told = False
     with console.status(f"creating {model}"):
         network = _create(model, pretrained=pretrained)
         if checkpoint is not None and is_authors_checkpoint(checkpoint):
             load_authors_checkpoint(network, checkpoint)
+        elif checkpoint is not None and (told := _tells_plan(checkpoint)):
+            load_converted(network, checkpoint)
         elif checkpoint is not None:
             load_checkpoint(network, str(checkpoint), weights_only=True)
     with console.status(f"converting {model}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NoChangeWarning)  # the summary says so
-        apply_plan(network, Plan.from_json(plan_path) if plan_path is not None else _plan(network, options))
+        if plan_path is not None:
+            apply_plan(network, Plan.from_json(plan_path))
+        elif given or not told:
+            apply_plan(network, _plan(network, options))
     with console.status(f"writing {output}"):
         save_converted(network, output)
     click.echo(get_plan(network).summary())
@@ -300,6 +308,11 @@ def _create(name: str, *, pretrained: bool = False) -> nn.Module:
         raise ValueError(f"timm has no model {name!r}: {hint}")
     model: nn.Module = timm.create_model(name, pretrained=pretrained)
     return model
+
+
+def _tells_plan(checkpoint: Path) -> bool:
+    # timm reads numpy's formats for networks of JAX.
+    return checkpoint.suffix not in (".npz", ".npy") and plan_of(checkpoint) is not None
 
 
 def _plan(model: nn.Module, options: dict[str, Any]) -> Plan:

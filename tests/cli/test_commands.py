@@ -160,3 +160,14 @@ def test_bench_prints_the_table_that_it_writes(coconv, tmp_path):
     assert (tmp_path / "layers-eager.md").read_text() in done.out
     assert done.out.count("| 256 at 14×14, 2 levels |") == 8
     assert {path.name for path in tmp_path.iterdir()} == {"layers-eager.json", "layers-eager.md", "layers-eager.png"}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_convert_goes_by_the_plan_of_a_converted_checkpoint(coconv, tmp_path, suffix):
+    model = cs.convert(timm.create_model("resnet18"), cs.StagePolicy((2, 2, 2, 1)))
+    path = tmp_path / f"in.{suffix}"
+    cs.save_converted(model, path) if suffix == "safetensors" else torch.save(model.state_dict(), path)
+    assert coconv("convert", "resnet18", "--checkpoint", path, "-o", tmp_path / "out.safetensors").code == 0
+    assert cs.read_plan(tmp_path / "out.safetensors") == cs.get_plan(model)
+    assert coconv("convert", "resnet18", "--checkpoint", path, "--policy", "stage(3,3,2,1)", "-o", path).code == 0
+    assert cs.read_plan(path).policy == "stage(3,3,2,1)"

@@ -1,0 +1,82 @@
+"""The header of a safetensors file: a plan, and what is no tensor."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from coconv_surgery.checkpoint.reading import CheckpointError
+from coconv_surgery.layers.arguments import file_to_read, kind, shown
+from coconv_surgery.planning.plan import Plan, read_plan_text
+
+_PLAN = "coconv_plan"
+_SHARED = "coconv_shared"
+_EXTRA = "coconv_extra_state"
+
+
+def write_header(plan: Plan, shared: Mapping[str, str], extra: Mapping[str, Any]) -> dict[str, str]:
+    """Make the header of a file.
+
+    Args:
+        plan: The plan of the network whose weights it holds.
+        shared: Names of tensors that are written under another name, which they stand for here.
+        extra: What else the state dict holds, see :func:`is_json`.
+    """
+    values = {_SHARED: shared, _EXTRA: extra}
+    return {_PLAN: plan.to_json(), **{key: json.dumps(value) for key, value in values.items() if value}}
+
+
+def read_header(path: str | Path) -> dict[str, str]:
+    """Read what a safetensors file holds besides tensors.
+
+    Raises:
+        TypeError: If it is not a path.
+        CheckpointError: If it is not a safetensors file.
+        OSError: If it cannot be read.
+    """
+    path = file_to_read(path, "path")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
+
+
+def plan_in_header(header: Mapping[str, str], path: str | Path) -> Plan | None:
+    """The plan in a safetensors file's header, if there is one.
+
+    Raises:
+        PlanError: If it cannot be read.
+    """
+    return read_plan_text(header[_PLAN], f"the plan in {path}") if _PLAN in header else None
+
+
+def beside_tensors(header: Mapping[str, str], tensors: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """What a state dict holds besides the tensors of a file: those under a second name, and what is no tensor.
+
+    Raises:
+        CheckpointError: If the header does not say it in the way of :func:`write_header`.
+    """
+    shared = _read(header, _SHARED, path)
+    if lost := [name for name in shared.values() if not isinstance(name, str) or name not in tensors]:
+        raise CheckpointError(f"{path} shares tensors that it does not hold, as {shown(lost[0])}")
+    return {alias: tensors[name] for alias, name in shared.items()} | _read(header, _EXTRA, path)
+
+
+def is_json(value: Any) -> bool:
+    """Whether a value is the same after it has been JSON."""
+    if isinstance(value, dict):
+        return all(type(key) is str for key in value) and all(map(is_json, value.values()))
+    return all(map(is_json, value)) if type(value) is list else type(value) in (str, int, float, bool, type(None))
+
+
+def _read(header: Mapping[str, str], key: str, path: str | Path) -> dict[str, Any]:
+    try:
+        content = json.loads(header.get(key, "{}"))
+    except (RecursionError, ValueError) as error:
+        raise CheckpointError(f"{path}: {key} in the header is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: {key} in the header is {kind(content)}, not values by name")
+    return content

@@ -1,0 +1,151 @@
+"""What a file or a state dict says of how its network was converted."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coconv_surgery.checkpoint.header import plan_in_header, read_header
+from coconv_surgery.checkpoint.reading import CheckpointError, is_safetensors, read_checkpoint
+from coconv_surgery.layers import metadata
+from coconv_surgery.layers.arguments import file_to_read
+from coconv_surgery.planning import notes
+from coconv_surgery.planning.plan import Plan, PlanRow, read_plan_text
+from coconv_surgery.tracing.signature import Signature
+
+# Where training scripts keep the weights in what they save.
+_STATES = ("state_dict", "model", "state_dict_ema", "model_ema", "module")
+
+
+def plan_of(source: str | Path | Mapping[str, Any]) -> Plan | None:
+    """Read how the network was converted that a file or a state dict comes from.
+
+    It is told by files of :func:`save_converted`; by state dicts of networks that :func:`convert` or
+    :func:`apply_plan` converted, as ``state_dict()`` gives them and ``torch.save`` and mmengine write them; by
+    checkpoints that ``CoConvPlanHook`` took part in; and by whatever holds the entry of :func:`guard`.
+
+    Args:
+        source: The path of a safetensors file or of one that ``torch.save`` wrote; no code in it is executed. Or what
+            was read from it: a state dict, or a dict with one under a usual name.
+
+    Returns:
+        The plan of what was converted: where that is a part of the saved network, as the backbone of a detector is, of
+        the part; where levels were given without a plan, as by :func:`to_coconv_` and in a CoResNet, of the contextual
+        convolutions alone, and its number of parameters is 0. None if nothing is said: the network was plain, or what
+        saved it dropped the metadata, as safetensors does and whoever builds a new dict from the tensors.
+
+    Raises:
+        TypeError: If it is neither a path nor a dict.
+        PlanError: If what it says is not a plan.
+        CheckpointError: If the file cannot be read, or what it says makes no sense.
+        OSError: If the file cannot be opened.
+
+    >>> import timm
+    >>> from coconv_surgery import convert
+    >>> plan = plan_of(convert(timm.create_model("resnet18")).state_dict())
+    >>> plan.converted[0].name, plan.converted[0].dilations
+    ('layer1.0.conv1', (1, 2, 3, 4))
+    """
+    if isinstance(source, Mapping):
+        return _plan_in(source, "the state dict")
+    path = file_to_read(source, "source", "the path of a file, or a state dict")
+    content = read_checkpoint(path)
+    in_header = plan_in_header(read_header(path), path) if is_safetensors(path) else None
+    return in_header or _plan_in(content, str(path))
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read the plan of a file that tells one, see :func:`plan_of`.
+
+    Raises:
+        TypeError: If it is not a path.
+        PlanError: If what it says is not a plan.
+        CheckpointError: If it cannot be read, or tells no plan.
+        OSError: If it cannot be opened.
+    """
+    plan = plan_of(file_to_read(path, "path"))
+    if plan is None:
+        raise CheckpointError(
+            f"{path} holds no plan: it comes from a plain network, or what wrote it dropped what torch keeps with a "
+            "state dict; save_converted() writes one"
+        )
+    return plan
+
+
+def _plan_in(content: Mapping[Any, Any], label: str) -> Plan | None:
+    meta = content.get("meta")
+    if isinstance(meta, Mapping) and isinstance(text := meta.get(notes.KEY), str):
+        return read_plan_text(text, label)
+    for state in (content, *(content[key] for key in _STATES if isinstance(content.get(key), Mapping))):
+        if plan := _plan_in_metadata(state, label) or _plan_in_guard(state, label):
+            return plan
+    return None
+
+
+def _plan_in_metadata(state: Mapping[Any, Any], label: str) -> Plan | None:
+    """Join the plans of a network's parts, and see that they still tell all levels that its convolutions have."""
+    noted = getattr(state, "_metadata", None)
+    if not isinstance(noted, Mapping):
+        return None
+    parts = {name: part for name, part in noted.items() if isinstance(name, str) and isinstance(part, Mapping)}
+    plans = {name: read_plan_text(str(part[notes.KEY]), label) for name, part in parts.items() if notes.KEY in part}
+    # The plan of a network tells all that those of its parts do.
+    plans = {name: plan for name, plan in plans.items() if not any(_is_within(name, other) for other in plans)}
+    planned = {
+        _join(name, row.name): {"dilations": row.dilations, "splits": row.splits}
+        for name, plan in plans.items()
+        for row in plan.converted
+    }
+    levels = {name: part[metadata.KEY] for name, part in parts.items() if metadata.KEY in part}
+    if any(levels[name] != planned.get(name) for name in levels):
+        return _found(parts, label)
+    if not plans:
+        return None
+    if len(plans) == 1:
+        ((name, plan),) = plans.items()
+        # A wrapper adds its name to all others.
+        return plan if all(_is_within(str(key), name) for key in state) else _within(plan, name)
+    whole = [_within(plan, name) for name, plan in plans.items()]
+    rows = tuple(row for plan in whole for row in plan.rows)
+    told = ("; ".join(dict.fromkeys(getattr(plan, field) for plan in whole)) for field in ("policy", "input", "traced"))
+    policy, input_, traced = told
+    return Plan(rows, policy, input_, sum(plan.parameters for plan in whole), traced)
+
+
+def _found(parts: Mapping[str, Mapping[Any, Any]], label: str) -> Plan:
+    """The levels of convolutions that no plan tells, or another than they have now."""
+    try:
+        rows = tuple(
+            PlanRow(name, Signature(**part[metadata.CONV]), **part[metadata.KEY])
+            for name, part in parts.items()
+            if metadata.KEY in part
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{label}: what its metadata say of the levels makes no sense: {error}") from error
+    return Plan(rows, "as found", "unknown", parameters=0)
+
+
+def _plan_in_guard(state: Mapping[Any, Any], label: str) -> Plan | None:
+    for name, tensor in state.items():
+        if isinstance(name, str) and name.rpartition(".")[2].startswith(notes.GUARD) and torch.is_tensor(tensor):
+            return read_plan_text(bytes(tensor.flatten().tolist()), f"{label}: {name}")
+    return None
+
+
+def _within(plan: Plan, part: str) -> Plan:
+    """The plan of a part, by the names of the whole."""
+    rows = (
+        replace(row, name=_join(part, row.name), aliases=tuple(_join(part, alias) for alias in row.aliases))
+        for row in plan.rows
+    )
+    return replace(plan, rows=tuple(rows))
+
+
+def _is_within(name: str, other: str) -> bool:
+    return name != other and name.startswith(f"{other}." if other else "")
+
+
+def _join(*names: str) -> str:
+    return ".".join(filter(None, names))

@@ -1,0 +1,125 @@
+"""What a file or a state dict says of how its network was converted."""
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+
+import coconv_surgery as cs
+
+
+@pytest.fixture
+def converted(net):
+    return cs.convert(net, input_size=32)
+
+
+def test_a_state_dict_tells_the_plan(converted):
+    assert cs.plan_of(converted.state_dict()) == cs.get_plan(converted)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state, "optimizer": {}},
+        lambda state: {"state_dict_ema": state},
+    ],
+    ids=["bare", "state_dict", "model", "ema"],
+)
+def test_a_torch_file_tells_the_plan(converted, tmp_path, wrap):
+    torch.save(wrap(converted.state_dict()), tmp_path / "net.pth")
+    plan = cs.plan_of(tmp_path / "net.pth")
+    assert plan == cs.get_plan(converted)
+    assert not cs.get_plan(cs.apply_plan(type(converted)(), plan)).diff(plan)
+
+
+def test_a_file_of_save_converted_tells_the_plan(converted, tmp_path):
+    cs.save_converted(converted, tmp_path / "net.safetensors")
+    assert cs.plan_of(tmp_path / "net.safetensors") == cs.get_plan(converted)
+
+
+def test_the_name_of_a_wrapper_is_no_part_of_the_names(converted):
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    assert cs.plan_of(Wrapper(converted).state_dict()) == cs.get_plan(converted)
+
+
+def test_the_plans_of_parts_are_told_by_the_names_of_the_whole(net):
+    parts = nn.ModuleDict({"one": cs.convert(type(net)(), input_size=32), "two": cs.convert(net, input_size=32)})
+    parts["head"] = nn.Linear(2, 2)
+    plan = cs.plan_of(parts.state_dict())
+    assert [row.name for row in plan.converted] == ["one.stem", "one.body.0", "two.stem", "two.body.0"]
+    del parts["two"]
+    assert [row.name for row in cs.plan_of(parts.state_dict()).converted] == ["one.stem", "one.body.0"]
+
+
+def test_what_was_never_converted_says_nothing(net, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    assert cs.plan_of(tmp_path / "net.pth") is None
+    assert cs.plan_of(cs.revert(cs.convert(net, input_size=32)).state_dict()) is None
+
+
+def test_what_has_lost_its_metadata_says_nothing(converted, tmp_path):
+    save_file(converted.state_dict(), tmp_path / "net.safetensors")
+    assert cs.plan_of(tmp_path / "net.safetensors") is None
+    assert cs.plan_of(dict(converted.state_dict())) is None
+
+
+def test_a_guard_tells_the_plan_whatever_was_lost(converted, tmp_path):
+    cs.guard(converted)
+    save_file(converted.state_dict(), tmp_path / "net.safetensors")
+    for source in (tmp_path / "net.safetensors", dict(converted.state_dict())):
+        assert not cs.plan_of(source).diff(cs.get_plan(converted))
+
+
+@pytest.mark.parametrize("convert", [True, False], ids=["beside a plan", "alone"])
+def test_levels_that_no_plan_tells_are_told(net, tmp_path, convert):
+    if convert:
+        cs.convert(net, input_size=32)
+    cs.to_coconv_(net.stem, (1, 5))
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    rows = [row for row in cs.get_plan(net).rows if row.converted]
+    assert list(cs.plan_of(tmp_path / "net.pth").rows) == rows
+
+
+def test_metadata_that_make_no_sense_are_an_error(converted):
+    state = converted.state_dict()
+    state._metadata[""]["coconv_plan"] = '{"format": "coconv-plan"'
+    with pytest.raises(cs.PlanError, match="the state dict is not JSON"):
+        cs.plan_of(state)
+    del state._metadata[""]["coconv_plan"]
+    for nonsense in (3, {"dilations": "x"}, {"dilations": (1, "2"), "splits": (4, 4)}):
+        state._metadata["stem"]["coconv_levels"] = nonsense
+        with pytest.raises(cs.CheckpointError, match="makes no sense"):
+            cs.plan_of(state)
+
+
+def test_coresnets_tell_their_levels(tmp_path):
+    model = timm.create_model("coresnet18")
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    assert cs.plan_of(tmp_path / "net.pth").rows == cs.get_plan(model).converted
+
+
+def test_a_checkpoint_that_tells_its_plan_is_loaded_like_a_file_of_ours(converted, image, tmp_path):
+    torch.save({"state_dict": nn.ModuleDict({"module": converted}).state_dict()}, tmp_path / "net.pth")
+    fresh = cs.load_converted(type(converted)().eval(), tmp_path / "net.pth")
+    assert torch.equal(fresh(image), converted(image))
+    assert cs.get_plan(fresh) == cs.get_plan(converted)
+
+
+def test_levels_without_a_plan_are_enough_to_load(net, image, tmp_path):
+    cs.to_coconv_(net.stem, (1, 5))
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    fresh = cs.load_converted(type(net)().eval(), tmp_path / "net.pth")
+    assert torch.equal(fresh(image), net(image))
+
+
+def test_a_checkpoint_that_tells_no_plan_is_refused(net, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    with pytest.raises(cs.CheckpointError, match="holds no plan: it comes from a plain network"):
+        cs.load_converted(net, tmp_path / "net.pth")
