@@ -15,7 +15,7 @@ ROOMS = [
 ]
 # Files of a room, in order.
 FILES = {
-    "layers": ["arguments", "functional", "levels", "conv", "rollback", "switch", "timm_convs"],
+    "layers": ["arguments", "functional", "levels", "conv", "adapters", "rollback", "switch", "timm_convs"],
     "tracing": [
         *("convertible", "objects", "inputs", "unseen", "surroundings", "copying", "twin", "visit"),
         *("signature", "graph_convs", "graph_weights", "rewriting", "sites", "finding", "switching"),
