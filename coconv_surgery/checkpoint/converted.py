@@ -13,8 +13,8 @@ from coconv_surgery.layers.arguments import file_to_read, file_to_write
 from coconv_surgery.layers.rollback import deep_restorer
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.surgery import get_plan, switch_to_plan
-from coconv_surgery.tracing.convertible import check_convertible
-from coconv_surgery.tracing.finding import find_sites
+from coconv_surgery.tracing.convertible import check_convertible, check_unsharded, path_of
+from coconv_surgery.tracing.finding import find_intact_sites
 
 _KEY = "coconv_plan"
 
@@ -27,10 +27,13 @@ def save_converted(model: nn.Module, path: str | Path) -> None:
         path: The file, ``.safetensors`` by custom.
 
     Raises:
-        TypeError: If ``model`` is not a module, or ``path`` not a path.
+        TypeError: If ``model`` is not a module, or one whose weights are sharded, or ``path`` is not a path.
+        ValueError: If a contextual convolution was pruned.
         OSError: If it cannot be written.
     """
     plan, path = get_plan(model), file_to_write(path, "path")
+    for name, module in model.named_modules():
+        check_unsharded(module, path_of(name), "load the gathered weights into a whole network, and save that")
     try:
         save_model(model, str(path), metadata={_KEY: plan.to_json()})
     except SafetensorError as error:
@@ -85,7 +88,7 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         words = "; ".join(f"{len(names)} {kind}, as {min(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"the weights in {path} do not fit {type(model).__name__}: {words}")
     with ExitStack() as undo:
-        switch_to_plan(model, find_sites(model), plan, undo)
+        switch_to_plan(model, find_intact_sites(model), plan, undo)
         undo.callback(deep_restorer(model))
         model.load_state_dict(weights, strict=False)
         undo.pop_all()
