@@ -43,7 +43,7 @@ def own_attributes(site: Site) -> Why | None:
 
 
 def adapted(site: Site) -> Why | None:
-    """An adapter adds a product of plain convolutions to the weight of the one that it adapts."""
+    """An adapter adds a product of plain convolutions to a weight, or keeps the original of a copy that runs."""
     return Reason.ADAPTED.because() if site.adapted else None
 
 
