@@ -1,8 +1,10 @@
 """Together with other surgery, before and after: right, or one clear refusal that names the order that works."""
 
 import copy
+import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,13 +89,13 @@ def test_what_an_adapter_was_merged_into_converts(net):
 def test_a_part_of_an_adapter_is_not_converted_by_name_or_by_a_plan(net):
     adapted = adapt(net, "body.0")
     name = "base_model.model.body.0.base_layer"
-    with pytest.raises(ValueError, match="names a conv that cannot be split: it is a part of an adapter"):
+    with pytest.raises(ValueError, match="names a conv that cannot be split: it is within an adapter"):
         cs.convert(adapted, input_size=32, overrides={name: 2})
     plan = cs.plan_conversion(adapted, input_size=32)
     rows = [
         replace(row, dilations=(1, 2), splits=(4, 4), reason=None) if row.name == name else row for row in plan.rows
     ]
-    with pytest.raises(cs.PlanError, match=rf"{name} \(it is a part of an adapter"):
+    with pytest.raises(cs.PlanError, match=rf"{name} \(it is within an adapter"):
         cs.apply_plan(adapted, replace(plan, rows=tuple(rows)))
 
 
@@ -104,6 +106,22 @@ def test_saved_adapters_come_back_before_the_plan(net, image, tmp_path):
     adapted.save_pretrained(tmp_path)
     again = cs.apply_plan(peft.PeftModel.from_pretrained(plain, tmp_path), cs.get_plan(adapted)).eval()
     assert torch.equal(again(image), adapted(image))
+
+
+@pytest.mark.parametrize("first", ["convert", "adapt"])
+def test_a_module_that_peft_trains_a_copy_of_is_what_its_original_is(net, image, first):
+    peft = pytest.importorskip("peft")
+    if first == "convert":
+        convert(net)
+    adapted = peft.get_peft_model(net, peft.LoraConfig(target_modules=["head"], modules_to_save=["body"], r=2)).eval()
+    if first == "adapt":
+        convert(adapted)
+    before = adapted(image)
+    with adapted.disable_adapter():
+        close(adapted(image), before)
+    alone = adapted.merge_and_unload()
+    close(alone(image), before)
+    assert (type(alone.stem), type(alone.body[0])) == (cs.CoConv2d, cs.CoConv2d if first == "convert" else nn.Conv2d)
 
 
 # -- Pruning ------------------------------------------------------------------------------------------------------
@@ -154,6 +172,14 @@ def test_a_plain_convolution_is_pruned_after_a_conversion_as_before_it(net, imag
     thin(convert(net), image, layer="body.2", channels=(0, 3))
     assert torch.equal(net(image), expected(image))
     assert [row.splits for row in cs.get_plan(net).converted] == [(4, 2, 2), (4, 4)]
+
+
+def test_the_inputs_of_a_contextual_convolution_are_pruned(net, image):
+    expected = convert(thin(copy.deepcopy(net), image))
+    cs.convert(net, input_size=32, include="body.*")
+    thin(net, image)
+    convert(net)
+    assert torch.equal(net(image), expected(image))
 
 
 @pytest.mark.parametrize("first", ["prune", "convert"])
@@ -244,7 +270,7 @@ def test_quantisation_aware_training_comes_after_a_conversion(quantisable, image
 
 
 @pytest.mark.parametrize("first", ["convert", "export"])
-def test_pt2e_quantises_every_level(quantisable, image, first):
+def test_pt2e_works_with_either_order_of_conversion_and_export(quantisable, image, first):
     from torch.ao.quantization.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     expected = convert(copy.deepcopy(quantisable))(image)
@@ -254,7 +280,10 @@ def test_pt2e_quantises_every_level(quantisable, image, first):
         cs.convert(graph, example_inputs=image)
     prepared = prepare_pt2e(graph, eight_bits())
     close(prepared(image), expected)
-    nearly(convert_pt2e(prepared)(image), expected)
+    quantised = convert_pt2e(prepared)
+    nearly(quantised(image), expected)
+    floating = [node for node in quantised.graph.nodes if node.target is cs.coconv2d]
+    assert len(floating) == (2 if first == "export" else 0)
 
 
 def test_what_pt2e_has_prepared_is_left_alone_with_a_reason(quantisable, image):
@@ -298,3 +327,17 @@ def test_dynamic_quantisation_of_linear_layers_goes_in_either_order(net, image, 
     for step in steps if first == "quantise" else steps[::-1]:
         step()
     nearly(net(image), expected)
+
+
+# -- The page -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_names_tests_that_there_are_and_all_of_these(request):
+    tests = Path(__file__).parent
+    page = (tests.parent / "docs" / "together-with.md").read_text()
+    files = "test_together_with", "test_where_networks_live", "two_ranks"
+    defined = {name for file in files for name in re.findall(r"^def (\w+)\(", (tests / f"{file}.py").read_text(), re.M)}
+    named = {name for name in re.findall(r"`(\w+)`", page) if name.count("_") > 3}
+    assert named <= defined
+    checks = set(re.findall(r"^    (\w+),$", (tests / "two_ranks.py").read_text().partition("CHECKS = [")[2], re.M))
+    assert named >= checks | {name for name in defined if name.startswith("test_")} - {request.node.name}
