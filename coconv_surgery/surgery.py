@@ -196,7 +196,7 @@ def revert(model: nn.Module) -> nn.Module:
         ValueError: If a graph does not tell what a convolution was; the network is left as it was.
     """
     check_convertible(model)
-    sites = [site for site in find_sites(model) if site.is_marked or site.levels is not None]
+    sites = [site for site in find_sites(model) if site.is_marked or site.levels is not None or site.no_plain_form]
     unknown = [f"{site.name} ({site.no_plain_form})" for site in sites if site.no_plain_form and not site.is_marked]
     if unknown:
         raise ValueError(

@@ -286,6 +286,20 @@ def test_pt2e_works_with_either_order_of_conversion_and_export(quantisable, imag
     assert len(floating) == (2 if first == "export" else 0)
 
 
+@pytest.mark.parametrize("quantised", [False, True], ids=["prepared", "quantised"])
+def test_a_converted_network_that_pt2e_has_prepared_does_not_revert(quantisable, image, quantised):
+    from torch.ao.quantization.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    graph = prepare_pt2e(torch.export.export(convert(quantisable), (image,)).module(), eight_bits())
+    graph(image)
+    graph = convert_pt2e(graph) if quantised else graph
+    assert [row.reason_key for row in cs.get_plan(graph).rows] == [*8 * [cs.Reason.FIXED_LEVELS], cs.Reason.PLAIN]
+    before = graph(image)
+    with pytest.raises(ValueError, match=r"level of a contextual convolution, taken apart.*revert before the export"):
+        cs.revert(graph)
+    assert torch.equal(graph(image), before)
+
+
 def test_what_pt2e_has_prepared_is_left_alone_with_a_reason(quantisable, image):
     from torch.ao.quantization.quantize_pt2e import prepare_pt2e
 

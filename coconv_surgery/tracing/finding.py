@@ -90,7 +90,9 @@ def _node_sites(owner_names: list[str], owner: nn.Module, taken: set[str]) -> It
 def _with_kernel(conv: GraphConv, weight: Weight) -> GraphConv:
     """Add the kernel to a description, and whether levels read off an export are not what they look like."""
     if weight.shape is None:
-        return replace(conv, no_plain_form="the shape of its weight is not known" if conv.levels else None)
+        return replace(
+            conv, no_plain_form="the shape of its weight is not known" if conv.levels else conv.no_plain_form
+        )
     height, width = weight.shape[2:]
     kernel = (height, width)
     levels = conv.levels.dilations if conv.levels is not None else ()
