@@ -21,7 +21,7 @@ from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_paramet
 from coconv_surgery.planning.policies import Answer, Policy
 from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.copying import separate_copy
-from coconv_surgery.tracing.finding import find_sites
+from coconv_surgery.tracing.finding import find_intact_sites, find_sites
 from coconv_surgery.tracing.inputs import InputSize, infer_inputs
 from coconv_surgery.tracing.sites import Site
 from coconv_surgery.tracing.switching import revert_sites, switch_sites
@@ -65,8 +65,8 @@ def plan_conversion(
 
     Raises:
         TypeError: If ``model`` is not a module that can be converted in place, or another argument is of a wrong kind.
-        ValueError: If the policy is unknown, the input size cannot be known or does not suit the network, or a pattern
-            matches nothing.
+        ValueError: If the policy is unknown, the input size cannot be known or does not suit the network, a pattern
+            matches nothing, or a contextual convolution was pruned.
 
     >>> import timm
     >>> plan = plan_conversion(timm.create_model("resnet18"), input_size=64)
@@ -76,7 +76,7 @@ def plan_conversion(
     check_convertible(model)
     choices = Choices(policy, include, exclude, overrides)
     with unseen(model):
-        return _plan(model, find_sites(model), choices, input_size, example_inputs)
+        return _plan(model, find_intact_sites(model), choices, input_size, example_inputs)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -97,10 +97,11 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         TypeError: If ``model`` is not a module that can be converted in place, or ``plan`` is not a plan.
         PlanError: If convolutions are missing, unexpected or changed; all of them are named.
+        ValueError: If a contextual convolution was pruned.
     """
     check_convertible(model)
     instance(plan, "plan", Plan, "a Plan", "Plan.from_json() reads one from a file")
-    _apply(model, find_sites(model), plan)
+    _apply(model, find_intact_sites(model), plan)
     return model
 
 
@@ -171,7 +172,7 @@ def convert(
     choices = Choices(policy, include, exclude, overrides)
     model = model if flag(inplace, "inplace") else separate_copy(model)
     with unseen(model):
-        sites = find_sites(model)
+        sites = find_intact_sites(model)
         plan = _plan(model, sites, choices, input_size, example_inputs)
     _apply(model, sites, plan)
     return model
@@ -194,7 +195,7 @@ def revert(model: nn.Module) -> nn.Module:
         ValueError: If a graph does not tell what a convolution was; the network is left as it was.
     """
     check_convertible(model)
-    sites = [site for site in find_sites(model) if site.is_marked or site.levels is not None]
+    sites = [site for site in find_sites(model) if site.is_marked or site.levels is not None or site.no_plain_form]
     unknown = [f"{site.name} ({site.no_plain_form})" for site in sites if site.no_plain_form and not site.is_marked]
     if unknown:
         raise ValueError(
@@ -222,9 +223,10 @@ def get_plan(model: nn.Module) -> Plan:
 
     Raises:
         TypeError: If ``model`` is not a module.
+        ValueError: If a contextual convolution was pruned: its levels do not suit it.
     """
     instance(model, "model", nn.Module, "a torch.nn.Module")
-    rows = tuple(map(found_row, find_sites(model)))
+    rows = tuple(map(found_row, find_intact_sites(model)))
     found = Plan(rows, policy="as found", input="unknown", parameters=count_parameters(model))
     remembered = noted_plan(model)
     if remembered is None or remembered.diff(found):

@@ -19,8 +19,8 @@ from coconv_surgery.layers.metadata import unchecked_levels
 from coconv_surgery.layers.rollback import deep_restorer
 from coconv_surgery.planning.notes import GUARD, guard_of, is_guarded
 from coconv_surgery.surgery import complete_plan, get_plan, switch_to_plan
-from coconv_surgery.tracing.convertible import check_convertible
-from coconv_surgery.tracing.finding import find_sites
+from coconv_surgery.tracing.convertible import check_convertible, check_unsharded, path_of
+from coconv_surgery.tracing.finding import find_intact_sites
 
 
 def save_converted(model: nn.Module, path: str | Path, *, guard: bool = False) -> None:
@@ -36,11 +36,14 @@ def save_converted(model: nn.Module, path: str | Path, *, guard: bool = False) -
             does not get it.
 
     Raises:
-        TypeError: If ``model`` is not a module, or ``path`` not a path.
-        ValueError: If the network holds what a safetensors file has no place for; all of it is named.
+        TypeError: If ``model`` is not a module, or one whose weights are sharded, or ``path`` is not a path.
+        ValueError: If a contextual convolution was pruned, or the network holds what a safetensors file has no place
+            for; all of it is named.
         OSError: If it cannot be written.
     """
     plan, guard = get_plan(model), flag(guard, "guard")
+    for name, module in model.named_modules():
+        check_unsharded(module, path_of(name), "load the gathered weights into a whole network, and save that")
     state: dict[str, Any] = {name: value for name, value in model.state_dict().items() if not name.startswith(GUARD)}
     tensors = {name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
     extra = {name: value for name, value in state.items() if name not in tensors}
@@ -100,7 +103,7 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(f"the weights in {path} do not fit {type(model).__name__}: {words}")
     expanded = {name: (own[name], weights.pop(name)) for name in both if is_expanded(own[name])}
     with ExitStack() as undo:
-        switch_to_plan(model, find_sites(model), complete_plan(model, plan), undo)
+        switch_to_plan(model, find_intact_sites(model), complete_plan(model, plan), undo)
         undo.callback(deep_restorer(model))
         with unchecked_levels(), torch.no_grad():
             model.load_state_dict(weights, strict=False)

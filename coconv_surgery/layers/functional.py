@@ -128,6 +128,11 @@ def _check_arguments(arguments: tuple[Any, ...]) -> None:
     input, weight, bias, stride, padding, dilation, groups, dilations, splits, padding_mode = arguments
     for name, tensor in (("input", input), ("weight", weight), ("bias", weight if bias is None else bias)):
         instance(tensor, name, torch.Tensor, "a tensor")
+        if tensor.is_quantized:
+            raise TypeError(
+                f"{name} is quantised, and a contextual convolution computes in floating point: eager quantisation "
+                "does not know it; use torch.ao's FX graph mode or PT2E, which leave it in floating point"
+            )
     height_and_width(stride, "stride", at_least=1)
     height_and_width(dilation, "dilation", at_least=1)
     whole_number(groups, "groups", at_least=1)
@@ -141,7 +146,10 @@ def _check_arguments(arguments: tuple[Any, ...]) -> None:
     if len(levels) != len(channels):
         raise ValueError(f"dilations={dilations} and splits={splits} must have one entry for each level")
     if weight.dim() != 4 or sum(channels) != len(weight):
-        raise ValueError(f"splits={splits} must sum up to the first of the four sides of weight, {tuple(weight.shape)}")
+        raise ValueError(
+            f"splits={splits} must sum up to the first of the four sides of weight, {tuple(weight.shape)}; if it was "
+            "pruned, its levels were not: revert() before pruning and convert() anew"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have {len(weight)} numbers, one for each output channel, not {tuple(bias.shape)}")
     if input.dim() not in (3, 4) or input.shape[-3] != groups * weight.shape[1]:

@@ -94,6 +94,11 @@ def contextual_class(cls: type[nn.Conv2d]) -> type[CoConv2d] | None:
     return _INHERITED[cls]
 
 
+def is_contextual_name(name: str) -> bool:
+    """Whether a class of this name, without its module, is a contextual one."""
+    return any(cls.__name__ == name for cls in _CONTEXTUAL)
+
+
 def is_switchable(conv: nn.Conv2d) -> bool:
     """Whether a convolution's class, plain or contextual, can be switched to the other one."""
     cls = cast(type[nn.Conv2d], type_before_parametrizations(conv))

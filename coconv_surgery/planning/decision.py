@@ -88,7 +88,8 @@ class Choices:
 
 def found_row(site: Site) -> PlanRow:
     """A row that says what a site is, without a trace."""
-    why = None if site.levels is not None else Reason.PLAIN.because()
+    plain = Reason.FIXED_LEVELS.because(why=site.no_plain_form) if site.no_plain_form else Reason.PLAIN.because()
+    why = None if site.levels is not None else plain
     return _row(TracedConv(site), site.state, why)
 
 

@@ -42,6 +42,11 @@ def own_attributes(site: Site) -> Why | None:
     return Reason.HIDDEN_ATTRIBUTES.because(names=", ".join(names)) if names else None
 
 
+def adapted(site: Site) -> Why | None:
+    """An adapter adds a product of plain convolutions to a weight, or keeps the original of a copy that runs."""
+    return Reason.ADAPTED.because() if site.adapted else None
+
+
 def computed_weight(site: Site) -> Why | None:
     """A weight that cannot be told channel by channel cannot be split by channels."""
     if site.weight_source is WeightSource.PART:
@@ -127,6 +132,7 @@ SITE_OBSTACLES = (
     subclass,
     replaced_forward,
     own_attributes,
+    adapted,
     computed_weight,
     dilatable_kernel,
     fixed_levels,

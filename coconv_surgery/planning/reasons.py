@@ -13,6 +13,7 @@ class Reason(enum.Enum):
     HIDDEN_ATTRIBUTES = "a contextual convolution would hide its own {names}"
     UNKNOWN_WEIGHT = "its weight is computed, and its shape is not known"
     PART_OF_WEIGHT = "its weight is not one whole parameter"
+    ADAPTED = "it is within an adapter, whose other parts are plain"
     KERNEL = "kernel {height}×{width}"
     WEIGHT_READ = "its weight is also used outside its own forward"
     FIXED_LEVELS = "{why}"

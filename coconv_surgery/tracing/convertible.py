@@ -14,13 +14,15 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "module",
     "OptimizedModule": "_orig_mod",
 }
+# What torch.distributed mixes into a module's class where it is, and which of its functions does.
+_MIXED_IN = {"FSDPModule": "fully_shard()", "ReplicateModule": "replicate()", "DDP": "replicate()"}
 
 
 def check_convertible(model: nn.Module) -> None:
     """Check that a network's convolutions can be switched where they are.
 
     Raises:
-        TypeError: If it is not a module, or holds one that is wrapped, scripted, or has a replaced forward.
+        TypeError: If it is not a module, or holds one that is wrapped, sharded, scripted, or has a replaced forward.
         ValueError: If it holds a lazy module without weights.
     """
     instance(model, "model", nn.Module, "a torch.nn.Module")
@@ -32,6 +34,12 @@ def check_convertible(model: nn.Module) -> None:
                     f"{path} is wrapped in {type(module).__name__}: convert {path}.{_WRAPPERS[cls.__name__]} instead, "
                     "best before wrapping it"
                 )
+            if cls.__name__ in _MIXED_IN and cls.__module__.startswith("torch.distributed."):
+                raise TypeError(
+                    f"{path} is a {type(module).__name__}: {_MIXED_IN[cls.__name__]} has changed its class. Convert, "
+                    "revert or load the network before, and distribute it then"
+                )
+        check_unsharded(module, path, "convert, revert or load the network before it is sharded")
         replaced = isinstance(vars(module).get("forward"), FunctionType)
         if replaced and any(isinstance(child, nn.Conv2d) for child in module.modules() if child is not module):
             raise TypeError(
@@ -44,6 +52,22 @@ def check_convertible(model: nn.Module) -> None:
             raise ValueError(
                 f"{path} is a lazy {type(module).__name__} without weights yet: run the network once first"
             )
+
+
+def check_unsharded(module: nn.Module, path: str, remedy: str) -> None:
+    """Check that a module's own weights are whole.
+
+    Args:
+        module: The module.
+        path: What a message calls it.
+        remedy: What to do if they are not.
+
+    Raises:
+        TypeError: If this process holds a part of one.
+    """
+    for name, parameter in module._parameters.items():
+        if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__):
+            raise TypeError(f"{path}.{name} is a DTensor, of which this process has a shard: {remedy}")
 
 
 def path_of(name: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch.nn as nn
 
+from coconv_surgery.layers.adapters import is_adapter
 from coconv_surgery.layers.functional import level_padding, pair
 from coconv_surgery.layers.switch import has_attribute
 from coconv_surgery.tracing.graph_convs import GraphConv, find_graph_convs
@@ -24,14 +25,30 @@ def find_sites(model: nn.Module) -> list[Site]:
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
+    adapted = {part for module in names if is_adapter(module) for part in module.modules()}
     sites: list[Site] = [
-        ModuleSite(first, tuple(aliases), cast(nn.Conv2d, module))
+        ModuleSite(first, tuple(aliases), cast(nn.Conv2d, module), adapted=module in adapted)
         for module, (first, *aliases) in names.items()
         if is_conv(module)
     ]
     taken = {name for site in sites for name in (site.name, *site.aliases)}
     for module, owner_names in names.items():
         sites.extend(_node_sites(owner_names, module, taken))
+    return sites
+
+
+def find_intact_sites(model: nn.Module) -> list[Site]:
+    """All places where a network convolves, as :func:`find_sites`, none of which has levels that do not suit it.
+
+    Raises:
+        ValueError: If one has, as after its channels were pruned; all are named.
+    """
+    sites = find_sites(model)
+    if outdated := [f"{site.name} ({site.outdated})" for site in sites if site.outdated]:
+        raise ValueError(
+            f"{'; '.join(outdated)}: changed since its conversion, as by pruning. revert() makes plain convolutions "
+            "of all, of the channels that they have now; change them, and convert() then"
+        )
     return sites
 
 
@@ -73,7 +90,9 @@ def _node_sites(owner_names: list[str], owner: nn.Module, taken: set[str]) -> It
 def _with_kernel(conv: GraphConv, weight: Weight) -> GraphConv:
     """Add the kernel to a description, and whether levels read off an export are not what they look like."""
     if weight.shape is None:
-        return replace(conv, no_plain_form="the shape of its weight is not known" if conv.levels else None)
+        return replace(
+            conv, no_plain_form="the shape of its weight is not known" if conv.levels else conv.no_plain_form
+        )
     height, width = weight.shape[2:]
     kernel = (height, width)
     levels = conv.levels.dilations if conv.levels is not None else ()

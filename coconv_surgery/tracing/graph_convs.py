@@ -6,6 +6,7 @@ the weight, a convolution for each level, and a concatenation.
 """
 
 import operator
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 
 from coconv_surgery.layers.functional import DIM_IF_NOT_PLAIN, Pair, coconv2d
 from coconv_surgery.layers.levels import Levels, squeeze
+from coconv_surgery.layers.switch import is_contextual_name
 
 aten = torch.ops.aten
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -49,6 +51,7 @@ _WRITTEN_PIECE_BY_PIECE = (
 )
 _INDEXED = "an export has written its padding as indices"
 _WRITTEN_OUT = "an export has written its padding out"
+_APART = "it is a level of a contextual convolution, taken apart as by a quantiser"
 _OWN_DILATION = "its own dilation is not in the exported graph"
 
 
@@ -111,7 +114,31 @@ def find_graph_convs(graph: fx.Graph) -> list[GraphConv]:
                 found[node] = conv
         elif node.target in _ARGUMENTS and (conv := _read(node)):
             found[node] = conv
-    return list(found.values())
+    return _levels_apart(list(found.values()))
+
+
+def _levels_apart(convs: list[GraphConv]) -> list[GraphConv]:
+    """Say of levels that no concatenation joins, as with observers between, what they are: their node remembers."""
+    dilations: dict[Any, set[Pair]] = defaultdict(set)
+    for conv in convs:
+        if conv.levels is None:
+            dilations[_contextual_module(conv.node)].add(conv.dilation)
+    return [
+        replace(conv, fixed=_APART, no_plain_form=_APART)
+        if conv.levels is None and (module := _contextual_module(conv.node)) and len(dilations[module]) > 1
+        else conv
+        for conv in convs
+    ]
+
+
+def _contextual_module(node: fx.Node) -> str | None:
+    """Name of the contextual convolution that an exported node was a part of, if it was."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path, cls = list(stack.values())[-1]
+    name = (cls if isinstance(cls, str) else cls.__name__).rpartition(".")[2]
+    return str(path) if is_contextual_name(name) else None
 
 
 def _named(node: fx.Node) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import coconv2d
-from coconv_surgery.layers.levels import Levels, scale_dilations
+from coconv_surgery.layers.levels import Levels, check_levels, scale_dilations
 from coconv_surgery.layers.switch import is_switchable, set_levels_, to_conv_
 from coconv_surgery.tracing.graph_convs import GraphConv
 from coconv_surgery.tracing.graph_weights import Weight, WeightSource
@@ -37,6 +37,8 @@ class Site(abc.ABC):
         weight_source: Where its weight comes from.
         weight_key: The same for sites of one weight, and for no others.
         weight_read: Whether its weight is known to take part in something else as well.
+        adapted: Whether it is a part of an adapter, see :mod:`coconv_surgery.layers.adapters`.
+        outdated: Why the levels that it has are not those of what it is now, if so.
         fixed: Why it cannot take other levels, if so.
         no_plain_form: Why it cannot become a plain convolution, if so.
     """
@@ -47,6 +49,8 @@ class Site(abc.ABC):
     weight_source: WeightSource = WeightSource.PARAMETER
     weight_key: Any
     weight_read: bool = False
+    adapted: bool = False
+    outdated: str | None = None
     fixed: str | None = None
     no_plain_form: str | None = None
 
@@ -97,10 +101,17 @@ class Site(abc.ABC):
 
 
 class ModuleSite(Site):
-    """A module that convolves."""
+    """A module that convolves.
 
-    def __init__(self, name: str, aliases: tuple[str, ...], conv: nn.Conv2d) -> None:
-        self.name, self.aliases, self.conv = name, aliases, conv
+    Args:
+        name: Its name.
+        aliases: Other names.
+        conv: The module.
+        adapted: Whether it is a part of an adapter.
+    """
+
+    def __init__(self, name: str, aliases: tuple[str, ...], conv: nn.Conv2d, *, adapted: bool = False) -> None:
+        self.name, self.aliases, self.conv, self.adapted = name, aliases, conv, adapted
         weight = conv._parameters.get("weight")
         self.weight_key = id(conv if weight is None else weight)
 
@@ -108,6 +119,17 @@ class ModuleSite(Site):
     def levels(self) -> Levels | None:
         """Its levels, or None if it is not contextual."""
         return Levels(self.conv.dilations, self.conv.splits) if isinstance(self.conv, CoConv2d) else None
+
+    @property
+    def outdated(self) -> str | None:  # type: ignore[override]
+        """Why the levels that it has are not those of what it is now, if so."""
+        if (levels := self.levels) is None:
+            return None
+        try:
+            check_levels(self.conv, levels.dilations, cast(tuple[int, ...], levels.splits))
+        except ValueError as error:
+            return str(error)
+        return None
 
     def mark(self) -> None:
         """Keep in mind what it is now."""
