@@ -99,6 +99,10 @@ def height_and_width(value: Any, name: str, at_least: int | None = None) -> tupl
     Raises:
         ValueError: If it is neither.
     """
+    if type(value) in (tuple, list) and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        least_given, most_given = sorted(value)  # the usual case: a plan may hold hundreds of thousands
+        if most_given <= _LARGEST and (at_least is None or least_given >= at_least):
+            return value[0], value[1]
     least = "" if at_least is None else f" of at least {at_least}"
     form = f"must be a whole number{least}, or (height, width)"
     height, width = whole_numbers(value, name, form, lengths=[2], alone=2, at_least=at_least)

@@ -1,5 +1,6 @@
 """What a network is called with while it is traced."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from coconv_surgery.layers.functional import Pair
 from coconv_surgery.tracing.objects import tensors_in
 
 InputSize = int | Sequence[int]
+_MOST_NUMBERS = 2**24
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class Inputs:
         return ", ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
 
 
+class BlankInputs(Inputs):
+    """An image that is too large to fill it with numbers: its memory is never touched, and it is for shapes alone."""
+
+
 def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_inputs: Any = None) -> Inputs:
     """Find out what to call a network with.
 
@@ -86,6 +92,8 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator("cpu").manual_seed(0)  # leaves the global one alone
     try:
+        if math.prod(shape) > _MOST_NUMBERS:
+            return BlankInputs((torch.empty(1, *shape, dtype=parameter.dtype, device=parameter.device),))
         image = torch.rand(1, *shape, generator=generator, device="cpu")
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"input_size={input_size!r} is too large: there is no memory for such an image") from error

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from coconv_surgery.layers.functional import Pair
 from coconv_surgery.tracing.fx_map import GraphMap, map_graphs
-from coconv_surgery.tracing.inputs import Inputs
+from coconv_surgery.tracing.inputs import BlankInputs, Inputs
 from coconv_surgery.tracing.objects import in_words
 from coconv_surgery.tracing.observer import Call, Observation, observe
 from coconv_surgery.tracing.sites import Site
@@ -134,6 +134,9 @@ def _look(
     for fake, see_through in ways[2:] if inputs.needs_numbers else ways:
         if not see_through and not error.hidden:
             continue
+        if not fake and isinstance(inputs, BlankInputs):
+            error.__cause__ = MemoryError("it needs numbers, not just shapes, and there would be too many of them")
+            break
         if not fake or not see_through:
             twin = visit.twin(fake=fake)
             watched = _watch(twin, sites)
