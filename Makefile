@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test fuzz bench lock clean
+.PHONY: setup demo test fuzz fuzz-files bench lock clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ test: setup
 # Two thousand random networks, or as many as 30 minutes allow; it prints what it did.
 fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m fuzz --networks 2000 --minutes 30
+
+# A hundred thousand damaged and hostile files, in two processes; it prints what reading them cost at most.
+fuzz-files: setup
+	PYTHONPATH=tests $(BIN)/python -W ignore -m fuzz.files --files 100000
 
 # On an idle machine; two hours on two cores.
 bench: setup

@@ -142,7 +142,7 @@ def test_weights_that_were_half_loaded_are_put_back(tmp_path):
     [
         (lambda tensor: tensor.to("meta"), "has a shape but no numbers"),
         (lambda tensor: tensor.to_sparse(), "has the layout torch.sparse_coo"),
-        (lambda tensor: torch.nested.nested_tensor([tensor[0], tensor[1]]), "is nested"),
+        (lambda tensor: torch.nested.nested_tensor([tensor[0], tensor[1]]), "holds more than tensors"),
         (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "is quantised"),
         (lambda tensor: tensor.to(torch.complex64), "imaginary part"),
     ],

@@ -114,15 +114,15 @@ def _check_zip(path: Path, size: int) -> None:
     with ZipFile(path) as file:
         entries = file.infolist()
         names = [entry.filename for entry in entries]
+        folder = names[0].partition("/")[0]
+        if f"{folder}/constants.pkl" in names:
+            raise RefusedError("is a TorchScript archive, which is code: save the state_dict() of the network")
         if any(entry.compress_type != ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
             raise RefusedError("is compressed, which torch.save() does not do: unpack it, and save it anew")
         if sum(entry.file_size for entry in entries) > size:
             raise RefusedError("claims to be larger than it is")
         if len({*names}) < len(names) or min(entry.header_offset for entry in entries):
             raise RefusedError("is a zip file that torch.save() did not write: save it anew")
-        folder = names[0].partition("/")[0]
-        if f"{folder}/constants.pkl" in names:
-            raise RefusedError("is a TorchScript archive, which is code: save the state_dict() of the network")
         prefix = f"{folder}/data/"
         records = {entry.filename.removeprefix(prefix): entry.file_size for entry in entries}
         Pickle(size, records).follow(io.BytesIO(file.read(f"{folder}/data.pkl")))

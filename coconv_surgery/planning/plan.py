@@ -298,7 +298,7 @@ def _splits(values: Any, name: str) -> tuple[int, ...]:
 
 def _sizes(values: Any, name: str) -> tuple[Pair, ...]:
     each = sequence(values, name, "must be pairs of height and width")
-    return tuple(height_and_width(value, name, at_least=0) for value in each)
+    return tuple(height_and_width(sequence(value, name, "must be (height, width)"), name, at_least=0) for value in each)
 
 
 def _names(values: Any, name: str) -> tuple[str, ...]:

@@ -197,3 +197,9 @@ def test_a_write_that_fails_leaves_the_old_file(net, saved, monkeypatch):
         cs.save_converted(net, saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_plan_in_a_file_that_cannot_be_read_names_the_file(tmp_path):
+    save_file({"x": torch.ones(1)}, tmp_path / "net.safetensors", metadata={"coconv_plan": "{}"})
+    with pytest.raises(cs.PlanError, match=r"the plan in .*net\.safetensors is not a plan"):
+        cs.read_plan(tmp_path / "net.safetensors")

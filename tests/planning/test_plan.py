@@ -1,7 +1,9 @@
 """The plan: table, summary, JSON, replay."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,12 +30,17 @@ whys = st.one_of(
     st.tuples(st.text(), st.sampled_from(cs.Reason)),
 )
 rows = st.builds(
-    lambda why, **fields: PlanRow(reason=why[0], reason_key=why[1], **fields),
+    lambda why, levels, **fields: PlanRow(
+        reason=why[0],
+        reason_key=why[1],
+        dilations=tuple(d for d, _ in levels),
+        splits=tuple(s for _, s in levels),
+        **fields,
+    ),
     why=whys,
+    levels=st.lists(st.tuples(st.one_of(st.integers(1, 9), pairs), st.integers(1, 99)), min_size=1),
     name=st.text(),
     signature=signatures,
-    dilations=st.lists(st.one_of(st.integers(1, 9), pairs), min_size=1).map(tuple),
-    splits=st.lists(st.integers(1, 99), min_size=1).map(tuple),
     calls=st.integers(0, 9),
     output_sizes=st.lists(pairs).map(tuple),
     aliases=st.lists(st.text()).map(tuple),
@@ -78,7 +85,11 @@ def test_an_impossible_edit_is_refused(net):
     [
         ("{", "not JSON"),
         ('{"rows": []}', "is not a plan"),
-        ('{"format": "coconv-plan", "version": 99}', "plan version 99; this release reads version 1"),
+        (
+            '{"format": "coconv-plan", "version": 99}',
+            "plan version 99, of a later release; this release reads version 1; update",
+        ),
+        ('{"format": "coconv-plan", "version": "one"}', "has no plan version that there is"),
         ('{"format": "coconv-plan", "version": 1, "rows": [{}]}', "not a complete plan"),
         ('{"format": "coconv-plan", "version": 1, "rows": [], "extra": 1}', "not a complete plan"),
     ],
@@ -94,8 +105,10 @@ def test_what_is_not_a_plan_is_refused(text, message):
         (b"\x9c\xff", "plan.json is not JSON"),
         (b"[" * 10**6, "plan.json is not JSON"),
         (b"[]", "plan.json is not a plan"),
+        (b'{"format": ' + b"9" * 5000 + b"}", "plan.json is not JSON"),
+        (b'{"format": "coconv-plan", "version": 1, "rows": ' + b"[" * 500 + b"]" * 500 + b"}", "must be a dict of its"),
     ],
-    ids=["binary", "nested", "list"],
+    ids=["binary", "nested", "list", "digits", "nested rows"],
 )
 def test_a_file_that_is_not_a_plan_is_named(content, message, tmp_path):
     (tmp_path / "plan.json").write_bytes(content)
@@ -173,11 +186,63 @@ def test_a_repeated_row_is_refused_before_anything_changes(net):
         {"signature": []},
         {"output_sizes": [3]},
         {"aliases": 5},
+        {"dilations": []},
+        {"splits": [8]},
+        {"output_sizes": [[3, -1]]},
+        {"name": "\ud800"},
+        {"dilations": [[[[1]]]]},
     ],
 )
 def test_a_row_of_the_wrong_types_is_refused(net, change):
     with pytest.raises(PlanError, match="not a complete plan"):
         Plan.from_json(edited(net, **change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"in_channels": -3},
+        {"out_channels": 8.0},
+        {"kernel_size": [3]},
+        {"stride": "11"},
+        {"stride": [0, 1]},
+        {"padding": "full"},
+        {"dilation": None},
+        {"groups": 0},
+        {"padding_mode": 5},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_a_signature_of_no_convolution_is_refused(net, change):
+    data = json.loads(cs.plan_conversion(net, input_size=32).to_json())
+    data["rows"][0]["signature"] |= change
+    with pytest.raises(PlanError, match="not a complete plan"):
+        Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("field", ["parameters", "policy", "input", "traced"])
+def test_a_field_of_the_wrong_type_is_refused(net, field):
+    data = json.loads(cs.plan_conversion(net, input_size=32).to_json()) | {field: []}
+    with pytest.raises(PlanError, match=f"not a complete plan: {field}"):
+        Plan.from_json(json.dumps(data))
+
+
+def test_a_single_level_at_the_convs_own_dilation_is_not_converted(net):
+    plan = Plan.from_json(edited(net, dilations=[1], splits=[8], reason=None))
+    assert plan.rows[1].reason_key is cs.Reason.ONE_LEVEL
+    assert [row.name for row in plan.converted] == ["stem"]
+
+
+def test_text_that_cannot_be_written_is_refused_where_a_plan_is_made(net):
+    with pytest.raises(ValueError, match=r"policy=.* holds what is no character"):
+        dataclasses.replace(cs.plan_conversion(net, input_size=32), policy="\udfff")
+
+
+def test_a_plan_of_a_conv_with_numpys_integers_is_written():
+    conv = torch.nn.Conv2d(np.int64(3), np.int64(8), np.int64(3), padding=np.int64(1))
+    plan = cs.plan_conversion(torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Conv2d(8, 2, 1)), input_size=32)
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 def test_a_reason_is_in_the_row_and_in_the_file_as_a_key_and_as_a_text(net):

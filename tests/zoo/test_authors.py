@@ -145,6 +145,41 @@ def test_merging_keeps_to_its_prefix():
     assert set(state) == {"a.conv2.conv2_1.weight", "b.conv2.weight"}
 
 
+@pytest.fixture
+def grouped():
+    """A network whose 3×3 convolutions have groups and levels."""
+    return timm.create_model("coresnet50.iduta", cardinality=4, base_width=16)
+
+
+def level_by_level(model):
+    """A network's weights in their layout, whatever they would compute."""
+    state = dict(model.state_dict())
+    for name, conv in model.named_modules():
+        if isinstance(conv, cs.CoConv2d):
+            levels = state.pop(f"{name}.weight").split(conv.splits)
+            state |= {f"{name}.conv2_{level}.weight": weight for level, weight in enumerate(levels, start=1)}
+    return state
+
+
+def test_groups_with_levels_are_not_exported(grouped):
+    with pytest.raises(ValueError, match=r"layer1\.0\.conv2 has 4 groups and 4 levels: every level of the authors'"):
+        cs.export_authors_state_dict(grouped)
+
+
+def test_groups_with_levels_are_not_loaded(grouped, tmp_path):
+    torch.save(level_by_level(grouped), tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match=r"theirs\.pth does not fit CoResNet: layer1\.0\.conv2 has 4 groups"):
+        cs.load_authors_checkpoint(grouped, tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match=r"layer1\.0\.conv2 has 4 groups and 4 levels"):
+        grouped.load_state_dict(level_by_level(grouped))
+
+
+def test_groups_without_levels_are_theirs_and_ours(tmp_path):
+    model = timm.create_model("coresnet50.iduta", cardinality=4, base_width=16, levels=(1, 1, 1, 1))
+    exported = cs.export_authors_state_dict(model)
+    assert exported.keys() == model.state_dict().keys()
+
+
 # -- Bad input ----------------------------------------------------------------------------------------------------
 
 
