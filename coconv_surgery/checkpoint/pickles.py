@@ -24,6 +24,7 @@ _MOST_DIMENSIONS = 64
 _INSTRUCTIONS_PER_BYTE = 0.5
 _FREE_INSTRUCTIONS = 10_000
 _COST_OF_A_CONTAINER = 5
+_CHARACTERS_PER_INSTRUCTION = 8
 
 
 class RefusedError(ValueError):
@@ -69,10 +70,11 @@ class Pickle:
     records: Mapping[str, int] | None = None
     _stack: list[Any] = field(default_factory=list)
     _memo: dict[int, Any] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
+    _storages: dict[str, _Storage] = field(default_factory=dict)
     _allowed: set[str] = field(default_factory=lambda: _allowed_names())
     _instructions_left: int = 0
     _bytes_left: int = 0
+    _entries: int = 0
 
     def __post_init__(self) -> None:
         self._instructions_left = int(self.size * _INSTRUCTIONS_PER_BYTE) + _FREE_INSTRUCTIONS
@@ -87,13 +89,16 @@ class Pickle:
         """
         self._stack, self._memo = [], {}
         for code, argument, _ in pickletools.genops(file):
-            self._instructions_left -= _COST_OF_A_CONTAINER if code.name in _CONTAINERS else 1
-            if self._instructions_left < 0:
-                raise RefusedError("is made of instructions rather than weights")
+            self._spend(_COST_OF_A_CONTAINER if code.name in _CONTAINERS else 1)
             try:
                 self._step(code.name, argument)
             except (AttributeError, IndexError, KeyError, TypeError) as error:
                 raise ValueError(f"{code.name} does not find what it needs") from error
+
+    def _spend(self, instructions: int) -> None:
+        self._instructions_left -= instructions
+        if self._instructions_left < 0:
+            raise RefusedError("is made of instructions rather than weights")
 
     def _step(self, code: str, argument: Any) -> None:
         stack = self._stack
@@ -117,6 +122,7 @@ class Pickle:
             items = self._marked() if code == "SETITEMS" else [stack.pop(-2), stack.pop()]
             _check_keys(items[::2])
             _of_kind(stack[-1], _Dict)
+            self._entries += len(items) // 2
         elif code == "GLOBAL":
             stack.append(self._name(argument))
         elif code == "BINPERSID":
@@ -154,23 +160,24 @@ class Pickle:
             raise RefusedError("refers to something that is no storage")
         itemsize = 1 if storage.endswith(".UntypedStorage") else _dtype_of_storage(storage).itemsize
         self._check_storage(str(key), _count(count) * itemsize)
-        if view is not None:
-            _, offset, size = view
-            if _count(offset) + _count(size) > count:
-                raise RefusedError(f"has a view beyond the end of storage {key}")
-            count = size
-        return _Storage(count * itemsize, itemsize)
+        first = self._storages.setdefault(str(key), _Storage(count * itemsize, itemsize))
+        if view is None:
+            return first  # as torch does, whatever the same storage is called later
+        _, offset, size = view
+        if _count(offset) + _count(size) > count:
+            raise RefusedError(f"has a view beyond the end of storage {key}")
+        return _Storage(size * itemsize, itemsize)
 
     def _check_storage(self, key: str, nbytes: int) -> None:
         if nbytes > (self.size if self.records is None else self.records.get(key, 0)):
             raise RefusedError(f"is not a complete checkpoint: {nbytes:,} bytes of storage {key} are not there")
-        if key not in self._seen:
-            self._seen.add(key)
+        if key not in self._storages:
             self._bytes_left -= nbytes
             if self._bytes_left < 0:
                 raise RefusedError("is not a complete checkpoint: its storages claim more bytes than there are")
 
     def _call(self, name: _Name, arguments: tuple[Any, ...]) -> Any:
+        self._pay_for_copies(name, arguments)
         if name in _TENSORS:
             storage, offset, shape, strides = arguments[:4]
             itemsize = _dtype(arguments[6]).itemsize if name.endswith("_v3") else storage.itemsize
@@ -185,6 +192,16 @@ class Pickle:
             self._check_shape(name, arguments)
             return _BUILT
         raise RefusedError(f"calls {name}, which no tensor is made by")
+
+    def _pay_for_copies(self, name: _Name, arguments: tuple[Any, ...]) -> None:
+        # What is large could be given again and again.
+        for argument in arguments:
+            if isinstance(argument, str | bytes):
+                self._spend(len(argument) // _CHARACTERS_PER_INSTRUCTION)
+            elif isinstance(argument, tuple | list):
+                self._spend(len(argument))
+            elif isinstance(argument, _Dict) and name == "collections.Counter":
+                self._spend(self._entries)
 
     def _check_tensor(self, held: int, offset: int, shape: tuple[Any, ...], strides: tuple[Any, ...]) -> None:
         if len(shape) != len(strides) or len(shape) > _MOST_DIMENSIONS:

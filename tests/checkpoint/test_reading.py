@@ -115,6 +115,11 @@ def nested_key(path):
     zipped(path, b"\x80\x02})" + b"\x85" * 1000 + b"Ns.")
 
 
+def copies(function):
+    """A long list, and a function that is called with it again and again."""
+    return b"\x80\x02](" + b"K\x01" * 50_000 + b"eq\0" + function + b"q\1(" + b"h\1h\0\x85R" * 50_000 + b"t."
+
+
 def two_directories(path):
     zipped(path, {"x": 1})
     with zipfile.ZipFile(path, "a") as file:
@@ -133,6 +138,7 @@ HOSTILE = {
     "tensor": (lambda path: zipped(path, {"x": Call(torch.Tensor, 10**10)}), "calls torch.Tensor"),
     "instructions": (lambda path: zipped(path, b"\x80\x02" + b"}" * 10**6), "made of instructions"),
     "key": (nested_key, "has a tuple for a key"),
+    "copies": (lambda path: zipped(path, copies(b"cbuiltins\nset\n")), "made of instructions"),
     "sets": (lambda path: zipped(path, b"\x80\x02\x8f."), "EMPTY_SET"),
     "two directories": (two_directories, "did not write"),
     "list": (lambda path: torch.save([1], path), "holds a list, not tensors by name"),

@@ -325,6 +325,13 @@ def _programme(rng: random.Random) -> bytes:
     if rng.random() < 0.3:
         body = rng.choice(operations) * rng.choice([1000, 100_000, 300_000])
         return b"\x80\x02}" + body[: LARGEST - 5000] + b"."
+    if rng.random() < 0.1:
+        large, call = (
+            rng.choice([(b"](", b"K\1", b"e"), (b"}(", b"K\1N", b"u"), (b"(", b"K\1", b"t")]),
+            rng.choice(operations),
+        )
+        head = b"\x80\x02" + large[0] + large[1] * rng.choice([10, 50_000]) + large[2] + b"q\0" + call + b"q\1("
+        return head + b"h\1h\0\x85R" * rng.choice([10, 50_000]) + b"t."
     if rng.random() < 0.3:
         key, count, side = rng.choice(["0", "1", "x"]), rng.choice([1, 1000, 10**9]), rng.choice([1, 1000, 10**6])
         storage = Call(tuple, ("storage", key, "cpu", count))
