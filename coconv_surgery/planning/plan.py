@@ -47,15 +47,12 @@ def count_parameters(model: nn.Module) -> int:
 class PlanRow:
     """What is to become of one convolution.
 
-    A single level at the convolution's own dilation is the convolution itself: such a row gets that reason, unless it
-    has another.
-
     Attributes:
         name: Its qualified name.
         signature: The plain convolution.
         dilations: Dilation of each level; the convolution's own if it is left alone.
         splits: Output channels of each level.
-        reason: Why it is left alone, or None if it becomes a CoConv.
+        reason: Why it is left alone, or None if it becomes a CoConv, or its one level is the convolution itself.
         calls: How often it runs in one forward pass.
         output_sizes: The different heights and widths of its output map.
         aliases: Other names of the same module.
@@ -81,8 +78,6 @@ class PlanRow:
         checked = {name: check(getattr(self, name), f"{row} {name}") for name, check in _CHECKS.items()}
         if len(checked["dilations"]) != len(checked["splits"]):
             raise ValueError(f"{row} dilations and splits must have one entry for each level")
-        if checked["reason"] is None and [*map(pair, checked["dilations"])] == [self.signature.dilation]:
-            checked["reason_key"], checked["reason"] = Reason.ONE_LEVEL.because()
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -94,7 +89,13 @@ class PlanRow:
     @property
     def converted(self) -> bool:
         """Whether the convolution becomes a CoConv."""
-        return self.reason is None
+        return self.why_left_alone is None
+
+    @property
+    def why_left_alone(self) -> str | None:
+        """The reason, also where a single level at the convolution's own dilation is the convolution itself."""
+        itself = [*map(pair, self.dilations)] == [self.signature.dilation]
+        return Reason.ONE_LEVEL.value if self.reason is None and itself else self.reason
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Plan:
             rows: Count among these. Default: all.
         """
         among = self.rows if rows is None else sequence(rows, "rows", "must be rows of a plan")
-        counted = Counter(row.reason for row in map(_as_row, among) if row.reason)
+        counted = Counter(row.why_left_alone for row in map(_as_row, among) if row.why_left_alone)
         return dict(counted.most_common())
 
     def summary(self) -> str:
@@ -260,7 +261,7 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
     channels = f"{signature.in_channels} → {signature.out_channels}{groups}"
     sizes = ", ".join(f"{height}×{width}" for height, width in row.output_sizes) or "–"
     levels = (str(row.levels), _join(row.dilations), _join(row.splits))
-    return (name, channels, sizes, *levels, row.reason or "")
+    return (name, channels, sizes, *levels, row.why_left_alone or "")
 
 
 def _levels(row: PlanRow) -> str:

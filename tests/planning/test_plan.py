@@ -230,8 +230,8 @@ def test_a_field_of_the_wrong_type_is_refused(net, field):
 
 def test_a_single_level_at_the_convs_own_dilation_is_not_converted(net):
     plan = Plan.from_json(edited(net, dilations=[1], splits=[8], reason=None))
-    assert plan.rows[1].reason_key is cs.Reason.ONE_LEVEL
     assert [row.name for row in plan.converted] == ["stem"]
+    assert plan.reasons() == {"kernel 1×1": 1, "one level: the conv itself": 1}
 
 
 def test_text_that_cannot_be_written_is_refused_where_a_plan_is_made(net):
