@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test fuzz fuzz-files bench lock clean
+.PHONY: setup demo test test-long fuzz fuzz-files bench lock clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ test: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# What takes minutes alone.
+test-long: setup
+	$(BIN)/pytest -m long
 
 # Two thousand random networks, or as many as 30 minutes allow; it prints what it did.
 fuzz: setup

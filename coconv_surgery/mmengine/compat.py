@@ -4,21 +4,25 @@ Every repair states its source and when it can be deleted, does nothing where up
 applied again.
 """
 
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import mmengine.dist.utils as dist_utils
 import mmengine.model.efficient_conv_bn_eval as conv_bn_eval
+import mmengine.runner.runner
 import numpy as np
 import torch
 import torch.fx as fx
 import torch.nn as nn
 from mmengine.device import get_device
+from mmengine.fileio import LocalBackend
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.utils import digit_version
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.files import whole_file
 
 
 def apply() -> None:
@@ -26,6 +30,7 @@ def apply() -> None:
     trust_mmengine_checkpoints()
     repair_efficient_conv_bn_eval()
     launch_without_gpus()
+    survive_kills()
 
 
 def trust_mmengine_checkpoints() -> None:
@@ -152,3 +157,35 @@ def _init_dist_pytorch(backend: str, init_backend: str = "torch", **kwargs: Any)
         torch.distributed.init_process_group(backend=backend, **kwargs)
     else:
         _upstream_init_dist_pytorch(backend, init_backend=init_backend, **kwargs)
+
+
+def survive_kills() -> None:
+    """Let training go on after a kill at any moment, that of writing a checkpoint included.
+
+    mmengine writes into the file itself, so that a kill leaves a part of a checkpoint under its name, or an empty
+    ``last_checkpoint``, which then cannot be resumed from. Files are written whole or not at all now, and where
+    ``last_checkpoint`` names no file the latest one of the work dir is resumed from.
+
+    Source: mmengine 0.10.7, ``LocalBackend.put`` in ``mmengine/fileio``, ``find_latest_checkpoint`` in
+    ``mmengine/runner/checkpoint.py``.
+    Delete it when the oldest mmengine supported writes under another name first.
+    """
+    LocalBackend.put = _put
+    mmengine.runner.runner.find_latest_checkpoint = _find_latest_checkpoint
+
+
+def _put(self: LocalBackend, obj: bytes, filepath: str | Path) -> None:
+    Path(filepath).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(filepath, "filepath") as passing:
+        passing.write_bytes(obj)
+
+
+_upstream_find_latest_checkpoint = mmengine.runner.runner.find_latest_checkpoint
+
+
+def _find_latest_checkpoint(path: str) -> str | None:
+    latest: str | None = _upstream_find_latest_checkpoint(path)
+    if latest is None or (latest and Path(latest).exists()):
+        return latest
+    found = [file for name in ("epoch_*.pth", "iter_*.pth") for file in Path(path).glob(name)]
+    return str(max(found, key=lambda file: file.stat().st_mtime)) if found else None

@@ -1,0 +1,108 @@
+"""Training survives a kill at any moment."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+
+TRAIN = Path(mmdet.__file__).parent / ".mim" / "tools" / "train.py"
+TIMEOUT = 600
+# Files are written in parts, so that a kill is likely to find one half written.
+SLOWLY = """
+import time
+from pathlib import Path
+
+
+def write_bytes(self, content):
+    with self.open("wb") as file:
+        for start in range(0, len(content), 2**17):
+            file.write(content[start : start + 2**17])
+            file.flush()
+            time.sleep(0.02)
+
+
+Path.write_bytes = write_bytes
+"""
+
+
+class Training:
+    """mmdet's training of the tiny SSD in a process of its own, on one thread."""
+
+    def __init__(self, config, folder, epochs):
+        config.merge_from_dict(
+            {
+                "train_cfg.max_epochs": epochs,
+                # Workers are seeded at the start of an epoch: what they draw does not depend on the epochs before.
+                "train_dataloader.num_workers": 1,
+                "train_dataloader.persistent_workers": False,
+                "randomness": {"seed": 3, "deterministic": True},
+                "default_hooks.checkpoint.max_keep_ckpts": 2,
+                "custom_imports.imports": ["coconv_surgery.mmdet", "slowly"],
+                "val_cfg": None,
+                "val_dataloader": None,
+                "val_evaluator": None,
+            }
+        )
+        self.config = folder / "config.py"
+        config.dump(self.config)
+        (folder / "slowly.py").write_text(SLOWLY)
+
+    def start(self, work):
+        variables = {"PYTHONPATH": str(self.config.parent), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, str(TRAIN), str(self.config), "--work-dir", str(work), "--resume"]
+        with open(self.config.with_name("output.txt"), "w") as output:
+            return subprocess.Popen(
+                command,
+                env={**os.environ, **variables},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def finish(self, work):
+        process = self.start(work)
+        assert process.wait(TIMEOUT) == 0, self.config.with_name("output.txt").read_text()[-3000:]
+
+    def kill(self, work, seconds):
+        """Start, kill some seconds after the first iteration, and see that no checkpoint is half a one.
+
+        Returns:
+            Whether there was still something to kill.
+        """
+        logs = len(list(work.glob("*/vis_data/scalars.json")))
+        process = self.start(work)
+        deadline = time.monotonic() + TIMEOUT
+        while len(list(work.glob("*/vis_data/scalars.json"))) == logs and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(seconds)
+        killed = process.poll() is None
+        os.killpg(process.pid, 9) if killed else None
+        assert process.wait() == (-9 if killed else 0), self.config.with_name("output.txt").read_text()[-3000:]
+        for path in work.glob("*.pth"):
+            assert torch.load(path, weights_only=True)["meta"]["epoch"] == int(path.stem.removeprefix("epoch_"))
+        return killed
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_a_training_that_is_killed_ends_where_an_uninterrupted_one_does(tiny_ssd, tmp_path, kills):
+    epochs = 2 + 2 * kills
+    training = Training(tiny_ssd, tmp_path, epochs)
+    training.finish(tmp_path / "whole")
+    moments = random.Random(kills)
+    killed = [training.kill(tmp_path / "killed", moments.uniform(0, 2)) for _ in range(kills)]
+    training.finish(tmp_path / "killed")
+    assert sum(killed) >= kills / 2
+    whole, resumed = (
+        torch.load(tmp_path / name / f"epoch_{epochs}.pth", weights_only=True) for name in ("whole", "killed")
+    )
+    assert whole["state_dict"].keys() == resumed["state_dict"].keys()
+    assert all(torch.equal(tensor, resumed["state_dict"][name]) for name, tensor in whole["state_dict"].items())
+    momenta = [[state["momentum_buffer"] for state in end["optimizer"]["state"].values()] for end in (whole, resumed)]
+    assert all(map(torch.equal, *momenta))
