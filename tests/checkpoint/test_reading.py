@@ -12,7 +12,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 import coconv_surgery as cs
-from coconv_surgery.checkpoint import read_checkpoint, read_weights
+from coconv_surgery.checkpoint.reading import read_checkpoint, read_weights
 
 NET = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
 

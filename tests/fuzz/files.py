@@ -27,7 +27,7 @@ import torch.nn as nn
 from safetensors.torch import save
 
 import coconv_surgery as cs
-from coconv_surgery.checkpoint import read_checkpoint, read_weights
+from coconv_surgery.checkpoint.reading import read_checkpoint, read_weights
 from coconv_surgery.mmengine.options import SurgeryOptions
 
 LARGEST = 1_000_000
