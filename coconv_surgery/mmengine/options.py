@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch.nn as nn
 
-from coconv_surgery.layers.arguments import file_to_read, height_and_width, instance, mapping, whole_numbers
+from coconv_surgery.layers.arguments import file_to_read, height_and_width, instance, mapping, sequence, whole_numbers
 from coconv_surgery.layers.functional import Pair
 from coconv_surgery.layers.levels import Levels
 from coconv_surgery.planning.patterns import as_list
@@ -129,7 +129,7 @@ def _transforms(tree: Any) -> Iterator[Mapping[str, Any]]:
         yield tree
         yield from _transforms(tree.get("transforms", ()))
     elif isinstance(tree, Sequence) and not isinstance(tree, str):
-        for branch in tree:
+        for branch in sequence(tree, "surgery: pipeline", "must be a list of transforms"):
             yield from _transforms(branch)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import struct
 import tempfile
 import time
@@ -33,6 +34,7 @@ from coconv_surgery.mmengine.options import SurgeryOptions
 LARGEST = 1_000_000
 SECONDS = 1.0
 MEGABYTES = 100.0
+GIVEN_UP_AFTER = 60.0
 # Where a read fails, it says so with one of these; a dict of a config may also be of the wrong kind.
 ERRORS = (ValueError, OSError)
 VALUES = [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**9, 10**30, 1.5, float("nan"), "", "x", "\ud800", "1", [], {}, [[]]]
@@ -122,6 +124,7 @@ class Workshop:
     def _watch(self, seed: int, what: str, read: Callable[[], Any], errors: tuple[type, ...], name: str) -> None:
         before, start = peak(forget=True), time.process_time()
         outcome, said = "taken", name
+        signal.setitimer(signal.ITIMER_REAL, GIVEN_UP_AFTER)
         try:
             read()
         except Exception as error:
@@ -129,6 +132,8 @@ class Workshop:
             expected = isinstance(error, errors) and not isinstance(error, UnicodeError)
         else:
             expected = True
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         seconds, megabytes = time.process_time() - start, peak() - before
         self.counts[f"{what}: {outcome}"] += 1
         self.slowest, self.largest = max(self.slowest, (seconds, seed)), max(self.largest, (megabytes, seed))
@@ -350,6 +355,14 @@ def peak(*, forget: bool = False) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
+class EndlessError(Exception):
+    """Reading a file does not come to an end."""
+
+
+def _give_up(*_: Any) -> None:
+    raise EndlessError
+
+
 def try_files(seeds: range) -> tuple[Counter[str], tuple[float, int], tuple[float, int], list[str]]:
     """Try files one after the other.
 
@@ -357,6 +370,7 @@ def try_files(seeds: range) -> tuple[Counter[str], tuple[float, int], tuple[floa
         How often each kind ended how; the most seconds and megabytes, each with its seed; and what failed.
     """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, _give_up)
     failures = []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -54,6 +54,7 @@ def test_levels_are_written_as_a_dict():
         ({"plan": "."}, "surgery: plan='.' is a folder"),
         ({"pipeline": "x"}, "surgery: pipeline has no transform with scale=(width, height): give input_size instead"),
         ({"pipeline": [{"scale": (8, 2.5)}]}, "pipeline: scale=(8, 2.5) is not (width, height): give input_size"),
+        ({"pipeline": range(10**9)}, "surgery: pipeline=range(0, 1000000000) has more than 65,536 entries"),
         ({"input_size": 2.5}, "input_size=2.5 must be a whole number of at least 1, or (height, width)"),
     ],
     ids=str,
