@@ -27,7 +27,7 @@ test: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # What takes minutes alone.
 test-long: setup
@@ -35,7 +35,7 @@ test-long: setup
 
 # What is promised, with the number of cases that passed: docs/trust.md.
 trust: setup
-	$(BIN)/pytest --junitxml=.report.xml
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --junitxml=.report.xml
 	PYTHONPATH=tests $(BIN)/python -m trust .report.xml
 
 # Two thousand random networks, or as many as 30 minutes allow; it prints what it did.

@@ -160,8 +160,8 @@ def test_what_is_not_a_file_of_weights_is_refused_by_name(kind, tmp_path):
 @pytest.mark.parametrize("key", ["a." * 500_000, "conv2.conv2_" * 80_000, "1." * 500_000])
 def test_a_name_of_a_megabyte_takes_no_time(key, tmp_path):
     torch.save({key: torch.zeros(1), "conv2.conv2_1.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "net.pth")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match="unexpected in the file") as error:
         cs.load_authors_checkpoint(NET, tmp_path / "net.pth")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert len(str(error.value)) < 1000
