@@ -94,9 +94,10 @@ def _plan_in_metadata(state: Mapping[Any, Any], label: str) -> Plan | None:
     # The plan of a network tells all that those of its parts do.
     plans = {name: plan for name, plan in plans.items() if not any(_is_within(name, other) for other in plans)}
     planned = {
-        _join(name, row.name): {"dilations": row.dilations, "splits": row.splits}
+        _join(name, known): {"dilations": row.dilations, "splits": row.splits}
         for name, plan in plans.items()
         for row in plan.converted
+        for known in (row.name, *row.aliases)
     }
     levels = {name: part[metadata.KEY] for name, part in parts.items() if metadata.KEY in part}
     if any(levels[name] != planned.get(name) for name in levels):
@@ -105,8 +106,7 @@ def _plan_in_metadata(state: Mapping[Any, Any], label: str) -> Plan | None:
         return None
     if len(plans) == 1:
         ((name, plan),) = plans.items()
-        # A wrapper adds its name to all others.
-        return plan if all(_is_within(str(key), name) for key in state) else _within(plan, name)
+        return _by_names_of(state, plan, name)
     whole = [_within(plan, name) for name, plan in plans.items()]
     rows = tuple(row for plan in whole for row in plan.rows)
     told = ("; ".join(dict.fromkeys(getattr(plan, field) for plan in whole)) for field in ("policy", "input", "traced"))
@@ -130,8 +130,14 @@ def _found(parts: Mapping[str, Mapping[Any, Any]], label: str) -> Plan:
 def _plan_in_guard(state: Mapping[Any, Any], label: str) -> Plan | None:
     for name, tensor in state.items():
         if isinstance(name, str) and name.rpartition(".")[2].startswith(notes.GUARD) and torch.is_tensor(tensor):
-            return read_plan_text(bytes(tensor.flatten().tolist()), f"{label}: {name}")
+            plan = read_plan_text(bytes(tensor.flatten().tolist()), f"{label}: {name}")
+            return _by_names_of(state, plan, name.rpartition(".")[0])
     return None
+
+
+def _by_names_of(state: Mapping[Any, Any], plan: Plan, part: str) -> Plan:
+    """The plan of a part by the names of the whole; a wrapper, which adds its own name to all, is no whole."""
+    return plan if all(_is_within(str(key), part) for key in state) else _within(plan, part)
 
 
 def _within(plan: Plan, part: str) -> Plan:

@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
+from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.planning.plan import Plan
 
 KEY = "coconv_plan"
@@ -94,8 +95,21 @@ def _set_note(model: nn.Module, plan: Plan | None) -> None:
 
 
 def _write_plan(model: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
-    if (plan := noted_plan(model)) is not None:
+    if (plan := noted_plan(model)) is not None and _still_holds(model, plan):
         metadata[KEY] = _as_json(plan)
+
+
+def _still_holds(model: nn.Module, plan: Plan) -> bool:
+    """Whether the modules that a plan converted have its levels; a function call in a graph is none."""
+    for row in plan.converted:
+        try:
+            conv = model.get_submodule(row.name)
+        except AttributeError:
+            continue
+        levels = (conv.dilations, conv.splits) if isinstance(conv, CoConv2d) else None
+        if isinstance(conv, nn.Conv2d) and levels != (row.dilations, row.splits):
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=8)  # some averages of weights take a state dict at every step

@@ -77,6 +77,37 @@ def test_a_guard_tells_the_plan_whatever_was_lost(converted, tmp_path):
         assert not cs.plan_of(source).diff(cs.get_plan(converted))
 
 
+def test_a_convolution_that_was_made_plain_by_hand_is_plain(converted, image, tmp_path):
+    cs.to_conv_(converted.stem)
+    torch.save(converted.state_dict(), tmp_path / "net.pth")
+    assert [row.name for row in cs.plan_of(tmp_path / "net.pth").converted] == ["body.0"]
+    fresh = cs.load_converted(type(converted)().eval(), tmp_path / "net.pth")
+    assert torch.equal(fresh(image), converted(image))
+
+
+def test_a_shared_convolution_is_one_row(tmp_path):
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(conv, nn.ReLU(), conv, nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    cs.convert(model, overrides={"0": 2}, input_size=(4, 32, 32))
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    assert cs.plan_of(tmp_path / "net.pth") == cs.get_plan(model)
+
+
+def test_a_function_call_in_a_graph_is_told_by_the_plan(tmp_path):
+    plain, image = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1)), torch.ones(1, 4, 32, 32)
+    model = torch.export.export(plain, (image,)).module()
+    cs.convert(model, example_inputs=image)
+    assert cs.get_plan(model).converted
+    assert cs.plan_of(model.state_dict()) == cs.get_plan(model)
+
+
+def test_the_guard_of_a_part_tells_it_by_the_names_of_the_whole(converted):
+    whole = nn.ModuleDict({"backbone": cs.guard(converted), "head": nn.Linear(2, 2)})
+    assert [row.name for row in cs.plan_of(dict(whole.state_dict())).converted] == ["backbone.stem", "backbone.body.0"]
+    del whole["head"]
+    assert [row.name for row in cs.plan_of(dict(whole.state_dict())).converted] == ["stem", "body.0"]
+
+
 @pytest.mark.parametrize("convert", [True, False], ids=["beside a plan", "alone"])
 def test_levels_that_no_plan_tells_are_told(net, tmp_path, convert):
     if convert:
