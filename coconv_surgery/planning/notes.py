@@ -4,7 +4,6 @@ A state dict's ``_metadata`` holds the plan of the network, and of every part th
 levels of each convolution, see :mod:`coconv_surgery.layers.metadata`.
 """
 
-import functools
 import hashlib
 from contextlib import ExitStack
 from dataclasses import replace
@@ -96,7 +95,7 @@ def _set_note(model: nn.Module, plan: Plan | None) -> None:
 
 def _write_plan(model: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
     if (plan := noted_plan(model)) is not None and _still_holds(model, plan):
-        metadata[KEY] = _as_json(plan)
+        metadata[KEY] = plan.to_json()
 
 
 def _still_holds(model: nn.Module, plan: Plan) -> bool:
@@ -110,11 +109,6 @@ def _still_holds(model: nn.Module, plan: Plan) -> bool:
         if isinstance(conv, nn.Conv2d) and levels != (row.dilations, row.splits):
             return False
     return True
-
-
-@functools.lru_cache(maxsize=8)  # some averages of weights take a state dict at every step
-def _as_json(plan: Plan) -> str:
-    return plan.to_json()
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The plan of a conversion: its preview, its report, and the file to replay."""
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch.nn as nn
 from coconv_surgery.layers.arguments import (
     as_number,
     file_to_read,
-    file_to_write,
     flag,
     height_and_width,
     instance,
@@ -25,6 +24,7 @@ from coconv_surgery.layers.arguments import (
     whole_number,
     whole_numbers,
 )
+from coconv_surgery.layers.files import whole_file
 from coconv_surgery.layers.functional import Dilation, Pair, pair
 from coconv_surgery.layers.levels import squeeze
 from coconv_surgery.planning.reasons import Reason
@@ -188,12 +188,20 @@ class Plan:
 
         Args:
             path: A file to write as well.
+
+        Raises:
+            TypeError: If it is not a path.
+            OSError: If it cannot be written; one that was there before stays.
         """
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        written = json.dumps(content, indent=1, ensure_ascii=False, default=_reason_name)
         if path is not None:
-            file_to_write(path, "path").write_text(written + "\n", encoding="utf-8")
-        return written
+            with whole_file(path, "path") as passing:
+                passing.write_text(self._json + "\n", encoding="utf-8")
+        return self._json
+
+    @functools.cached_property
+    def _json(self) -> str:
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps(content, indent=1, ensure_ascii=False, default=_reason_name)
 
     @classmethod
     def from_json(cls, source: str | Path) -> "Plan":
@@ -310,7 +318,7 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "dilations": _dilations,
     "splits": _splits,
     "reason": optional_text,
-    "calls": partial(whole_number, at_least=0),
+    "calls": functools.partial(whole_number, at_least=0),
     "output_sizes": _sizes,
     "aliases": _names,
     "untraced": optional_text,
