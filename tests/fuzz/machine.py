@@ -452,8 +452,8 @@ class Surgery(RuleBasedStateMachine):
         torch.save(self.net.state_dict(), file)
         file.seek(0)
         fresh = self.fresh(plain=True)
-        fresh.load_state_dict(torch.load(file))
         self.attempt(lambda: cs.apply_plan(fresh, cs.Plan.from_json(cs.get_plan(self.net).to_json())))
+        fresh.load_state_dict(torch.load(file))
         self.compare_loaded(fresh)
 
     @rule()
