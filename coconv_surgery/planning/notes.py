@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
+from coconv_surgery.layers.levels import Levels
 from coconv_surgery.planning.plan import Plan
 
 KEY = "coconv_plan"
@@ -39,6 +40,11 @@ def note_plan(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
     if plan is not None or before is not None:
         undo.callback(_set_note, model, before)
         _set_note(model, plan)
+
+
+def is_guard(name: str) -> bool:
+    """Whether an entry of a state dict is a guard's, of the network or of a part."""
+    return name.rpartition(".")[2].startswith(GUARD)
 
 
 def is_guarded(model: nn.Module) -> bool:
@@ -94,8 +100,18 @@ def _set_note(model: nn.Module, plan: Plan | None) -> None:
 
 
 def _write_plan(model: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
-    if (plan := noted_plan(model)) is not None:
+    plan = noted_plan(model)
+    if plan is not None and _holds(plan, model):
         metadata[KEY] = _as_json(plan)
+
+
+def _holds(plan: Plan, model: nn.Module) -> bool:
+    """Whether no convolution that a plan made contextual was made another since, as a part of the network alone."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    convs = ((modules.get(row.name), Levels(row.dilations, row.splits)) for row in plan.converted)
+    return all(
+        getattr(conv, "contextual_levels", None) == levels for conv, levels in convs if isinstance(conv, nn.Conv2d)
+    )
 
 
 @functools.lru_cache(maxsize=8)  # some averages of weights take a state dict at every step
