@@ -239,19 +239,23 @@ def complete_plan(model: nn.Module, plan: Plan) -> Plan:
 
     Args:
         model: The network.
-        plan: What it says of a convolution holds, if that is to be contextual, or is the same one here.
+        plan: What it says of a convolution holds, if that is to be contextual, or is the same one here, whatever its
+            number of input channels. A convolution that it leaves alone need not be here.
 
     Returns:
         The plan, whose other rows are those of the network as it is.
     """
     planned = {name: row for row in plan.rows for name in (*row.aliases, row.name)}
-    rows, known = [], set()
+    rows, done, own = [], set(), set()
     for row in get_plan(model).rows:
-        meant = next((planned[name] for name in (row.name, *row.aliases) if name in planned), row)
-        known.add(meant.name)
+        names = (row.name, *row.aliases)
+        told = [planned[name] for name in names if name in planned] or [row]
+        done |= {other.name for other in told if (other.dilations, other.splits) == (told[0].dilations, told[0].splits)}
+        own |= {*names}
+        meant = replace(told[0], signature=replace(told[0].signature, in_channels=row.signature.in_channels))
         holds = meant.converted or meant.signature == row.signature
         rows.append(replace(meant, name=row.name, aliases=row.aliases) if holds else row)
-    rows += [row for row in plan.rows if row.name not in known]
+    rows += [row for row in plan.rows if row.name not in done and (row.converted or row.name in own)]
     return replace(plan, rows=tuple(rows), parameters=count_parameters(model))
 
 

@@ -17,7 +17,7 @@ from coconv_surgery.layers.arguments import flag
 from coconv_surgery.layers.files import whole_file
 from coconv_surgery.layers.metadata import unchecked_levels
 from coconv_surgery.layers.rollback import deep_restorer
-from coconv_surgery.planning.notes import GUARD, guard_of, is_guarded
+from coconv_surgery.planning.notes import GUARD, guard_of, is_guard, is_guarded
 from coconv_surgery.surgery import complete_plan, get_plan, switch_to_plan
 from coconv_surgery.tracing.convertible import check_convertible, check_unsharded, path_of
 from coconv_surgery.tracing.finding import find_intact_sites
@@ -70,7 +70,8 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
     Args:
         model: A network of the same architecture, plain or converted.
         path: A file that :func:`save_converted` wrote, or any other that tells its plan, see :func:`plan_of`: a state
-            dict that ``torch.save`` wrote, a checkpoint of mmengine or Lightning. No code in it is executed.
+            dict that ``torch.save`` wrote, a checkpoint of mmengine or Lightning. No code in it is executed. Where a
+            training script kept an average of the weights beside them, that is loaded, as timm does.
 
     Returns:
         The same model object.
@@ -88,7 +89,7 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
     if is_safetensors(path):
         weights |= beside_tensors(read_header(path), weights, path)
     own = model.state_dict()
-    weights, own = ({name: held[name] for name in held if not name.startswith(GUARD)} for held in (weights, own))
+    weights, own = ({name: held[name] for name in held if not is_guard(name)} for held in (weights, own))
     both = [name for name in own.keys() & weights.keys() if isinstance(own[name], torch.Tensor)]
     problems = {
         "missing": own.keys() - weights.keys(),

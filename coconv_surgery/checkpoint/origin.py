@@ -8,15 +8,12 @@ from typing import Any
 import torch
 
 from coconv_surgery.checkpoint.header import plan_in_header, read_header
-from coconv_surgery.checkpoint.reading import CheckpointError, is_safetensors, read_checkpoint
+from coconv_surgery.checkpoint.reading import STATES, CheckpointError, is_safetensors, read_checkpoint
 from coconv_surgery.layers import metadata
 from coconv_surgery.layers.arguments import file_to_read
 from coconv_surgery.planning import notes
 from coconv_surgery.planning.plan import Plan, PlanRow, read_plan_text
 from coconv_surgery.tracing.signature import Signature
-
-# Where training scripts keep the weights in what they save.
-_STATES = ("state_dict", "model", "state_dict_ema", "model_ema", "module")
 
 
 def plan_of(source: str | Path | Mapping[str, Any]) -> Plan | None:
@@ -78,7 +75,7 @@ def _plan_in(content: Mapping[Any, Any], label: str) -> Plan | None:
     meta = content.get("meta")
     if isinstance(meta, Mapping) and isinstance(text := meta.get(notes.KEY), str):
         return read_plan_text(text, label)
-    for state in (content, *(content[key] for key in _STATES if isinstance(content.get(key), Mapping))):
+    for state in (content, *(content[key] for key in STATES if isinstance(content.get(key), Mapping))):
         if plan := _plan_in_metadata(state, label) or _plan_in_guard(state, label):
             return plan
     return None
@@ -91,27 +88,17 @@ def _plan_in_metadata(state: Mapping[Any, Any], label: str) -> Plan | None:
         return None
     parts = {name: part for name, part in noted.items() if isinstance(name, str) and isinstance(part, Mapping)}
     plans = {name: read_plan_text(str(part[notes.KEY]), label) for name, part in parts.items() if notes.KEY in part}
-    # The plan of a network tells all that those of its parts do.
-    plans = {name: plan for name, plan in plans.items() if not any(_is_within(name, other) for other in plans)}
+    plans = _outermost(plans)
     planned = {
-        _join(name, known): {"dilations": row.dilations, "splits": row.splits}
+        _join(name, own): {"dilations": row.dilations, "splits": row.splits}
         for name, plan in plans.items()
         for row in plan.converted
-        for known in (row.name, *row.aliases)
+        for own in (row.name, *row.aliases)
     }
     levels = {name: part[metadata.KEY] for name, part in parts.items() if metadata.KEY in part}
     if any(levels[name] != planned.get(name) for name in levels):
         return _found(parts, label)
-    if not plans:
-        return None
-    if len(plans) == 1:
-        ((name, plan),) = plans.items()
-        return _by_names_of(state, plan, name)
-    whole = [_within(plan, name) for name, plan in plans.items()]
-    rows = tuple(row for plan in whole for row in plan.rows)
-    told = ("; ".join(dict.fromkeys(getattr(plan, field) for plan in whole)) for field in ("policy", "input", "traced"))
-    policy, input_, traced = told
-    return Plan(rows, policy, input_, sum(plan.parameters for plan in whole), traced)
+    return _joined(plans, state)
 
 
 def _found(parts: Mapping[str, Mapping[Any, Any]], label: str) -> Plan:
@@ -128,16 +115,32 @@ def _found(parts: Mapping[str, Mapping[Any, Any]], label: str) -> Plan:
 
 
 def _plan_in_guard(state: Mapping[Any, Any], label: str) -> Plan | None:
-    for name, tensor in state.items():
-        if isinstance(name, str) and name.rpartition(".")[2].startswith(notes.GUARD) and torch.is_tensor(tensor):
-            plan = read_plan_text(bytes(tensor.flatten().tolist()), f"{label}: {name}")
-            return _by_names_of(state, plan, name.rpartition(".")[0])
-    return None
+    plans = {
+        name.rpartition(".")[0]: read_plan_text(bytes(tensor.flatten().tolist()), f"{label}: {name}")
+        for name, tensor in state.items()
+        if isinstance(name, str) and notes.is_guard(name) and torch.is_tensor(tensor) and not tensor.is_meta
+    }
+    return _joined(_outermost(plans), state)
 
 
-def _by_names_of(state: Mapping[Any, Any], plan: Plan, part: str) -> Plan:
-    """The plan of a part by the names of the whole; a wrapper, which adds its own name to all, is no whole."""
-    return plan if all(_is_within(str(key), part) for key in state) else _within(plan, part)
+def _outermost(plans: Mapping[str, Plan]) -> dict[str, Plan]:
+    """The plans that are not those of parts of another's network, which tells all that they do."""
+    return {name: plan for name, plan in plans.items() if not any(_is_within(name, other) for other in plans)}
+
+
+def _joined(plans: Mapping[str, Plan], state: Mapping[Any, Any]) -> Plan | None:
+    """One plan of those of a network's parts, by the names of the whole."""
+    if not plans:
+        return None
+    if len(plans) == 1:
+        ((name, plan),) = plans.items()
+        # A wrapper adds its name to all others.
+        return plan if all(_is_within(str(key), name) for key in state) else _within(plan, name)
+    whole = [_within(plan, name) for name, plan in plans.items()]
+    rows = tuple(row for plan in whole for row in plan.rows)
+    told = ("; ".join(dict.fromkeys(getattr(plan, field) for plan in whole)) for field in ("policy", "input", "traced"))
+    policy, input_, traced = told
+    return Plan(rows, policy, input_, sum(plan.parameters for plan in whole), traced)
 
 
 def _within(plan: Plan, part: str) -> Plan:

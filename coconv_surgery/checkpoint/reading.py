@@ -17,6 +17,8 @@ from timm.models import clean_state_dict
 from coconv_surgery.checkpoint.pickles import ALLOWED, Pickle, RefusedError
 from coconv_surgery.layers.arguments import file_to_read, kind, shown
 
+# Where training scripts keep the weights in what they save, averages first, as timm looks for them.
+STATES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 # What torch raises on a file that is damaged.
 _UNREADABLE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, OSError),
@@ -36,7 +38,7 @@ class CheckpointError(ValueError):
 def read_weights(path: str | Path) -> Mapping[str, Any]:
     """Read tensors by name, as timm would.
 
-    Those of an entry ``state_dict`` or ``model`` are taken, and what ``DataParallel`` and ``torch.compile`` put before
+    Those of the first entry of :data:`STATES` are taken, and what ``DataParallel`` and ``torch.compile`` put before
     names is taken off.
 
     Args:
@@ -48,7 +50,7 @@ def read_weights(path: str | Path) -> Mapping[str, Any]:
         OSError: If it cannot be opened.
     """
     content = read_checkpoint(path)
-    entry = next((content[key] for key in ("state_dict", "model") if key in content), content)
+    entry = next((content[key] for key in STATES if content.get(key) is not None), content)
     if not isinstance(entry, Mapping):
         raise CheckpointError(f"{path} holds a {kind(entry)} where its weights should be, not tensors by name")
     for name in entry:

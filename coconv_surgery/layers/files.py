@@ -13,7 +13,8 @@ from coconv_surgery.layers.arguments import file_to_write
 def whole_file(value: str | os.PathLike[str], name: str) -> Iterator[Path]:
     """Write a file under another name, which takes the place of the right one when it is complete and on the disk.
 
-    Whatever goes wrong before, a crash of the machine included, the old file is left as it was.
+    Whatever goes wrong before, a crash of the machine included, the old file is left as it was. Its permissions stay;
+    a new file has those that ``open()`` gives.
 
     Args:
         value: The file. A link stays one; what is no ordinary file, such as ``/dev/stdout``, is written directly.
@@ -33,16 +34,18 @@ def whole_file(value: str | os.PathLike[str], name: str) -> Iterator[Path]:
     ...     os.listdir(folder)
     ['a.txt']
     """
-    path = Path(os.path.realpath(file_to_write(value, name)))
-    if path.exists() and not path.is_file():
-        yield path
+    given = file_to_write(value, name)
+    if given.exists() and not given.is_file():  # asked of the link: that to a pipe leads nowhere by name
+        yield given
         return
-    # A name that no pattern for the file's own suffix finds.
-    passing = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    path = Path(os.path.realpath(given))
+    # A name that no pattern for the file's own suffix finds, and that is no longer than a name may be.
+    passing = path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:200])}.{secrets.token_hex(4)}.part")
     try:
+        passing.touch()
+        mode = (path if path.exists() else passing).stat().st_mode  # some writers choose their own
         yield passing
-        if path.exists():
-            passing.chmod(path.stat().st_mode)
+        passing.chmod(mode)
         _to_disk(passing)
         os.replace(passing, path)
         _to_disk(path.parent)

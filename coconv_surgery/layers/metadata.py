@@ -107,7 +107,7 @@ def may_load(
     if KEY not in metadata:
         if levels is not None and not _loading.unchecked and _loading.warned is not errors:
             _loading.warned = errors
-            _warn(known=bool(metadata))
+            _warn(known="version" in metadata)
         return True
     if (difference := levels_differ(metadata, levels)) is None:
         return True
@@ -135,7 +135,7 @@ def levels_differ(metadata: Mapping[str, Any], levels: Levels | None) -> str | N
 
 def _warn(*, known: bool) -> None:
     said = (
-        "come from a network that was not converted: outputs are wrong until this one is fine-tuned"
+        "come from plain convolutions where this network has contextual ones: outputs are wrong until it is fine-tuned"
         if known
         else "do not say how their network was converted: if not as this one is, outputs are wrong until this one is "
         "fine-tuned; load_converted() reads files that say it"

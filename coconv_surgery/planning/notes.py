@@ -41,6 +41,11 @@ def note_plan(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
         _set_note(model, plan)
 
 
+def is_guard(name: str) -> bool:
+    """Whether an entry of a state dict is a guard's, of the network or of a part."""
+    return name.rpartition(".")[2].startswith(GUARD)
+
+
 def is_guarded(model: nn.Module) -> bool:
     """Whether a network holds a guard's buffer."""
     return any(name.startswith(GUARD) for name in model._buffers)

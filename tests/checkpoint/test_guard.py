@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file, load_model, save_file
 
 import coconv_surgery as cs
 from coconv_surgery.planning.notes import GUARD
@@ -73,6 +73,19 @@ def test_it_survives_copies_half_precision_and_averages(guarded):
 def test_a_network_without_a_contextual_convolution_has_nothing_to_guard(net):
     with pytest.raises(ValueError, match="TinyNet has no contextual convolution"):
         cs.guard(net)
+
+
+@pytest.mark.parametrize("second", [True, False], ids=["all parts", "one part"])
+def test_guarded_parts_go_to_a_file_and_back(guarded, image, tmp_path, second):
+    other = cs.guard(cs.convert(type(guarded)().eval(), cs.UniformPolicy(2), input_size=32))
+    whole = nn.ModuleDict({"one": guarded, "two": other if second else type(guarded)().eval()})
+    save_file(whole.state_dict(), tmp_path / "bare.safetensors")
+    cs.save_converted(whole, tmp_path / "ours.safetensors")
+    for name in ("bare", "ours"):
+        fresh = nn.ModuleDict({"one": type(guarded)().eval(), "two": type(guarded)().eval()})
+        cs.load_converted(fresh, tmp_path / f"{name}.safetensors")
+        for part in whole:
+            assert torch.equal(fresh[part](image), whole[part](image))
 
 
 def test_a_file_can_be_guarded_without_the_network(net, image, tmp_path):

@@ -35,6 +35,23 @@ def test_other_classes_and_channels_can_be_asked_for(model, tmp_path):
     assert again.layer1[0].conv1.dilations == model.layer1[0].conv1.dilations
 
 
+@pytest.mark.parametrize(
+    ("network", "arguments"),
+    [
+        ("test_resnet", {"in_chans": 1}),
+        ("resnetv2_50x1_bit", {"num_classes": 0}),
+        ("test_efficientnet", {"features_only": True}),
+    ],
+    ids=["channels of a contextual stem", "a classifier that convolves", "features before the last convolution"],
+)
+def test_what_was_asked_for_may_change_or_leave_out_convolutions(network, arguments, tmp_path):
+    model = cs.convert(timm.create_model(network, num_classes=5), cs.UniformPolicy(2), input_size=64)
+    save_for_hf(model, tmp_path, **cs.hub_arguments(model))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **arguments)
+    levels = [{row.name: row.dilations for row in cs.get_plan(net).converted} for net in (again, model)]
+    assert levels[0] == levels[1]
+
+
 def test_what_a_folder_rebuilt_can_be_converted_otherwise_and_saved_again(model, tmp_path):
     save_for_hf(model, tmp_path / "a", **cs.hub_arguments(model))
     again = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True)

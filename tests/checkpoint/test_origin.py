@@ -1,5 +1,7 @@
 """What a file or a state dict says of how its network was converted."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -25,14 +27,26 @@ def test_a_state_dict_tells_the_plan(converted):
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": state, "optimizer": {}},
         lambda state: {"state_dict_ema": state},
+        lambda state: {"module": state},
     ],
-    ids=["bare", "state_dict", "model", "ema"],
+    ids=["bare", "state_dict", "model", "ema", "module"],
 )
 def test_a_torch_file_tells_the_plan(converted, tmp_path, wrap):
     torch.save(wrap(converted.state_dict()), tmp_path / "net.pth")
     plan = cs.plan_of(tmp_path / "net.pth")
     assert plan == cs.get_plan(converted)
-    assert not cs.get_plan(cs.apply_plan(type(converted)(), plan)).diff(plan)
+    assert not cs.get_plan(cs.load_converted(type(converted)(), tmp_path / "net.pth")).diff(plan)
+
+
+def test_an_average_of_weights_is_loaded_rather_than_the_weights_as_timm_does(converted, tmp_path):
+    average = copy.deepcopy(converted)
+    nn.init.constant_(average.head.bias, 5)
+    file = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": converted.state_dict(), "state_dict_ema": average.state_dict()}, file)
+    for load in (cs.load_converted, timm.models.load_checkpoint):
+        fresh = cs.apply_plan(type(converted)(), cs.get_plan(converted))
+        load(fresh, str(file))
+        assert torch.equal(fresh.head.bias, average.head.bias)
 
 
 def test_a_file_of_save_converted_tells_the_plan(converted, tmp_path):
@@ -56,6 +70,40 @@ def test_the_plans_of_parts_are_told_by_the_names_of_the_whole(net):
     assert [row.name for row in plan.converted] == ["one.stem", "one.body.0", "two.stem", "two.body.0"]
     del parts["two"]
     assert [row.name for row in cs.plan_of(parts.state_dict()).converted] == ["one.stem", "one.body.0"]
+
+
+def test_a_part_that_was_reverted_since_is_told_as_plain(converted, image, tmp_path):
+    cs.revert(converted.body)
+    torch.save(converted.state_dict(), tmp_path / "net.pth")
+    assert [row.name for row in cs.plan_of(tmp_path / "net.pth").converted] == ["stem"]
+    fresh = cs.load_converted(type(converted)().eval(), tmp_path / "net.pth")
+    assert torch.equal(fresh(image), converted(image))
+
+
+@pytest.mark.parametrize("way", ["whole", "part", "levels alone"])
+def test_a_part_that_is_held_twice_is_told_under_both_names(net, tmp_path, way):
+    twice, fresh = (nn.ModuleDict({"one": part, "two": part}) for part in (net, type(net)()))
+    if way == "levels alone":
+        cs.to_coconv_(net.stem, (1, 5))
+    else:
+        cs.convert(net, input_size=32)
+    plan = cs.get_plan(twice)
+    if way == "whole":
+        cs.revert(net)
+        cs.apply_plan(twice, plan)
+    torch.save(twice.state_dict(), tmp_path / "net.pth")
+    cs.load_converted(fresh, tmp_path / "net.pth")
+    assert not cs.get_plan(fresh).diff(plan)
+
+
+def test_levels_that_differ_are_refused_where_the_network_has_one_convolution_for_both(tmp_path):
+    parts = nn.ModuleDict({"one": nn.Conv2d(8, 8, 3), "two": nn.Conv2d(8, 8, 3)})
+    cs.to_coconv_(parts["one"], (1, 2))
+    cs.to_coconv_(parts["two"], (1, 3))
+    torch.save(parts.state_dict(), tmp_path / "net.pth")
+    conv = nn.Conv2d(8, 8, 3)
+    with pytest.raises(cs.PlanError, match="1 repeated in the plan: one"):
+        cs.load_converted(nn.ModuleDict({"one": conv, "two": conv}), tmp_path / "net.pth")
 
 
 def test_what_was_never_converted_says_nothing(net, tmp_path):
@@ -106,6 +154,10 @@ def test_the_guard_of_a_part_tells_it_by_the_names_of_the_whole(converted):
     assert [row.name for row in cs.plan_of(dict(whole.state_dict())).converted] == ["backbone.stem", "backbone.body.0"]
     del whole["head"]
     assert [row.name for row in cs.plan_of(dict(whole.state_dict())).converted] == ["stem", "body.0"]
+
+
+def test_a_guard_without_numbers_says_nothing(converted):
+    assert cs.plan_of(dict(cs.guard(converted).to("meta").state_dict())) is None
 
 
 @pytest.mark.parametrize("convert", [True, False], ids=["beside a plan", "alone"])

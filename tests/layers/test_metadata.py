@@ -72,7 +72,7 @@ def test_within_unchecked_levels_they_load_all_the_same():
 
 @pytest.mark.parametrize(
     ("carry", "words"),
-    [(lambda state: state, "a network that was not converted"), (dict, "do not say how their network was converted")],
+    [(lambda state: state, "come from plain convolutions"), (dict, "do not say how their network was converted")],
     ids=["plain", "without metadata"],
 )
 def test_weights_that_are_not_known_to_be_converted_load_with_one_warning(carry, words):
@@ -82,6 +82,11 @@ def test_weights_that_are_not_known_to_be_converted_load_with_one_warning(carry,
             net.load_state_dict(saved)
         assert len(caught) == 1
     assert torch.equal(net[0].weight, saved["0.weight"])
+
+
+def test_weights_that_do_not_say_are_not_called_plain_where_they_are_assigned():
+    with pytest.warns(cs.PlainWeightsWarning, match="do not say how their network was converted"):
+        network(1, 2).load_state_dict(dict(network(1, 2).state_dict()), assign=True)
 
 
 def test_a_single_level_is_a_plain_convolution():
