@@ -15,8 +15,8 @@ def guard(model: nn.Module, on: bool = True) -> nn.Module:
     A plain network cannot know that weights were trained for another. This adds a buffer, named
     ``converted_by_coconv_surgery_`` and eight digits that differ with the levels, which a strict ``load_state_dict``
     names as unexpected: timm's loaders, torch's and Lightning's are strict by default. It holds the plan, which
-    :func:`plan_of` reads from whatever kept the tensors. Conversions keep it up to date, and :func:`revert` takes it
-    out.
+    :func:`plan_of` reads from whatever kept the tensors. Conversions of the network keep it up to date, and
+    :func:`revert` takes it out; of a part alone they do not reach it: guard the network anew.
 
     What it costs: one buffer of some 400 bytes a convolution; and weights that have no such entry, those of a plain
     network to fine-tune from among them, do not load strictly any more: load them before, or with ``strict=False``.

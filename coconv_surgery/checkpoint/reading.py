@@ -50,7 +50,9 @@ def read_weights(path: str | Path) -> Mapping[str, Any]:
         OSError: If it cannot be opened.
     """
     content = read_checkpoint(path)
-    entry = next((content[key] for key in STATES if content.get(key) is not None), content)
+    entries = (content.get(key) for key in STATES)
+    # A tensor of such a name is one of the weights.
+    entry = next((entry for entry in entries if entry is not None and not torch.is_tensor(entry)), content)
     if not isinstance(entry, Mapping):
         raise CheckpointError(f"{path} holds a {kind(entry)} where its weights should be, not tensors by name")
     for name in entry:

@@ -1,5 +1,6 @@
 """A converted network on disk."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,14 @@ def test_a_network_that_was_converted_the_same_way_takes_over_policy_and_maps(ne
         cs.to_coconv_(fresh.get_submodule(name), levels.dilations, levels.splits)
     cs.load_converted(fresh, saved)
     assert cs.get_plan(fresh) == cs.get_plan(net)
+
+
+@pytest.mark.parametrize("name", ["module", "model"])
+def test_a_parameter_may_be_called_as_training_scripts_call_the_weights(net, tmp_path, name):
+    net.register_parameter(name, nn.Parameter(torch.ones(2)))
+    fresh = copy.deepcopy(net)
+    cs.save_converted(cs.convert(net, input_size=32), tmp_path / "net.safetensors")
+    assert cs.get_plan(cs.load_converted(fresh, tmp_path / "net.safetensors")) == cs.get_plan(net)
 
 
 def test_a_write_that_fails_leaves_the_old_file(net, saved, monkeypatch):
