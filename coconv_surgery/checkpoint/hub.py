@@ -42,7 +42,7 @@ def hub_arguments(model: nn.Module) -> dict[str, Any]:
         raise ValueError(
             f"timm did not build {type(model).__name__}, so it cannot build it again: use save_converted()"
         )
-    if is_guarded(model):
+    if any(map(is_guarded, model.modules())):
         raise ValueError(
             "the network holds a guard, which timm would find unexpected: take it out by guard(model, False)"
         )

@@ -140,7 +140,8 @@ def _warn(*, known: bool) -> None:
         else "do not say how their network was converted: if not as this one is, outputs are wrong until this one is "
         "fine-tuned; load_converted() reads files that say it"
     )
-    warnings.warn(f"these weights {said}", PlainWeightsWarning, stacklevel=3)
+    # Explicit, as warn() shows what comes from one place once: this is for every network that is loaded.
+    warnings.warn_explicit(f"these weights {said}", PlainWeightsWarning, __name__, 0)
 
 
 def _in_numbers(value: Any) -> Any:

@@ -89,6 +89,14 @@ def test_weights_that_do_not_say_are_not_called_plain_where_they_are_assigned():
         network(1, 2).load_state_dict(dict(network(1, 2).state_dict()), assign=True)
 
 
+def test_python_shows_the_warning_for_every_network():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            network(1, 2).load_state_dict(network().state_dict())
+    assert [warning.category for warning in shown] == [cs.PlainWeightsWarning] * 2
+
+
 def test_a_single_level_is_a_plain_convolution():
     plain, single = network(), network(1)
     single.load_state_dict(plain.state_dict())
