@@ -400,7 +400,7 @@ def test_a_block_that_can_merge_compiles_and_traces():
 
 
 @pytest.mark.parametrize(
-    "wrapped", [functools.partialmethod(Block.fuse, True), functools.lru_cache(Block.fuse)], ids=str
+    "wrapped", [functools.partialmethod(Block.fuse, True), functools.lru_cache(Block.fuse)], ids=["partial", "cache"]
 )
 def test_a_merge_in_a_wrapping_keeps_levels(wrapped):
     cls = type("Wrapped", (Block,), {"fuse": wrapped})

@@ -163,6 +163,8 @@ class _Observer(TorchFunctionMode):
         # What was computed since, with its node, and what a checkpoint then took for its own.
         self._computed: dict[int, tuple[torch.Tensor, Node]] = {}
         self._inside: dict[tuple[Node, int], Node] = {}
+        # What was computed in inference mode, where a function such as a checkpoint takes its outputs out of the graph.
+        self._attached: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for module in model.modules():
             if module in watched:
                 self._watch_conv(watched[module], module)
@@ -179,7 +181,7 @@ class _Observer(TorchFunctionMode):
 
         activations = [*nodes(self._activations), *nodes(tensors_in(entered))]
         outputs = {output.node for output in self._outputs if output.node is not None}
-        returned = list(tensors_in(ends))
+        returned = list(map(self._attach, tensors_in(ends)))
         maps = nodes(tensor for tensor in returned if tensor.dim() > 1)
         dataflow = Dataflow(nodes(returned), activations, outputs, self._inside, maps)
         calls = defaultdict(list)
@@ -259,6 +261,7 @@ class _Observer(TorchFunctionMode):
             self.switched = True
             return torch.ops.aten.alias.default(args[0])
         if self.switched:
+            args, kwargs = tree_map_only(torch.Tensor, self._attach, (args, kwargs))
             for tensor in tensors_in(args):
                 self._node_of(tensor)
         inference = torch.is_inference_mode_enabled()
@@ -266,6 +269,8 @@ class _Observer(TorchFunctionMode):
         try:
             with torch.inference_mode(False) if inference else contextlib.nullcontext():
                 result = func(*args, **kwargs)
+                if inference and isinstance(result, torch.Tensor) and result.grad_fn is not None:
+                    self._attached[id(result)] = (result, torch.ops.aten.alias.default(result))
         except RuntimeError:
             if not self.switched:
                 raise
@@ -280,6 +285,11 @@ class _Observer(TorchFunctionMode):
         if computed_by is not None and isinstance(node, BackwardCFunction):
             self._inside.setdefault((node, tensor.output_nr), computed_by)
         return self._inside.get((node, tensor.output_nr), node)
+
+    def _attach(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor with the node that computed it, which a function may have taken from it since."""
+        computed, attached = self._attached.get(id(tensor), (None, tensor))
+        return attached if computed is tensor and tensor.grad_fn is None else tensor
 
     def _as_asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Compute what cannot be recorded: parameters written in place, conversions to numpy and the like."""

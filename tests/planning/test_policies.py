@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coconv_surgery as cs
+from coconv_surgery.layers.arguments import kind
 from coconv_surgery.planning.policies import get_policy, named_policy, settle
 from coconv_surgery.tracing.dataflow import Reader
 from coconv_surgery.tracing.observer import Call
@@ -118,7 +119,7 @@ def test_a_name_with_numbers_takes_settings_too():
     assert named_policy("stage(3,3,2,1)", split="even") == cs.StagePolicy((3, 3, 2, 1), split="even")
 
 
-@pytest.mark.parametrize("answer", [2.0, None, "2", True, object(), {"foo": 1}, b"12"], ids=str)
+@pytest.mark.parametrize("answer", [2.0, None, "2", True, object(), {"foo": 1}, b"12"], ids=kind)
 def test_an_answer_of_another_kind_is_told_what_would_do(net, answer):
     advice = r"gave stem the levels .*: give a number of levels, a sequence of dilations, or Levels\("
     with pytest.raises(ValueError, match=f"policy .*{advice}"):

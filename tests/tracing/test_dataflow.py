@@ -79,6 +79,12 @@ def in_nested_checkpoints(model, x):
     return checkpoint(lambda x: model.predict(inner(x)), x, use_reentrant=True)
 
 
+def in_a_checkpoint_under_inference_mode(model, x):
+    with torch.inference_mode():
+        x = checkpoint(lambda x: model.first(x).relu(), x, use_reentrant=True)
+    return model.predict(x.clone())
+
+
 def through_detached_maps(model, x):
     return model.predict(model.first(x).detach()).detach()
 
@@ -103,8 +109,8 @@ def in_a_function_of_its_own(model, x):
 HIDDEN = [
     *(under_no_grad, under_inference_mode, between_switches, under_a_switch),
     *(decorated_with_no_grad, decorated_with_inference_mode),
-    *(in_a_reentrant_checkpoint, in_a_checkpoint, in_two_checkpoints, in_nested_checkpoints, through_detached_maps),
-    *(through_data, in_a_function_of_its_own),
+    *(in_a_reentrant_checkpoint, in_a_checkpoint, in_two_checkpoints, in_nested_checkpoints),
+    *(in_a_checkpoint_under_inference_mode, through_detached_maps, through_data, in_a_function_of_its_own),
 ]
 
 
