@@ -88,8 +88,11 @@ class Choices:
 
 def found_row(site: Site) -> PlanRow:
     """A row that says what a site is, without a trace."""
-    plain = Reason.FIXED_LEVELS.because(why=site.no_plain_form) if site.no_plain_form else Reason.PLAIN.because()
-    why = None if site.levels is not None else plain
+    why = None
+    if site.no_plain_form and site.state == site.plain:
+        why = Reason.FIXED_LEVELS.because(why=site.no_plain_form)
+    elif site.levels is None:
+        why = Reason.PLAIN.because()
     return _row(TracedConv(site), site.state, why)
 
 

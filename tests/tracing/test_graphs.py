@@ -197,12 +197,13 @@ def test_a_base_dilation_is_read_off_an_export(image):
     close(cs.revert(graph)(image), before)
 
 
-def test_one_level_that_is_not_the_plain_one_is_recognised_in_an_export(image):
+def test_one_level_that_is_not_the_plain_one_has_no_plain_form_in_an_export(image):
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)).eval()
     cs.convert(net, overrides={"0": cs.Levels((3,), (8,))}, input_size=SIDE)
     for form in (exported, decomposed, traced):
         graph = form(net, image)
-        assert levels(graph) == [(3,)]
+        assert cs.get_plan(graph).rows[0].dilations == (3,)
+        assert cs.get_plan(graph).rows[0].reason == "its own dilation is not in the exported graph"
         before = graph(image)
         with pytest.warns(cs.NoChangeWarning):
             cs.convert(graph, input_size=SIDE)
