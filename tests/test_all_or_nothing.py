@@ -115,7 +115,9 @@ def test_a_checkpoint_of_the_authors_is_loaded_whole_or_not_at_all(tmp_path, cap
     for parameter in theirs.parameters():
         nn.init.normal_(parameter)
     torch.save(cs.export_authors_state_dict(theirs), tmp_path / "theirs.pth")
-    count = every_fault(authors_network, lambda model: cs.load_authors_checkpoint(model, tmp_path / "theirs.pth"))
+    # Most calls read the file, which changes nothing.
+    load = lambda model: cs.load_authors_checkpoint(model, tmp_path / "theirs.pth")  # noqa: E731
+    count = every_fault(authors_network, load, step=17)
     assert count > 20
     report(capsys, "load_authors_checkpoint", count)
 
@@ -195,7 +197,7 @@ def test_an_interrupted_rewrite_of_a_graph_does_not_poison_later_traces():
 
     plan = cs.plan_conversion(functional_network(), input_size=(3, 16, 16))
     calls, _ = run_with_fault(lambda: cs.apply_plan(functional_network(), plan))
-    for number in range(1, calls + 1):
+    for number in range(1, calls + 1, 3):
         run_with_fault(lambda: cs.apply_plan(functional_network(), plan), number)
     assert F.conv2d in [node.target for node in fx.symbolic_trace(Functional()).graph.nodes]
 
