@@ -38,7 +38,7 @@ def _load_state_dict(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[st
     plan = plan_in_header(read_header(checkpoint_path), checkpoint_path)
     if plan is None:
         return state
-    state = _with_metadata(state, {})
+    state = _with_metadata(state, {row.name: {"version": 1} for row in plan.rows})  # as torch notes every module
     for row in plan.converted:
         write_levels(state, f"{row.name}.", Levels(row.dilations, row.splits))
     return state

@@ -32,12 +32,28 @@ class PlainWeightsWarning(UserWarning):
     """Weights in a converted network that come from a plain one, or do not say from which."""
 
 
-class _Loading(threading.local):
+class _Loading:
+    """The loading of one network, which a module knows by the list that takes its errors."""
+
+    def __init__(self, errors: list[str]) -> None:
+        self.errors = errors
+        self.converted = False
+        self.warned = False
+        self.differences: list[str] = []  # which matter once a convolution shows that the weights were converted
+
+    def report(self) -> None:
+        """Make the differences errors, if they are."""
+        if self.converted and self.differences:
+            self.errors += self.differences if DIFFERENT in self.errors else [DIFFERENT, *self.differences]
+            self.differences.clear()
+
+
+class _State(threading.local):
     unchecked = False
-    warned: list[str] | None = None  # the errors of the last network that was warned of, as it stands for the loading
+    loading = _Loading([])
 
 
-_loading = _Loading()
+_state = _State()
 
 
 @contextmanager
@@ -53,11 +69,11 @@ def unchecked_levels() -> Iterator[None]:
     ...     other.load_state_dict(conv.state_dict())
     <All keys matched successfully>
     """
-    before, _loading.unchecked = _loading.unchecked, True
+    before, _state.unchecked = _state.unchecked, True
     try:
         yield
     finally:
-        _loading.unchecked = before
+        _state.unchecked = before
 
 
 def write_levels(state_dict: Mapping[str, Any], prefix: str, levels: Levels, conv: nn.Conv2d | None = None) -> None:
@@ -97,40 +113,48 @@ def may_load(
         errors: Takes the error if they differ, as torch's ``error_msgs``.
 
     Returns:
-        Whether they agree, or it does not say.
+        Whether to load it: they agree, or it does not say, or nothing that was loaded before it was contextual.
 
     Warns:
         PlainWeightsWarning: Once for a network, if it is contextual, and the weights are not or do not say.
     """
-    if not any(name.startswith(prefix) for name in state_dict):
+    if _state.unchecked or not any(name.startswith(prefix) for name in state_dict):
         return True
-    if KEY not in metadata:
-        if levels is not None and not _loading.unchecked and _loading.warned is not errors:
-            _loading.warned = errors
-            _warn(known="version" in metadata)
-        return True
-    if (difference := levels_differ(metadata, levels)) is None:
-        return True
-    if DIFFERENT not in errors:
-        errors.append(DIFFERENT)
-    errors.append(f"{prefix[:-1]}: {difference}")
-    return False
+    if _state.loading.errors is not errors:
+        _state.loading = _Loading(errors)
+    loading, difference = _state.loading, levels_differ(metadata, levels)
+    loading.converted |= KEY in metadata
+    if difference is not None:
+        loading.differences.append(f"{prefix[:-1]}: {difference}")
+    loading.report()
+    if levels is not None and KEY not in metadata and not (loading.converted or loading.warned):
+        loading.warned = True
+        _warn(known="version" in metadata)
+    return difference is None or not loading.converted
 
 
 def levels_differ(metadata: Mapping[str, Any], levels: Levels | None) -> str | None:
-    """Say in words where the levels of a convolution are not those that its part of the metadata notes.
+    """Say in words where the levels of a convolution are not those that its part of the metadata tells.
+
+    That a convolution was plain counts in weights of a converted network alone; others start a fine-tuning.
 
     Args:
         metadata: Its part.
         levels: Its levels, or None of what is no contextual convolution.
 
     Returns:
-        The difference; None if there is none, nothing is noted, or levels are not to be checked.
+        The difference; None if there is none, or nothing is told, or levels are not to be checked.
     """
     own, noted = None if levels is None else levels._asdict(), metadata.get(KEY)
-    if noted is None or own == noted or _loading.unchecked:
+    if own == noted or _state.unchecked or (noted is None and "version" not in metadata):
         return None
-    return f"{'plain' if own is None else _in_words(own)}, the weights come from {_in_words(noted)}"
+    mine, theirs = ("plain" if told is None else _in_words(told) for told in (own, noted))
+    return f"{mine}, the weights come from {'a plain one' if noted is None else theirs}"
+
+
+def is_converted(state_dict: Mapping[str, Any]) -> bool:
+    """Whether a state dict tells levels."""
+    return any(KEY in metadata for metadata in getattr(state_dict, "_metadata", {}).values())
 
 
 def _warn(*, known: bool) -> None:

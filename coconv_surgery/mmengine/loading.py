@@ -12,7 +12,7 @@ import torch.nn as nn
 from mmengine.model import BaseTTAModel, is_model_wrapper
 
 from coconv_surgery.layers.conv import CoConv2d
-from coconv_surgery.layers.metadata import levels_differ
+from coconv_surgery.layers.metadata import is_converted, levels_differ
 from coconv_surgery.planning.plan import PlanError
 
 _SHOWN = 10
@@ -30,10 +30,10 @@ _upstream_load_state_dict = checkpoints.load_state_dict
 
 
 def _load_state_dict(module: nn.Module, state_dict: Any, strict: bool = False, logger: Any = None) -> Any:
-    metadata = getattr(state_dict, "_metadata", None) or {}
+    metadata = getattr(state_dict, "_metadata", {})
     rows = [
         f"{name}: {difference}"
-        for name, part in _modules(module)
+        for name, part in (_modules(module) if is_converted(state_dict) else ())
         if (difference := levels_differ(metadata.get(name, {}), _levels(part))) is not None
     ]
     if rows:

@@ -60,6 +60,16 @@ def test_other_splits_are_other_levels():
         other.load_state_dict(conv.state_dict())
 
 
+@pytest.mark.parametrize("plain", [0, 1])
+def test_a_convolution_that_was_plain_in_a_converted_network_is_an_error_too(plain):
+    source, net = network(1, 2, seed=1), network(1, 2)
+    cs.to_conv_(source[plain])
+    saved = through_torch_save(source.state_dict())
+    warnings.simplefilter("ignore")
+    with pytest.raises(RuntimeError, match=rf"{plain}: dilations \(1, 2\) .* the weights come from a plain one"):
+        net.load_state_dict(saved)
+
+
 def test_within_unchecked_levels_they_load_all_the_same():
     saved, net = network(1, 2, seed=1).state_dict(), network(1, 3)
     with cs.unchecked_levels():

@@ -61,6 +61,13 @@ def test_nothing_has_changed_when_it_is_refused(plain_config, tiny_ssd, checkpoi
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_convolution_that_was_plain_in_a_converted_detector_is_refused_too(tiny_ssd, checkpoint):
+    model = MODELS.build({**tiny_ssd.model, "backbone": {**tiny_ssd.model.backbone, "levels": (4, 3, 2)}})
+    cs.to_coconv_(model.neck.extra_layers[0][1].conv, (1, 2))
+    with pytest.raises(cs.PlanError, match=r"neck\.extra_layers\.0\.1\.conv: .* the weights come from a plain one"):
+        load_checkpoint(model, checkpoint, map_location="cpu")
+
+
 def test_within_unchecked_levels_it_loads(plain_config, tiny_ssd, checkpoint):
     model = MODELS.build(tiny_ssd.model)
     with cs.unchecked_levels():
