@@ -9,6 +9,7 @@ What drops the metadata says nothing: safetensors, and whoever builds a new dict
 
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from coconv_surgery.layers.levels import Levels
 
 KEY = "coconv_levels"
 CONV = "coconv_conv"
+PLACE = "coconv_place"  # the convolution's own name, and those of all contextual ones of its network
 _ARGUMENTS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 DIFFERENT = (
     "the network is not converted as the one that these weights come from was, and would compute something else with "
@@ -40,6 +42,8 @@ class _Loading:
         self.converted = False
         self.warned = False
         self.differences: list[str] = []  # which matter once a convolution shows that the weights were converted
+        self.seen: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self.told: set[str] = set()  # names of what was contextual where the weights come from
 
     def report(self) -> None:
         """Make the differences errors, if they are."""
@@ -94,6 +98,43 @@ def write_levels(state_dict: Mapping[str, Any], prefix: str, levels: Levels, con
         own[CONV] = {name: _in_numbers(getattr(conv, name)) for name in _ARGUMENTS}
 
 
+def write_places(state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Note with each contextual convolution of a network which others there are.
+
+    One that is plain where the weights are loaded cannot tell that it was contextual; those beside it can.
+
+    Args:
+        state_dict: As torch passes it to a hook on state dicts.
+        prefix: The same.
+    """
+    metadata = getattr(state_dict, "_metadata", {})
+    own = {
+        name.removeprefix(prefix): part for name, part in metadata.items() if name.startswith(prefix) and KEY in part
+    }
+    names = tuple(own)
+    for name, part in own.items():
+        part[PLACE] = (name, names)
+
+
+def compare_places(model: nn.Module, incompatible_keys: Any) -> None:
+    """Report convolutions that are plain, and were contextual where the weights come from: a hook after loading.
+
+    Args:
+        model: The network.
+        incompatible_keys: As torch passes it.
+    """
+    loading = _state.loading
+    named = list(model.named_modules(remove_duplicate=False))
+    prefix = next((loading.seen[part].removesuffix(name) for name, part in named if part in loading.seen), None)
+    if prefix is None or _state.unchecked:
+        return
+    for name, part in named:
+        if prefix + name in loading.told and part not in loading.seen and isinstance(part, nn.Conv2d):
+            loading.told.remove(prefix + name)
+            loading.differences.append(f"{prefix}{name}: plain, the weights come from a contextual one")
+    loading.report()
+
+
 def forget_levels(state_dict: Mapping[str, Any]) -> None:
     """Take all levels out of a state dict's metadata."""
     for metadata in getattr(state_dict, "_metadata", {}).values():
@@ -101,15 +142,21 @@ def forget_levels(state_dict: Mapping[str, Any]) -> None:
 
 
 def may_load(
-    state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], levels: Levels | None, errors: list[str]
+    conv: nn.Module,
+    levels: Levels | None,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    errors: list[str],
 ) -> bool:
     """Compare what a state dict says of a convolution with its levels.
 
     Args:
+        conv: The convolution.
+        levels: Its levels, or None if it computes what a plain one does.
         state_dict: As torch passes it to a module that is loaded.
         prefix: The same.
         metadata: The module's own part of the metadata.
-        levels: The levels, or None of a plain convolution.
         errors: Takes the error if they differ, as torch's ``error_msgs``.
 
     Returns:
@@ -124,6 +171,8 @@ def may_load(
         _state.loading = _Loading(errors)
     loading, difference = _state.loading, levels_differ(metadata, levels)
     loading.converted |= KEY in metadata
+    loading.seen[conv] = prefix[:-1]
+    loading.told |= _places(prefix[:-1], metadata.get(PLACE))
     if difference is not None:
         loading.differences.append(f"{prefix[:-1]}: {difference}")
     loading.report()
@@ -155,6 +204,14 @@ def levels_differ(metadata: Mapping[str, Any], levels: Levels | None) -> str | N
 def is_converted(state_dict: Mapping[str, Any]) -> bool:
     """Whether a state dict tells levels."""
     return any(KEY in metadata for metadata in getattr(state_dict, "_metadata", {}).values())
+
+
+def _places(name: str, place: Any) -> set[str]:
+    """The names of all contextual convolutions, as the name of one of them is here."""
+    match place:
+        case (str(own), tuple(names)) if name.endswith(own):
+            return {name.removesuffix(own) + str(other) for other in names}
+    return set()
 
 
 def _warn(*, known: bool) -> None:

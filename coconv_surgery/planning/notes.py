@@ -14,6 +14,7 @@ import torch.fx as fx
 import torch.nn as nn
 
 from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.metadata import compare_places, write_places
 from coconv_surgery.planning.plan import Plan
 
 KEY = "coconv_plan"
@@ -86,19 +87,22 @@ def guard_of(plan: Plan) -> tuple[str, torch.Tensor]:
 
 
 def _set_note(model: nn.Module, plan: Plan | None) -> None:
-    attributes, hooks = _attributes(model), model._state_dict_hooks
-    ours = [key for key, hook in hooks.items() if hook is _write_plan]
+    attributes = _attributes(model)
+    tables = ((model._state_dict_hooks, _write_plan), (model._load_state_dict_post_hooks, compare_places))
+    held = [(table, key) for table, ours in tables for key, hook in table.items() if hook is ours]
     if plan is not None:
         attributes[_ATTRIBUTE] = plan
-        if not ours:
+        if not held:
             model._register_state_dict_hook(_write_plan)  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_post_hook(compare_places)  # type: ignore[no-untyped-call]
         return
     attributes.pop(_ATTRIBUTE, None)
-    for key in ours:
-        del hooks[key]
+    for table, key in held:
+        del table[key]
 
 
 def _write_plan(model: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    write_places(state_dict, prefix)
     if (plan := noted_plan(model)) is not None and _still_holds(model, plan):
         metadata[KEY] = plan.to_json()
 

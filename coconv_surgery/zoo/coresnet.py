@@ -13,6 +13,7 @@ which have the same names and shapes, to be fine-tuned; the tags are timm's, suc
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -23,8 +24,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from coconv_surgery.layers.arguments import choice, flag, whole_number
+from coconv_surgery.planning.notes import note_plan
 from coconv_surgery.planning.policies import Policy
-from coconv_surgery.surgery import apply_plan, plan_conversion
+from coconv_surgery.surgery import apply_plan, get_plan, plan_conversion
 from coconv_surgery.zoo.stages import TABLE_1, AuthorsCheckpoints, BaseDilation, NormAfterAdd, set_levels
 
 __all__ = ["CoResNet", "NormAfterAddBottleneck"]  # timm adds the names of the networks
@@ -133,6 +135,9 @@ dilations=(1, 2, 3), splits=(64, 32, 32))
         if norm_after_add:
             for stage in stages:
                 NormAfterAddBottleneck.replace(stage[-1])
+        with ExitStack() as undo:
+            note_plan(self, get_plan(self), undo)
+            undo.pop_all()
 
 
 def _default_cfgs() -> dict[str, Any]:

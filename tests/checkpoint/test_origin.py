@@ -182,10 +182,10 @@ def test_metadata_that_make_no_sense_are_an_error(converted):
             cs.plan_of(state)
 
 
-def test_coresnets_tell_their_levels(tmp_path):
+def test_coresnets_tell_their_plan(tmp_path):
     model = timm.create_model("coresnet18")
     torch.save(model.state_dict(), tmp_path / "net.pth")
-    assert cs.plan_of(tmp_path / "net.pth").rows == cs.get_plan(model).converted
+    assert cs.plan_of(tmp_path / "net.pth") == cs.get_plan(model)
 
 
 def test_a_checkpoint_that_tells_its_plan_is_loaded_like_a_file_of_ours(converted, image, tmp_path):

@@ -4,6 +4,7 @@ import io
 import warnings
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -68,6 +69,25 @@ def test_a_convolution_that_was_plain_in_a_converted_network_is_an_error_too(pla
     warnings.simplefilter("ignore")
     with pytest.raises(RuntimeError, match=rf"{plain}: dilations \(1, 2\) .* the weights come from a plain one"):
         net.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.Sequential], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("carry", [lambda state: state, through_torch_save], ids=["in memory", "saved"])
+def test_a_convolution_that_is_plain_in_a_converted_network_is_an_error_too(carry, wrap):
+    def build(**overrides):
+        return cs.convert(network(), overrides={"0": 2, "1": 2, **overrides}, input_size=16)
+
+    saved = carry(wrap(build()).state_dict())
+    with pytest.raises(RuntimeError, match=r"1: plain, the weights come from a contextual one") as error:
+        wrap(build(**{"1": None})).load_state_dict(saved)
+    assert "0: " not in str(error.value).replace("0.1: ", "")
+    wrap(build()).load_state_dict(saved)
+
+
+def test_coresnets_that_differ_in_a_stage_that_is_plain_in_one_do_not_load():
+    saved = timm.create_model("coresnet18", levels=(2, 2, 2, 1)).state_dict()
+    with pytest.raises(RuntimeError, match=r"layer3\.0\.conv1: plain, the weights come from a contextual one"):
+        timm.create_model("coresnet18", levels=(2, 2, 1, 1)).load_state_dict(saved)
 
 
 def test_within_unchecked_levels_they_load_all_the_same():
