@@ -1,12 +1,13 @@
 """The one reader of weight files: nothing in a file is executed, and every size is checked before memory is spent."""
 
 import io
+import mmap
 import pickle
 import struct
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
@@ -145,8 +146,9 @@ def _check_end(path: Path, size: int) -> None:
 
 
 def _check_pickles(path: Path, size: int) -> None:
-    with path.open("rb") as file:
+    # Mapped, as a file would set aside whatever number of bytes it is asked to read.
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
         pickles = Pickle(size)
         # A number that says what it is, the version, the machine, what was saved, and the storages that follow.
         for _ in range(5):
-            pickles.follow(file)
+            pickles.follow(cast(BinaryIO, file))

@@ -144,6 +144,7 @@ HOSTILE = {
     "list": (lambda path: torch.save([1], path), "holds a list, not tensors by name"),
     "TorchScript": (lambda path: torch.jit.script(nn.ReLU()).save(str(path)), "is a TorchScript archive"),
     "text": (lambda path: path.write_text("hello"), "is not a complete checkpoint: copy or download it again"),
+    "length": (lambda path: path.write_bytes(b"\x80\x02\x8d" + b"\xff" * 7 + b"\x3f"), "is not a complete checkpoint"),
     "empty": (lambda path: path.write_bytes(b""), "is not a complete checkpoint"),
 }
 
