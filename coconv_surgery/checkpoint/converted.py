@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from coconv_surgery.checkpoint.header import beside_tensors, is_json, read_header, write_header
-from coconv_surgery.checkpoint.origin import read_plan
-from coconv_surgery.checkpoint.reading import is_safetensors, read_weights
+from coconv_surgery.checkpoint.origin import plan_told
+from coconv_surgery.checkpoint.reading import is_safetensors, read_checkpoint, weights_in
 from coconv_surgery.checkpoint.tensors import can_hold, cannot_write, check_loadable, each_once, held_once, is_expanded
 from coconv_surgery.layers.arguments import flag
 from coconv_surgery.layers.files import whole_file
@@ -84,7 +84,8 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         OSError: If the file cannot be read.
     """
     check_convertible(model)
-    plan, weights = read_plan(path), dict(read_weights(path))
+    content = read_checkpoint(path)
+    plan, weights = plan_told(content, path), weights_in(content, path)
     check_loadable(model, {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, path)
     if is_safetensors(path):
         weights |= beside_tensors(read_header(path), weights, path)

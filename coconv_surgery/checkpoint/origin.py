@@ -29,8 +29,8 @@ def plan_of(source: str | Path | Mapping[str, Any]) -> Plan | None:
 
     Returns:
         The plan of what was converted: where that is a part of the saved network, as the backbone of a detector is, of
-        the part; where levels were given without a plan, as by :func:`to_coconv_` and in a CoResNet, of the contextual
-        convolutions alone, and its number of parameters is 0. None if nothing is said: the network was plain, or what
+        the part; where levels were given without a plan, as by :func:`to_coconv_`, of the contextual convolutions
+        alone, and its number of parameters is 0. None if nothing is said: the network was plain, or what
         saved it dropped the metadata, as safetensors does and whoever builds a new dict from the tensors.
 
     Raises:
@@ -48,9 +48,7 @@ def plan_of(source: str | Path | Mapping[str, Any]) -> Plan | None:
     if isinstance(source, Mapping):
         return _plan_in(source, "the state dict")
     path = file_to_read(source, "source", "the path of a file, or a state dict")
-    content = read_checkpoint(path)
-    in_header = plan_in_header(read_header(path), path) if is_safetensors(path) else None
-    return in_header or _plan_in(content, str(path))
+    return _plan_in_file(read_checkpoint(path), path)
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -62,13 +60,29 @@ def read_plan(path: str | Path) -> Plan:
         CheckpointError: If it cannot be read, or tells no plan.
         OSError: If it cannot be opened.
     """
-    plan = plan_of(file_to_read(path, "path"))
+    path = file_to_read(path, "path")
+    return plan_told(read_checkpoint(path), path)
+
+
+def plan_told(content: Mapping[Any, Any], path: str | Path) -> Plan:
+    """The plan of a file, as :func:`read_plan` gives it, of which the content was read.
+
+    Raises:
+        PlanError: If what it says is not a plan.
+        CheckpointError: If it tells no plan.
+    """
+    plan = _plan_in_file(content, path)
     if plan is None:
         raise CheckpointError(
             f"{path} holds no plan: it comes from a plain network, or what wrote it dropped what torch keeps with a "
             "state dict; save_converted() writes one"
         )
     return plan
+
+
+def _plan_in_file(content: Mapping[Any, Any], path: str | Path) -> Plan | None:
+    in_header = plan_in_header(read_header(path), path) if is_safetensors(path) else None
+    return in_header or _plan_in(content, str(path))
 
 
 def _plan_in(content: Mapping[Any, Any], label: str) -> Plan | None:

@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
     """A file of weights that cannot be read, or claims more than it holds."""
 
 
-def read_weights(path: str | Path) -> Mapping[str, Any]:
+def read_weights(path: str | Path) -> dict[str, Any]:
     """Read tensors by name, as timm would.
 
     Those of the first entry of :data:`STATES` are taken, and what ``DataParallel`` and ``torch.compile`` put before
@@ -50,7 +50,15 @@ def read_weights(path: str | Path) -> Mapping[str, Any]:
         CheckpointError: As :func:`read_checkpoint`, or if what it holds has no names.
         OSError: If it cannot be opened.
     """
-    content = read_checkpoint(path)
+    return weights_in(read_checkpoint(path), path)
+
+
+def weights_in(content: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
+    """The tensors by name in what :func:`read_checkpoint` has read, as :func:`read_weights` gives them.
+
+    Raises:
+        CheckpointError: If it holds none, or what it holds has no names.
+    """
     entries = (content.get(key) for key in STATES)
     # A tensor of such a name is one of the weights.
     entry = next((entry for entry in entries if entry is not None and not torch.is_tensor(entry)), content)

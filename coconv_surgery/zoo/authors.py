@@ -137,7 +137,7 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
         UserWarning: If the network does not normalise after the addition, as theirs do.
     """
     instance(model, "model", nn.Module, "a torch.nn.Module")
-    state = dict(read_weights(path))
+    state = read_weights(path)
     _check_tensors(state, path)
     check_loadable(model, state, path)
     # Their shapes alone, until they are known to be the network's.
