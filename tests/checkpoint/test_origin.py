@@ -72,10 +72,15 @@ def test_the_plans_of_parts_are_told_by_the_names_of_the_whole(net):
     assert [row.name for row in cs.plan_of(parts.state_dict()).converted] == ["one.stem", "one.body.0"]
 
 
-def test_a_part_that_was_reverted_since_is_told_as_plain(converted, image, tmp_path):
-    cs.revert(converted.body)
+@pytest.mark.parametrize(
+    ("undo", "left"),
+    [(lambda net: cs.revert(net.body), "stem"), (lambda net: cs.to_conv_(net.stem), "body.0")],
+    ids=["a part reverted", "by hand"],
+)
+def test_what_was_made_plain_since_is_told_as_plain(converted, image, tmp_path, undo, left):
+    undo(converted)
     torch.save(converted.state_dict(), tmp_path / "net.pth")
-    assert [row.name for row in cs.plan_of(tmp_path / "net.pth").converted] == ["stem"]
+    assert [row.name for row in cs.plan_of(tmp_path / "net.pth").converted] == [left]
     fresh = cs.load_converted(type(converted)().eval(), tmp_path / "net.pth")
     assert torch.equal(fresh(image), converted(image))
 
@@ -123,14 +128,6 @@ def test_a_guard_tells_the_plan_whatever_was_lost(converted, tmp_path):
     save_file(converted.state_dict(), tmp_path / "net.safetensors")
     for source in (tmp_path / "net.safetensors", dict(converted.state_dict())):
         assert not cs.plan_of(source).diff(cs.get_plan(converted))
-
-
-def test_a_convolution_that_was_made_plain_by_hand_is_plain(converted, image, tmp_path):
-    cs.to_conv_(converted.stem)
-    torch.save(converted.state_dict(), tmp_path / "net.pth")
-    assert [row.name for row in cs.plan_of(tmp_path / "net.pth").converted] == ["body.0"]
-    fresh = cs.load_converted(type(converted)().eval(), tmp_path / "net.pth")
-    assert torch.equal(fresh(image), converted(image))
 
 
 def test_a_shared_convolution_is_one_row(tmp_path):
