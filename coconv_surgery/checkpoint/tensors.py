@@ -1,5 +1,6 @@
 """Tensors on their way to a file and back."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,16 @@ def check_loadable(model: nn.Module, weights: Mapping[str, torch.Tensor], path: 
 
 def cannot_write(tensor: torch.Tensor) -> str | None:
     """Why a safetensors file has no place for a tensor, or None."""
-    if why := _not_ordinary(tensor):
-        return why
+    return _not_ordinary(tensor) or (None if _has_place_for(tensor.dtype) else f"is of type {tensor.dtype}")
+
+
+@functools.cache
+def _has_place_for(dtype: torch.dtype) -> bool:
     try:
-        save({"x": torch.empty(1, dtype=tensor.dtype)})
+        save({"x": torch.empty(1, dtype=dtype)})
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError):
-        return f"is of type {tensor.dtype}"
-    return None
+        return False
+    return True
 
 
 def each_once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
