@@ -126,6 +126,9 @@ dilations=(1, 2, 3), splits=(64, 32, 32))
         stages: list[nn.Sequential] = [getattr(self, f"layer{number}") for number in range(1, 5)]
         if policy is None:
             set_levels(stages, TABLE_1 if levels is None else levels, base_dilation)
+            with ExitStack() as undo:
+                note_plan(self, get_plan(self), undo)
+                undo.pop_all()
         else:
             side = whole_number(img_size, "img_size", at_least=1)
             size = (self.in_chans, side, side)
@@ -135,9 +138,6 @@ dilations=(1, 2, 3), splits=(64, 32, 32))
         if norm_after_add:
             for stage in stages:
                 NormAfterAddBottleneck.replace(stage[-1])
-        with ExitStack() as undo:
-            note_plan(self, get_plan(self), undo)
-            undo.pop_all()
 
 
 def _default_cfgs() -> dict[str, Any]:
