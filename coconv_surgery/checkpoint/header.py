@@ -9,9 +9,10 @@ from safetensors import SafetensorError, safe_open
 
 from coconv_surgery.checkpoint.reading import CheckpointError
 from coconv_surgery.layers.arguments import file_to_read, kind, shown
+from coconv_surgery.planning import notes
 from coconv_surgery.planning.plan import Plan, read_plan_text
 
-_PLAN = "coconv_plan"
+_PLAN = notes.KEY
 _SHARED = "coconv_shared"
 _EXTRA = "coconv_extra_state"
 

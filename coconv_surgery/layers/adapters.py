@@ -13,7 +13,6 @@ import torch.nn as nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from coconv_surgery.layers.conv import CoConv2d
-from coconv_surgery.layers.levels import is_plain
 
 _MERGES = ("peft.tuners.tuners_utils", "BaseTunerLayer")
 _COPIES = ("peft.utils.other", "AuxiliaryTrainingWrapper")
@@ -30,7 +29,7 @@ def _is_a(module: nn.Module, place: str, name: str) -> bool:
 
 
 def _refuse_contextual(owner: nn.Module, name: str, module: nn.Module | None) -> None:
-    contextual = isinstance(module, CoConv2d) and not is_plain(module, module.dilations)
+    contextual = isinstance(module, CoConv2d) and module.contextual_levels is not None
     if contextual and _is_a(owner, *_MERGES):
         raise TypeError(
             f"peft's {type(owner).__module__}.{type(owner).__name__} would adapt a contextual convolution as if it "

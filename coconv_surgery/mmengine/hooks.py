@@ -11,10 +11,11 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 
 from coconv_surgery.layers.arguments import flag
 from coconv_surgery.layers.metadata import forget_levels
+from coconv_surgery.planning import notes
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow
 from coconv_surgery.surgery import get_plan
 
-META_KEY = "coconv_plan"
+META_KEY = notes.KEY
 FILE_NAME = "coconv_plan.json"
 
 

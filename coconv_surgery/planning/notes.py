@@ -49,7 +49,7 @@ def is_guard(name: str) -> bool:
 
 def is_guarded(model: nn.Module) -> bool:
     """Whether a network holds a guard's buffer."""
-    return any(name.startswith(GUARD) for name in model._buffers)
+    return any(map(is_guard, model._buffers))
 
 
 def set_guard(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
@@ -63,7 +63,7 @@ def set_guard(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
     buffers, transient = model._buffers, model._non_persistent_buffers_set
     undo.callback(_refill, transient, transient.copy())
     undo.callback(_refill, buffers, buffers.copy())
-    for name in [name for name in model._buffers if name.startswith(GUARD)]:
+    for name in list(filter(is_guard, model._buffers)):
         delattr(model, name)
     if plan is not None and plan.converted:
         device = next((tensor.device for tensor in model.state_dict().values() if torch.is_tensor(tensor)), None)
@@ -114,7 +114,7 @@ def _still_holds(model: nn.Module, plan: Plan) -> bool:
             conv = model.get_submodule(row.name)
         except AttributeError:
             continue
-        levels = (conv.dilations, conv.splits) if isinstance(conv, CoConv2d) else None
+        levels = conv.contextual_levels if isinstance(conv, CoConv2d) else None
         if isinstance(conv, nn.Conv2d) and levels != (row.dilations, row.splits):
             return False
     return True
