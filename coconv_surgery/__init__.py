@@ -1,6 +1,7 @@
 """Contextual convolution (CoConv) for the networks you already have."""
 
 import coconv_surgery.layers.timm_convs  # noqa: F401  registers them
+from coconv_surgery.calibration import CalibratedLayer, Calibration, CalibrationError, calibrate
 from coconv_surgery.checkpoint import (
     CheckpointError,
     guard,
@@ -18,11 +19,23 @@ from coconv_surgery.layers.switch import register_coconv, to_coconv_, to_conv_
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow
 from coconv_surgery.planning.policies import Policy, ResolutionPolicy, StagePolicy, TopPolicy, UniformPolicy
 from coconv_surgery.planning.reasons import Reason
-from coconv_surgery.surgery import NoChangeWarning, apply_plan, convert, get_plan, plan_conversion, revert
+from coconv_surgery.surgery import (
+    CalibratedWeightsWarning,
+    NoChangeWarning,
+    apply_plan,
+    convert,
+    get_plan,
+    plan_conversion,
+    revert,
+)
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.zoo import CoResNet, export_authors_state_dict, load_authors_checkpoint
 
 __all__ = [
+    "CalibratedLayer",
+    "CalibratedWeightsWarning",
+    "Calibration",
+    "CalibrationError",
     "CheckpointError",
     "CoConv2d",
     "CoResNet",
@@ -40,6 +53,7 @@ __all__ = [
     "TopPolicy",
     "UniformPolicy",
     "apply_plan",
+    "calibrate",
     "coconv2d",
     "convert",
     "export_authors_state_dict",

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch.nn as nn
 
+from coconv_surgery.calibration.calibrate import calibrate as calibrate_kernels
 from coconv_surgery.layers.arguments import flag, instance
 from coconv_surgery.layers.levels import Levels, check_levels
 from coconv_surgery.merging import keep_levels_in_merges
-from coconv_surgery.planning.decision import Choices, found_row
+from coconv_surgery.planning.decision import Choices, current_plan
 from coconv_surgery.planning.eligibility import site_obstacle, subclass
 from coconv_surgery.planning.maps import check_maps, largest_input
-from coconv_surgery.planning.notes import is_guarded, note_plan, noted_plan, set_guard
+from coconv_surgery.planning.notes import calibrated_on, is_guarded, note_plan, set_guard
 from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_parameters
 from coconv_surgery.planning.policies import Answer, Policy
@@ -31,6 +32,10 @@ from coconv_surgery.tracing.unseen import unseen
 
 class NoChangeWarning(UserWarning):
     """A conversion that changed nothing."""
+
+
+class CalibratedWeightsWarning(UserWarning):
+    """Weights that were calibrated for levels that the network does not have any more."""
 
 
 def plan_conversion(
@@ -124,7 +129,8 @@ def switch_to_plan(model: nn.Module, sites: Sequence[Site], plan: Plan, undo: Ex
     changes = [(site, targets[site.name]) for site in sites if site.state != (targets[site.name] or site.plain)]
     switch_sites(sites, changes, undo)
     keep_levels_in_merges(model, undo)
-    note_plan(model, plan, undo)
+    # What a plan says of weights is not of those that are here.
+    note_plan(model, replace(plan, calibrated=0 if changes else calibrated_on(model)), undo)
     _renew_guards(model, undo)
     return bool(changes)
 
@@ -139,12 +145,13 @@ def convert(
     exclude: Patterns | None = None,
     overrides: Mapping[str, Answer | None] | None = None,
     inplace: bool = True,
+    calibrate: Any = None,
 ) -> nn.Module:
     """Replace the eligible 3×3 convolutions of a network with contextual ones: plan and apply.
 
     Weights, their number and their names, and the state of an optimizer that holds them stay the same. The outputs do
-    not: fine-tune, or train anew. A network that is compiled, scripted or wrapped for data parallelism must be
-    converted before it is.
+    not: train the network anew, or, where its weights are trained, give images to calibrate it on, and fine-tune. A
+    network that is compiled, scripted or wrapped for data parallelism must be converted before it is.
 
     Args:
         model: The network.
@@ -155,6 +162,8 @@ def convert(
         exclude: As in :func:`plan_conversion`.
         overrides: As in :func:`plan_conversion`.
         inplace: Whether to convert the network itself rather than a copy.
+        calibrate: Images to calibrate the converted network on, as of :func:`~coconv_surgery.calibrate`, which gives a
+            report of it and more choices.
 
     Returns:
         The same model object, or the converted copy.
@@ -174,7 +183,7 @@ def convert(
     with unseen(model):
         sites = find_intact_sites(model)
         plan = _plan(model, sites, choices, input_size, example_inputs)
-    _apply(model, sites, plan)
+    _apply(model, sites, plan, calibrate)
     return model
 
 
@@ -183,6 +192,7 @@ def revert(model: nn.Module) -> nn.Module:
 
     Where no conversion of the network is known of, as in one that was contextual from the start, or in a graph that was
     traced or exported from a converted network, every contextual convolution becomes the plain one that it replaces.
+    Weights stay what they are: those that were calibrated or trained for levels want them.
 
     Args:
         model: A converted network.
@@ -201,6 +211,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{_shorten(unknown)}: what it was before the conversion cannot be told; revert before the export"
         )
+    calibrated = calibrated_on(model)
     with ExitStack() as undo:
         revert_sites(sites, undo)
         keep_levels_in_merges(model, undo)
@@ -208,6 +219,8 @@ def revert(model: nn.Module) -> nn.Module:
             note_plan(module, None, undo)
         _renew_guards(model, undo)
         undo.pop_all()
+    if calibrated:
+        _warn_of_calibrated(calibrated)
     return model
 
 
@@ -225,13 +238,7 @@ def get_plan(model: nn.Module) -> Plan:
         TypeError: If ``model`` is not a module.
         ValueError: If a contextual convolution was pruned: its levels do not suit it.
     """
-    instance(model, "model", nn.Module, "a torch.nn.Module")
-    rows = tuple(map(found_row, find_intact_sites(model)))
-    found = Plan(rows, policy="as found", input="unknown", parameters=count_parameters(model))
-    remembered = noted_plan(model)
-    if remembered is None or remembered.diff(found):
-        return found
-    return replace(remembered, parameters=found.parameters)  # a new classifier may have come since
+    return current_plan(instance(model, "model", nn.Module, "a torch.nn.Module"))
 
 
 def complete_plan(model: nn.Module, plan: Plan) -> Plan:
@@ -269,13 +276,27 @@ def _plan(
     return Plan(rows, policy=choices.label, input=str(inputs), parameters=count_parameters(model), traced=trace.how)
 
 
-def _apply(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
+def _apply(model: nn.Module, sites: Sequence[Site], plan: Plan, images: Any = None) -> None:
+    calibrated = calibrated_on(model)
     with ExitStack() as undo:
         changed = switch_to_plan(model, sites, plan, undo)
+        if images is not None:
+            calibrate_kernels(model, images)
         undo.pop_all()
+    if changed and calibrated:
+        _warn_of_calibrated(calibrated)
     if not changed:
         what = "was already as planned, nothing changed" if plan.converted else "has no convolution to convert"
         warnings.warn(f"{type(model).__name__} {what}: {plan.summary()}", NoChangeWarning, stacklevel=3)
+
+
+def _warn_of_calibrated(images: int) -> None:
+    warnings.warn(
+        f"the weights were calibrated on {images:,} images for the levels that the network had, and it computes "
+        "something else now: load the weights that it had before",
+        CalibratedWeightsWarning,
+        stacklevel=4,
+    )
 
 
 def _check_plan(sites: Sequence[Site], plan: Plan) -> dict[str, Levels | None]:

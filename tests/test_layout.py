@@ -10,7 +10,7 @@ import coconv_surgery
 
 PACKAGE = Path(coconv_surgery.__file__).parent
 ROOMS = [
-    *("layers", "tracing", "planning", "merging", "surgery", "checkpoint", "zoo"),
+    *("layers", "tracing", "planning", "merging", "calibration", "surgery", "checkpoint", "zoo"),
     *("mmengine", "classification", "mmdet", "viz", "sweep", "bench", "paper", "demo", "cli"),
 ]
 # Files of a room, in order.
@@ -25,6 +25,9 @@ FILES = {
         *("dataflow", "padding", "observer", "fx_map", "trace"),
     ],
     "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "decision"],
+    "calibration": [
+        *("report", "patches", "moments", "batches", "networks", "channels", "arranging", "solving", "calibrate"),
+    ],
     "checkpoint": ["pickles", "reading", "tensors", "header", "origin", "converted", "guard", "hub", "timm_loading"],
 }
 

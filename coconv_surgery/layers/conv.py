@@ -196,6 +196,20 @@ class CoConv2d(nn.Conv2d):
             keys = missing_keys, unexpected_keys
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *keys, error_msgs)
 
+    def parameters_for(self, kernels: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        """Parameters with which it convolves with given kernels, or with the nearest ones that it can have.
+
+        For subclasses that compute their kernels from their parameters: it is the inverse of that. This one convolves
+        with its weight as it is.
+
+        Args:
+            kernels: ``(out_channels, in_channels / groups, kH, kW)``.
+
+        Returns:
+            New values by name; None if that is not known.
+        """
+        return None
+
     @property
     def contextual_levels(self) -> Levels | None:
         """The levels, or None where they compute what the plain convolution does."""

@@ -33,6 +33,10 @@ class CoStdConv2d(CoConv2d, StdConv2d):  # type: ignore[misc]
         """Convolve ``(N, C, H, W)`` with standardised weights."""
         return self._conv_forward(input, _standardise(self.weight, self.eps), self.bias)
 
+    def parameters_for(self, kernels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Weights of the same direction; standardised kernels have one length."""
+        return {"weight": _like(self.weight, kernels)}
+
 
 @register_coconv
 class CoStdConv2dSame(CoConv2d, StdConv2dSame):  # type: ignore[misc]
@@ -44,6 +48,8 @@ class CoStdConv2dSame(CoConv2d, StdConv2dSame):  # type: ignore[misc]
         """Pad, and convolve ``(N, C, H, W)`` with standardised weights."""
         padded = _pad_same(self, input) if self.same_pad else input
         return self._conv_forward(padded, _standardise(self.weight, self.eps), self.bias)
+
+    parameters_for = CoStdConv2d.parameters_for
 
 
 @register_coconv
@@ -58,6 +64,13 @@ class CoScaledStdConv2d(CoConv2d, ScaledStdConv2d):  # type: ignore[misc]
         """Convolve ``(N, C, H, W)`` with standardised and scaled weights."""
         weight = _standardise(self.weight, self.eps, self.gain * self.scale)
         return self._conv_forward(input, weight, self.bias)
+
+    def parameters_for(self, kernels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Weights of the same direction, and their lengths as gains."""
+        weight = _like(self.weight, kernels)
+        length = _centred(kernels).flatten(1).norm(dim=1)
+        unit = _standardise(weight, self.eps).flatten(1).norm(dim=1)
+        return {"weight": weight, "gain": (length / (unit * self.scale)).view_as(self.gain)}
 
 
 @register_coconv
@@ -74,6 +87,8 @@ class CoScaledStdConv2dSame(CoConv2d, ScaledStdConv2dSame):  # type: ignore[misc
         weight = _standardise(self.weight, self.eps, self.gain * self.scale)
         return self._conv_forward(padded, weight, self.bias)
 
+    parameters_for = CoScaledStdConv2d.parameters_for
+
 
 def _pad_same(conv: nn.Conv2d, input: torch.Tensor) -> torch.Tensor:
     padded: torch.Tensor = pad_same(input, conv.kernel_size, conv.stride, conv.dilation)
@@ -85,3 +100,13 @@ def _standardise(weight: torch.Tensor, eps: float, gain: torch.Tensor | None = N
     rows = weight.flatten(1).unsqueeze(0)  # batch_norm over the rows, as timm has it, so that numbers agree to the bit
     scale = None if gain is None else gain.flatten()
     return F.batch_norm(rows, None, None, scale, training=True, momentum=0.0, eps=eps).view_as(weight)
+
+
+def _centred(kernels: torch.Tensor) -> torch.Tensor:
+    return kernels - kernels.mean((1, 2, 3), keepdim=True)
+
+
+def _like(weight: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """Kernels without their mean, in the lengths that the weights have, so that eps counts as little as before."""
+    own, new = (_centred(each).flatten(1).norm(dim=1)[:, None, None, None] for each in (weight, kernels))
+    return torch.where(new > 0, _centred(kernels) * (own / new), weight)

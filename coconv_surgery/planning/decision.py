@@ -1,15 +1,19 @@
 """What is to become of each convolution that a trace found."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch.nn as nn
 
 from coconv_surgery.layers.arguments import mapping, shown
 from coconv_surgery.layers.levels import Levels, is_plain
 from coconv_surgery.planning.eligibility import obstacle, reason_to_leave
+from coconv_surgery.planning.notes import noted_plan
 from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
-from coconv_surgery.planning.plan import PlanRow
+from coconv_surgery.planning.plan import Plan, PlanRow, count_parameters
 from coconv_surgery.planning.policies import Answer, Policy, get_policy, settle
 from coconv_surgery.planning.reasons import Reason, Why
+from coconv_surgery.tracing.finding import find_intact_sites
 from coconv_surgery.tracing.sites import Site
 from coconv_surgery.tracing.trace import TracedConv
 
@@ -94,6 +98,20 @@ def found_row(site: Site) -> PlanRow:
     elif site.levels is None:
         why = Reason.PLAIN.because()
     return _row(TracedConv(site), site.state, why)
+
+
+def current_plan(model: nn.Module) -> Plan:
+    """What a network is: the plan that is kept with it as long as that describes it, else one read off its modules.
+
+    Raises:
+        ValueError: If a contextual convolution was pruned: its levels do not suit it.
+    """
+    rows = tuple(map(found_row, find_intact_sites(model)))
+    found = Plan(rows, policy="as found", input="unknown", parameters=count_parameters(model))
+    remembered = noted_plan(model)
+    if remembered is None or remembered.diff(found):
+        return found
+    return replace(remembered, parameters=found.parameters)  # a new classifier may have come since
 
 
 def _untouched(conv: TracedConv, why: Why) -> PlanRow:

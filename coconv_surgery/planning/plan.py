@@ -108,6 +108,8 @@ class Plan:
         input: The input that the map sizes belong to, as text.
         parameters: Parameters of the network, the same before and after.
         traced: How the convolutions and their map sizes were found, as text.
+        calibrated: On how many images the weights were calibrated after the conversion, see
+            :func:`~coconv_surgery.calibrate`; 0 if they were not. It is of weights, and does not replay.
     """
 
     rows: tuple[PlanRow, ...]
@@ -115,13 +117,15 @@ class Plan:
     input: str
     parameters: int
     traced: str = "not traced"
+    calibrated: int = 0
 
     def __post_init__(self) -> None:
         for row in instance(self.rows, "rows", tuple, "a tuple of PlanRow"):
             _as_row(row)
         for name in ("policy", "input", "traced"):
             text(getattr(self, name), name)
-        object.__setattr__(self, "parameters", whole_number(self.parameters, "parameters", at_least=0))
+        for name in ("parameters", "calibrated"):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, at_least=0))
 
     @property
     def converted(self) -> tuple[PlanRow, ...]:
@@ -154,6 +158,7 @@ class Plan:
         return (
             f"{len(self.rows)} convs: {len(self.converted)} converted, {len(self.left_alone)} left alone"
             f"{f' ({reasons})' if reasons else ''}; {self.parameters:,} parameters before = after"
+            f"{f'; calibrated on {self.calibrated:,} images' if self.calibrated else ''}"
         )
 
     def table(self, *, every_conv: bool = False) -> str:

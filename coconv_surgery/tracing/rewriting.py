@@ -73,6 +73,12 @@ def is_marked(conv: GraphConv) -> bool:
     return _ORIGIN in conv.node.meta
 
 
+def levels_before(conv: GraphConv) -> Levels | None:
+    """The levels that a convolution had when it was marked; None if it was plain, or never was marked."""
+    origin: Origin | None = conv.node.meta.get(_ORIGIN)
+    return None if origin is None else origin.levels
+
+
 def set_levels(conv: GraphConv, levels: Levels | None) -> GraphConv:
     """Give a convolution levels, or make it the plain one, in place; the caller recompiles.
 
@@ -94,7 +100,7 @@ def restore(conv: GraphConv) -> GraphConv:
     Returns:
         The convolution, described anew.
     """
-    levels = conv.node.meta[_ORIGIN].levels if is_marked(conv) else None
+    levels = levels_before(conv)
     restored = conv if levels == conv.levels else set_levels(conv, levels)
     conv.node.meta.pop(_ORIGIN, None)
     return restored

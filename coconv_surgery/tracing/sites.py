@@ -19,7 +19,7 @@ from coconv_surgery.layers.levels import Levels, check_levels, scale_dilations
 from coconv_surgery.layers.switch import is_switchable, set_levels_, to_conv_
 from coconv_surgery.tracing.graph_convs import GraphConv
 from coconv_surgery.tracing.graph_weights import Weight, WeightSource
-from coconv_surgery.tracing.rewriting import is_marked, mark, restore, set_levels
+from coconv_surgery.tracing.rewriting import is_marked, levels_before, mark, restore, set_levels
 from coconv_surgery.tracing.signature import Signature
 
 _BEFORE = "_coconv_before"
@@ -87,6 +87,11 @@ class Site(abc.ABC):
     def is_marked(self) -> bool:
         """Whether it keeps in mind what it was."""
 
+    @property
+    @abc.abstractmethod
+    def before(self) -> Levels:
+        """What :meth:`revert` makes it."""
+
     @abc.abstractmethod
     def revert(self) -> None:
         """Make it what it was when it was marked, or plain if it never was, and forget the mark."""
@@ -149,6 +154,11 @@ class ModuleSite(Site):
         """Whether it keeps in mind what it was."""
         return _BEFORE in vars(self.conv)
 
+    @property
+    def before(self) -> Levels:
+        """What it was when it was marked, or plain."""
+        return vars(self.conv).get(_BEFORE) or self.plain
+
     def revert(self) -> None:
         """Make it what it was when it was marked, or plain."""
         self.switch(vars(self.conv).pop(_BEFORE, None))
@@ -202,6 +212,11 @@ class NodeSite(Site):
         """Whether its nodes keep in mind what they were."""
         return any(is_marked(conv) for conv in self._convs)
 
+    @property
+    def before(self) -> Levels:
+        """What its nodes were when they were marked, or plain."""
+        return levels_before(self._convs[0]) or self.plain
+
     def revert(self) -> None:
         """Make its nodes what they were when they were marked, or plain."""
         self._convs = [restore(conv) for conv in self._convs]
@@ -236,6 +251,9 @@ class WatchedConv(nn.Module):
 
     def forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Convolve as the node does."""
+        return self._conv_forward(input, weight, bias)
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         kind = self.kind
         if kind.output_padding is not None:
             numbers = (kind.stride, kind.padding, kind.output_padding, kind.groups, kind.dilation)

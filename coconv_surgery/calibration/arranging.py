@@ -1,0 +1,185 @@
+"""Which channels of a layer go to which of its levels.
+
+Levels are consecutive slices of a convolution's output channels, so a conversion gives a channel its dilation by where
+it happens to be. Some filters survive a dilation well and others do not. Where channels can change places without a
+change in what the network computes, each goes to the level that costs it least, seen over all layers that share them.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+
+from coconv_surgery.calibration.batches import Batch
+from coconv_surgery.calibration.channels import Order, find_orders
+from coconv_surgery.calibration.moments import Moments
+from coconv_surgery.calibration.networks import Call, Layer, WatchedNetwork
+from coconv_surgery.calibration.patches import Level, patches_at, sample_positions, values_at
+
+_RIDGE = 1e-3
+_ENOUGH = 1e-9  # a share of the cost, below which an exchange is rounding
+Costs = dict[str, tuple[Layer, torch.Tensor]]
+
+
+def find_arrangement(
+    original: WatchedNetwork,
+    layers: Sequence[Layer],
+    batches: Sequence[Batch],
+    positions: int,
+    memory: int,
+    stay: Collection[str] = (),
+) -> tuple[list[tuple[Order, torch.Tensor]], int]:
+    """Decide which channels change places.
+
+    Args:
+        original: The network before its conversion.
+        layers: The layers.
+        batches: What to look at.
+        positions: How many positions of each layer's output to look at.
+        memory: Bytes for moments at a time.
+        stay: Names of parameters that are to stay as they are.
+
+    Returns:
+        Orders of channels, with which channel each place gets; and how many channels there are that could change
+        places to some effect.
+    """
+    orders = find_orders(original.model, functools.partial(original.run, batches[0]))
+    orders = [order for order in orders if not any(side.name in stay for side in order.sides)]
+    names = {side.name for order in orders for side in order.sides if side.dim == 0}
+    costs: Costs = {}
+    for some in _in_parts(_movable(original, layers, batches[0], names), memory):
+        costs |= _costs(original, some, batches, positions)
+    found, channels = [], 0
+    for order in orders:
+        weights = [name for name in sorted(side.name for side in order.sides if side.dim == 0) if name in costs]
+        if weights:
+            places = _assign(order, {name: costs[name] for name in weights})
+            channels += len(places)
+            if not torch.equal(places, torch.arange(len(places))):
+                found.append((order, places))
+    return found, channels
+
+
+def rearrange(network: WatchedNetwork, arrangement: Sequence[tuple[Order, torch.Tensor]]) -> None:
+    """Let the channels of a network change places."""
+    tensors = network.tensors()
+    with torch.no_grad():
+        for order, places in arrangement:
+            for side in order.sides:
+                tensor = tensors[side.name]
+                tensor.copy_(tensor.index_select(side.dim, places.to(tensor.device)))
+
+
+def assign_levels(costs: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Put each channel where it costs little.
+
+    Two levels at a time exchange channels until no two can gain by it.
+
+    Args:
+        costs: What each channel costs in each kind of place, ``(channels, kinds)``.
+        levels: The kind of each place, ``(channels,)``.
+
+    Returns:
+        Which channel each place gets, ``(channels,)``. Places whose kind does not change keep their channels.
+    """
+    kinds, own = torch.unique(levels).tolist(), levels.clone()
+    gained = True
+    while gained:
+        gained = False
+        for number, one in enumerate(kinds):
+            for other in kinds[number + 1 :]:
+                among = ((own == one) | (own == other)).nonzero().flatten()
+                rather = costs[among, one] - costs[among, other]
+                new = torch.full_like(among, other)
+                new[rather.argsort(stable=True)[: int((own[among] == one).sum())]] = one
+                before = costs[among, own[among]].sum()
+                if before - costs[among, new].sum() > _ENOUGH * before.abs():
+                    own[among], gained = new, True
+    places = torch.arange(len(levels))
+    for level in kinds:
+        leaves = ((levels == level) & (own != level)).nonzero().flatten()
+        comes = ((levels != level) & (own == level)).nonzero().flatten()
+        places[leaves] = comes
+    return places
+
+
+def _movable(original: WatchedNetwork, layers: Sequence[Layer], batch: Batch, names: set[str]) -> dict[Layer, str]:
+    """The layers whose output channels can change places, with the names of their weights."""
+    found: dict[Layer, str] = {}
+
+    def see(call: Call) -> None:
+        name = original.parameters.get(id(call.weight))
+        if name in names:
+            found[call.layer] = name
+
+    original.run(batch, see)
+    return {layer: found[layer] for layer in layers if layer in found}
+
+
+def _in_parts(layers: dict[Layer, str], memory: int) -> Iterator[dict[Layer, str]]:
+    """The layers, as many at a time as memory allows for their moments."""
+    part: dict[Layer, str] = {}
+    used = 0
+    for layer, name in layers.items():
+        conv = layer.sites[0].signature
+        width = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
+        needed = 8 * conv.groups * width * (width + conv.out_channels // conv.groups) * len(layer.levels.dilations)
+        if part and used + needed > memory:
+            yield part
+            part, used = {}, 0
+        part[layer] = name
+        used += needed
+    if part:
+        yield part
+
+
+def _costs(original: WatchedNetwork, layers: dict[Layer, str], batches: Sequence[Batch], positions: int) -> Costs:
+    """The error of each channel at each level, ``(channels, levels)``, by the name of the weight."""
+    moments: dict[Layer, dict[int, Moments]] = defaultdict(dict)
+    kernels: dict[Layer, torch.Tensor] = {}
+
+    def see(call: Call, number: int) -> None:
+        if call.layer not in layers:
+            return
+        conv, kernels[call.layer] = call.site.signature, call.weight
+        limit = max(1, positions // len(batches))
+        at = sample_positions(call.output.shape, limit, number, call.output.device)
+        wanted = values_at(call.output, at)
+        if call.bias is not None:
+            wanted = wanted - call.bias
+        wanted = wanted.view(len(wanted), conv.groups, -1).transpose(0, 1)
+        everything = slice(0, conv.groups)
+        for index, level in enumerate(call.layer.each_level()):
+            patches = patches_at(call.input, conv, Level(level.dilation, level.channels, everything), at)
+            new, held = Moments.of(patches, wanted), moments[call.layer].get(index)
+            moments[call.layer][index] = new if held is None else held + new
+
+    for number, batch in enumerate(batches):
+        original.run(batch, functools.partial(see, number=number))
+    return {name: (layer, _errors(moments[layer], kernels[layer])) for layer, name in layers.items()}
+
+
+def _errors(moments: dict[int, Moments], weight: torch.Tensor) -> torch.Tensor:
+    errors = []
+    for own in moments.values():
+        groups, width, _ = own.cross.shape
+        kernels = weight.detach().to(own.gram).view(groups, -1, width)
+        solved = own.solve(kernels, _RIDGE, with_bias=False)
+        errors.append(own.error(solved).flatten() / own.count)
+    return torch.stack(errors, dim=1).cpu()
+
+
+def _assign(order: Order, costs: Costs) -> torch.Tensor:
+    """Decide about channels that several layers may share: their costs add up."""
+    total, places = torch.zeros(()), []
+    for name, (layer, errors) in costs.items():
+        scale = order.scales.get(name)
+        scaled = errors if scale is None else errors * scale.double().cpu().square()[:, None]
+        of_place = torch.cat([torch.full((count,), level) for level, count in enumerate(layer.splits)])
+        places.append(of_place)
+        total = total + scaled[:, of_place]
+    _, kinds = torch.unique(torch.stack(places, dim=1), dim=0, return_inverse=True)
+    # Places of one kind have the same level in every layer, so that one of them stands for all.
+    representative = torch.stack([(kinds == kind).nonzero()[0, 0] for kind in range(int(kinds.max()) + 1)])
+    return assign_levels(total[:, representative], kinds)

@@ -1,0 +1,161 @@
+"""What a network is run on: images, in whatever form the user has them."""
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from coconv_surgery.calibration.report import CalibrationError
+from coconv_surgery.layers.arguments import kind
+from coconv_surgery.tracing.inputs import Inputs
+
+_BATCH = 16
+
+
+class Stop(BaseException):
+    """What is left of a run is not needed. Not an Exception, so that no code of a network catches it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of a network.
+
+    Attributes:
+        args: Inputs by position.
+        kwargs: Inputs by name.
+        images: How many images are in it.
+        call: What is called instead of the network, with that before the inputs.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    images: int
+    call: Callable[..., Any] | None = None
+
+    def run(self, model: nn.Module) -> Any:
+        """Run a network on a copy of it."""
+        args, kwargs = copy.deepcopy((self.args, dict(self.kwargs)))
+        return model(*args, **kwargs) if self.call is None else self.call(model, *args, **kwargs)
+
+
+def read_batches(model: nn.Module, images: Any, limit: int) -> list[Batch]:
+    """Read as many images as are wanted, once.
+
+    Args:
+        model: A copy of the network, for a callable to run.
+        images: As of :func:`~coconv_surgery.calibrate`.
+        limit: How many images at most; a batch is taken whole.
+
+    Raises:
+        TypeError: If it is nothing that could be images.
+        CalibrationError: If there are none, or they hold numbers that are not finite.
+    """
+    if isinstance(images, torch.Tensor):
+        images = torch.split(images[:limit], _BATCH) if images.dim() == 4 else [images]
+    if isinstance(images, Inputs):
+        images = [images]
+    if isinstance(images, nn.Module | str | bytes | Mapping) or not (callable(images) or isinstance(images, Iterable)):
+        raise TypeError(
+            "images must be a tensor (N, C, H, W), an iterable of what the network takes, or a function that runs the "
+            f"network that it is given, not {kind(images)}"
+        )
+    batches: list[Batch] = []
+    if isinstance(images, Iterable):
+        for item in images:
+            batches.append(_batch(model, item))
+            if sum(batch.images for batch in batches) >= limit:
+                break
+    else:
+        batches = _captured(model, images, limit)
+    if not any(batch.images for batch in batches):
+        raise CalibrationError(
+            "there are no images to calibrate on"
+            + ("" if isinstance(images, Iterable) else ": the function must call the network that it is given")
+        )
+    for number, batch in enumerate(batches):
+        for tensor in tree_leaves((batch.args, batch.kwargs)):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+                raise CalibrationError(f"batch {number} of the images holds numbers that are not finite")
+    return batches
+
+
+def _captured(model: nn.Module, run: Callable[[nn.Module], Any], limit: int) -> list[Batch]:
+    """What a function calls the network with."""
+    batches: list[Batch] = []
+
+    def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        args, kwargs = copy.deepcopy((args, kwargs))
+        batches.append(Batch(args, kwargs, _count(args, kwargs)))
+        if sum(batch.images for batch in batches) >= limit:
+            raise Stop
+
+    handle = model.register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            run(model)
+    except Stop:
+        pass
+    finally:
+        handle.remove()
+    return batches
+
+
+def _batch(model: nn.Module, item: Any) -> Batch:
+    call = None
+    if isinstance(item, Inputs):
+        args, kwargs, call = tuple(item.args), dict(item.kwargs), item.call
+    elif _is_of_mmengine(model):
+        args, kwargs, call = (item,), {}, _call_of_mmengine
+    elif isinstance(item, Mapping):
+        args, kwargs = (), dict(item)
+    elif isinstance(item, tuple | list):
+        args, kwargs = _as_many_as_it_takes(model, tuple(item)), {}
+    else:
+        args, kwargs = (item,), {}
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def enter(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach().to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
+
+    if call is not _call_of_mmengine:
+        args, kwargs = tree_map(enter, args), tree_map(enter, kwargs)
+    return Batch(args, kwargs, _count(args, kwargs), call)
+
+
+def _as_many_as_it_takes(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs without labels behind them, which a loader gives and the network does not take."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return args
+    for count in range(len(args), 1, -1):
+        try:
+            signature.bind(*args[:count])
+        except TypeError:
+            continue
+        return args[:count]
+    return args[:1]
+
+
+def _is_of_mmengine(model: nn.Module) -> bool:
+    base = getattr(sys.modules.get("mmengine.model.base_model.base_model"), "BaseModel", None)
+    return base is not None and isinstance(model, base)
+
+
+def _call_of_mmengine(model: Any, item: Any) -> Any:
+    data = model.data_preprocessor(item, False)
+    return model(**data, mode="tensor") if isinstance(data, dict) else model(*data, mode="tensor")
+
+
+def _count(args: Any, kwargs: Any) -> int:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    stacked = next((len(tensor) for tensor in tensors if tensor.dim() >= 4), 0)
+    return stacked or sum(tensor.dim() == 3 for tensor in tensors)

@@ -1,0 +1,272 @@
+"""Solve the kernels of a converted network for their levels, layer by layer."""
+
+import contextvars
+import functools
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+from tqdm.auto import tqdm
+
+from coconv_surgery.calibration.arranging import find_arrangement, rearrange
+from coconv_surgery.calibration.batches import read_batches
+from coconv_surgery.calibration.networks import Call, Layer, WatchedNetwork, find_layers
+from coconv_surgery.calibration.report import CalibratedLayer, Calibration, CalibrationError
+from coconv_surgery.calibration.solving import record_targets, solve_layer
+from coconv_surgery.layers.arguments import flag, whole_number
+from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.rollback import tensor_restorer
+from coconv_surgery.planning.decision import current_plan
+from coconv_surgery.planning.notes import calibrated_on, note_plan, noted_plan
+from coconv_surgery.tracing.convertible import check_convertible, check_unsharded, path_of
+from coconv_surgery.tracing.finding import find_intact_sites
+from coconv_surgery.tracing.inputs import Inputs
+from coconv_surgery.tracing.objects import in_words, tensors_in
+from coconv_surgery.tracing.unseen import unseen
+from coconv_surgery.tracing.visit import Visit
+
+_MEMORY = 2**29  # bytes, for what is kept of several layers at a time
+_ROUNDING = 1e-3  # of what a network computes, as a share
+_SIZES_APART = 2  # times, by which maps may be larger or smaller than planned
+
+
+def calibrate(
+    model: nn.Module,
+    images: Any,
+    *,
+    max_images: int = 256,
+    arrange: bool = True,
+    frozen: bool = True,
+    positions: int = 40_000,
+    progress: bool = False,
+) -> Calibration:
+    """Let a trained network that was converted compute what it computed before, as nearly as its levels can.
+
+    It takes a few images without labels and no gradients. Two things are done, both on copies, and then given to the
+    parameters that the network has:
+
+    1. Channels change places, where that changes nothing in what the network computes, so that each level gets the
+       filters that survive its dilation best. An optimizer's state and averages of the weights that exist already
+       would be of the old places: calibrate before there are any, or pass ``arrange=False``.
+    2. In the order of the forward pass, the kernels of each contextual convolution are solved by least squares, so that
+       for what it sees in the network solved so far, it gives what the plain convolution gave in the original network.
+
+    Args:
+        model: A network that was converted, with the weights that it was trained to as a plain one.
+        images: Images as the network takes them in evaluation: a tensor ``(N, C, H, W)``, an iterable of batches such
+            as a ``DataLoader`` (a batch is a tensor, a tuple of arguments, of which labels at the end are left out, a
+            dict of them by name, :class:`~coconv_surgery.Inputs`, or what mmengine's data loaders give to a network of
+            mmengine's), or a function that runs the network that it is given.
+        max_images: How many of them to use at most. They are read once, and kept in memory.
+        arrange: Whether channels may change places.
+        frozen: Whether to solve kernels that do not require gradients as well.
+        positions: How many positions of each layer's output to look at, at most, chosen at random.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        What was done, layer by layer. A network without contextual convolutions is left as it is.
+
+    Raises:
+        TypeError: If ``model`` is not a module that can be converted in place, or another argument is of a wrong kind.
+        CalibrationError: If there are no images, they or what the network computes are not finite, or they are of
+            another size than the network was converted for. Whatever goes wrong, interrupts included, the network is
+            left as it was.
+
+    >>> import timm
+    >>> from coconv_surgery import convert
+    >>> model = convert(timm.create_model("test_resnet"), input_size=64)
+    >>> report = calibrate(model, torch.randn(8, 3, 64, 64))
+    >>> all(layer.after <= layer.before for layer in report.solved)
+    True
+    """
+    start = time.perf_counter()
+    check_convertible(model)
+    limit = whole_number(max_images, "max_images", at_least=1)
+    positions = whole_number(positions, "positions", at_least=1)
+    arrange, frozen, progress = flag(arrange, "arrange"), flag(frozen, "frozen"), flag(progress, "progress")
+    _check_weights(model)
+    if before := calibrated_on(model):
+        raise CalibrationError(
+            f"the network was calibrated on {before:,} images before, and its kernels are not the trained ones any "
+            "more: load those, and calibrate then"
+        )
+    layers, plan = find_layers(find_intact_sites(model)), noted_plan(model)
+    stay = frozenset(n for n, p in model.named_parameters() if not (frozen or p.requires_grad))
+    sizes = {row.name: row.output_sizes for row in plan.converted} if plan else {}
+    with unseen(model), Visit(model, Inputs()) as visit:
+        # In a function of its own, so that nothing here holds the copies when the visit ends.
+        wanted = functools.partial(_calibrate_copies, arrange=arrange, stay=stay, progress=progress)
+        arguments = (visit, layers, images, limit, positions, sizes)
+        changed, report = contextvars.copy_context().run(wanted, *arguments)
+    with ExitStack() as undo:
+        if report.solved:
+            note_plan(model, replace(current_plan(model), calibrated=report.images), undo)
+        _give(model, changed)
+        undo.pop_all()
+    return replace(report, seconds=time.perf_counter() - start)
+
+
+def _calibrate_copies(*arguments: Any, **choices: Any) -> tuple[dict[str, torch.Tensor], Calibration]:
+    work = _Work(*arguments)
+    work.do(**choices)
+    return work.changed, Calibration(tuple(work.rows), work.images, work.arranged, note=work.note)
+
+
+class _Work:
+    """A calibration of copies.
+
+    Args:
+        visit: Makes them.
+        layers: What to solve.
+        images: As of :func:`calibrate`, like the next two.
+        limit: How many of them.
+        positions: How many positions of a layer's output.
+        sizes: Heights and widths of the output that each convolution was converted for, where known.
+
+    Attributes:
+        changed (dict[str, torch.Tensor]): The numbers of the parameters and buffers that are to change.
+        rows (list[CalibratedLayer]): What was done to each layer.
+        images (int): How many images there were.
+        arranged (tuple[int, int]): How many channels changed places, of how many that could.
+        note (str | None): What else there is to know.
+    """
+
+    def __init__(
+        self,
+        visit: Visit,
+        layers: Sequence[Layer],
+        images: Any,
+        limit: int,
+        positions: int,
+        sizes: Mapping[str, Sequence[Pair]],
+    ) -> None:
+        self.changed: dict[str, torch.Tensor] = {}
+        self.rows: list[CalibratedLayer] = []
+        self.arranged = (0, 0)
+        self.note: str | None = None
+        self._model, self._positions = visit.model, positions
+        self._original = WatchedNetwork(visit, layers, original=True)
+        self._batches = read_batches(self._original.model, images, limit)
+        self.images = sum(batch.images for batch in self._batches)
+        self._network = WatchedNetwork(visit, layers, original=False)
+        self._layers, self._sizes = layers, sizes
+
+    def do(self, *, arrange: bool, stay: Collection[str], progress: bool) -> None:
+        """Do it all.
+
+        Args:
+            arrange: As of :func:`calibrate`.
+            stay: Names of parameters that are to stay as they are.
+            progress: As of :func:`calibrate`.
+        """
+        if self._layers:
+            self._layers = self._in_order()
+            if arrange:
+                self._arrange(stay)
+        with tqdm(total=len(self._layers), disable=not progress, desc="calibrating", unit="conv") as bar:
+            for some in _in_parts(self._layers, self._positions):
+                targets = record_targets(self._original, some, self._batches, self._positions)
+                for layer in some:
+                    row = solve_layer(self._network, layer, targets.pop(layer), self._batches, stay)
+                    self.rows.append(row)
+                    bar.update()
+        own = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        for name, tensor in self._network.tensors().items():
+            if not torch.equal(tensor, own[name]):
+                self.changed[name] = tensor.detach().clone()
+
+    def _in_order(self) -> list[Layer]:
+        """The layers in the order of the forward pass; those that do not run come last."""
+        seen: dict[Layer, None] = {}
+
+        def see(call: Call) -> None:
+            seen.setdefault(call.layer)
+            self._check_size(call)
+
+        try:
+            self._original.run(self._batches[0], see)
+        except CalibrationError:
+            raise
+        except Exception as error:  # whatever the network's own code raises
+            raise CalibrationError(
+                f"{type(self._model).__name__} does not run on these images ({in_words(error)}): give them as it takes "
+                "them in evaluation"
+            ) from error
+        return [*seen, *(layer for layer in self._layers if layer not in seen)]
+
+    def _check_size(self, call: Call) -> None:
+        planned = self._sizes.get(call.site.name)
+        if not planned:
+            return
+        found = min(call.output.shape[-2:])
+        least, most = min(map(min, planned)), max(map(min, planned))
+        if not least / _SIZES_APART <= found <= most * _SIZES_APART:
+            height, width = planned[0]
+            raise CalibrationError(
+                f"{call.site.name} was converted for maps of {height}×{width}, and these images give it "
+                f"{'×'.join(map(str, call.output.shape[-2:]))}: give images of the size that the network was converted "
+                "for, or convert it for theirs"
+            )
+
+    def _arrange(self, stay: Collection[str]) -> None:
+        """Let channels change places in both networks, if that changes nothing in what the original computes."""
+        batch = self._batches[0]
+        arrangement, channels = find_arrangement(
+            self._original, self._layers, self._batches, self._positions, _MEMORY, stay
+        )
+        before = list(tensors_in(self._original.run(batch)))
+        rearrange(self._original, arrangement)
+        if not _same(before, list(tensors_in(self._original.run(batch)))):
+            rearrange(self._original, [(order, places.argsort()) for order, places in arrangement])
+            self.note = "no channels changed places, as the network would not have computed the same"
+            return
+        rearrange(self._network, arrangement)
+        moved = sum(int((places != torch.arange(len(places))).sum()) for _, places in arrangement)
+        self.arranged = (moved, channels)
+
+
+def _in_parts(layers: Sequence[Layer], positions: int) -> Iterator[list[Layer]]:
+    """The layers, as many at a time as memory allows for what they gave."""
+    part: list[Layer] = []
+    used = 0
+    for layer in layers:
+        needed = 4 * positions * layer.sites[0].signature.out_channels
+        if part and used + needed > _MEMORY:
+            yield part
+            part, used = [], 0
+        part.append(layer)
+        used += needed
+    if part:
+        yield part
+
+
+def _same(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> bool:
+    return len(before) == len(after) and all(
+        one.shape == other.shape and bool((one.double() - other.double()).norm() <= _ROUNDING * one.double().norm())
+        for one, other in zip(before, after, strict=True)
+        if one.is_floating_point()
+    )
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        check_unsharded(module, path_of(name), "calibrate the network before it is sharded")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CalibrationError(f"{name} is on the meta device and has no numbers: load the trained weights first")
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise CalibrationError(f"{name} holds numbers that are not finite: calibration needs trained weights")
+
+
+def _give(model: nn.Module, changed: Mapping[str, torch.Tensor]) -> None:
+    """Put numbers into a network's parameters and buffers, all or none."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with ExitStack() as undo, torch.no_grad():
+        undo.callback(tensor_restorer(model))
+        for name, numbers in changed.items():
+            own[name].copy_(numbers)
+        undo.pop_all()

@@ -1,0 +1,245 @@
+"""Which channels of a network can change places without a change in what it computes.
+
+The channels of a feature map mean whatever the weights around them make of them: whoever permutes the rows of the
+weights that write a map, the entries of its norms, and the columns of the weights that read it, has the same network.
+Maps that are added share their order, as all those along a residual path do.
+
+One forward pass is watched operation by operation. What is not known to treat all channels alike pins the channels of
+everything that goes in: they stay where they are.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from coconv_surgery.tracing.objects import tensors_in
+
+aten: Any = torch.ops.aten
+_WeakDict: Any = WeakIdKeyDictionary  # torch has no types for it
+
+
+@dataclass(frozen=True)
+class Side:
+    """One dimension of a parameter or buffer.
+
+    Attributes:
+        name: Its qualified name.
+        dim: The dimension.
+    """
+
+    name: str
+    dim: int
+
+
+@dataclass
+class Order:
+    """Channels that change places together, if at all.
+
+    Attributes:
+        sides: The dimensions that they run along.
+        scales: What a norm multiplies each channel of a convolution's output with, by the name of its weight.
+    """
+
+    sides: set[Side] = field(default_factory=set)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def find_orders(model: nn.Module, run: Callable[[], Any]) -> list[Order]:
+    """Find the channels of a network that can change places.
+
+    Args:
+        model: The network, in evaluation mode; its convolutions are plain.
+        run: Runs it once.
+
+    Returns:
+        One order for each set of channels that is free.
+    """
+    watch = _Watch(model)
+    with torch.no_grad(), watch:
+        outputs = run()
+    watch.pin(tensors_in(outputs))
+    return watch.free()
+
+
+class _Watch(TorchDispatchMode):
+    """Follows channels through a forward pass. A group is a set of channels in one order, by number; 0 is pinned."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names: Any = _WeakDict()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._names[tensor] = name
+        self._maps: Any = _WeakDict()  # the group along dimension 1 of a feature map
+        self._outputs: Any = _WeakDict()  # of convolutions: the names of their weights
+        self._sides: dict[Side, int] = {}
+        self._scales: dict[str, torch.Tensor | None] = {}
+        self._parents = [0]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._see(func.overloadpacket, args, dict(kwargs or {}), result)
+        return result
+
+    def pin(self, tensors: Iterable[Any]) -> None:
+        """Let the channels of maps and weights stay where they are."""
+        for tensor in tensors:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if tensor in self._maps:
+                self._join(self._maps[tensor], 0)
+            if tensor in self._names:
+                for dim in range(tensor.dim()):
+                    self._join(self._side(self._names[tensor], dim), 0)
+
+    def free(self) -> list[Order]:
+        """The groups that nothing has pinned."""
+        orders: dict[int, Order] = {}
+        for side, group in self._sides.items():
+            if root := self._root(group):
+                orders.setdefault(root, Order()).sides.add(side)
+        for order in orders.values():
+            names = {side.name for side in order.sides if side.dim == 0}
+            order.scales = {name: scale for name in names if (scale := self._scales.get(name)) is not None}
+        return list(orders.values())
+
+    def _see(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if operation in _NOT_READ:
+            return
+        inputs = tree_leaves((args, kwargs))
+        if operation is aten.convolution and self._convolution(*args, result):
+            return
+        if operation in _NORMS and self._norm(args, result):
+            return
+        if operation is aten.addmm and self._linear(*args[:3]):
+            return
+        if operation in (aten.t, aten.detach, aten.alias) and args[0] in self._names:
+            if operation is not aten.t:
+                self._names[result] = self._names[args[0]]
+            else:
+                self._outputs[result] = self._names[args[0]]  # a matrix's columns are its weight's rows
+            return
+        maps = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.numel() > 1]
+        outputs = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        if _keeps_channels(operation, args, kwargs, maps, outputs) and all(tensor in self._maps for tensor in maps):
+            groups = [self._maps[tensor] for tensor in maps]
+            for group in groups[1:]:
+                self._join(group, groups[0])
+            for tensor in outputs if groups else ():
+                self._maps[tensor] = groups[0]
+            return
+        self.pin(inputs)
+
+    def _convolution(self, input: Any, weight: Any, bias: Any, *rest: Any) -> bool:
+        *_, transposed, _, groups, result = rest
+        if weight not in self._names or (bias is not None and bias not in self._names) or input.dim() != 4:
+            return False
+        name = self._names[weight]
+        channels = input.shape[1]
+        if groups == 1:
+            written, read = (1, 0) if transposed else (0, 1)
+            self._join(self._side(name, read), self._maps.get(input, 0))
+            group = self._side(name, written)
+        elif groups == channels == weight.shape[0] and not transposed and weight.shape[1] == 1:
+            group = self._side(name, 0)
+            self._join(group, self._maps.get(input, 0))
+        else:
+            return False
+        if bias is not None:
+            self._join(group, self._side(self._names[bias], 0))
+        self._maps[result] = group
+        self._outputs[result] = name
+        return True
+
+    def _norm(self, args: tuple[Any, ...], result: Any) -> bool:
+        (input, weight, bias, mean, variance), eps = args[:5], args[-1]
+        parts = [tensor for tensor in (weight, bias, mean, variance) if tensor is not None]
+        if input not in self._maps or any(part not in self._names for part in parts):
+            return False
+        group = self._maps[input]
+        for part in parts:
+            self._join(group, self._side(self._names[part], 0))
+        self._maps[result[0]] = group
+        if (conv := self._outputs.get(input)) is not None and variance is not None:
+            scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
+            self._scales[conv] = None if conv in self._scales else scale  # of one norm behind, or of none
+        return True
+
+    def _linear(self, bias: Any, input: Any, matrix: Any) -> bool:
+        if input not in self._maps or matrix not in self._outputs or bias not in self._names:
+            return False
+        name = self._outputs[matrix]
+        self._join(self._side(name, 1), self._maps[input])
+        for side in (self._side(name, 0), self._side(self._names[bias], 0)):
+            self._join(side, 0)
+        return True
+
+    def _side(self, name: str, dim: int) -> int:
+        if Side(name, dim) not in self._sides:
+            self._sides[Side(name, dim)] = len(self._parents)
+            self._parents.append(len(self._parents))
+        return self._sides[Side(name, dim)]
+
+    def _root(self, group: int) -> int:
+        while self._parents[group] != group:
+            group = self._parents[group]
+        return group
+
+    def _join(self, one: int, other: int) -> None:
+        low, high = sorted((self._root(one), self._root(other)))
+        self._parents[high] = low
+
+
+# What reads no numbers.
+_NOT_READ = (aten.sym_size, aten.size, aten.numel, aten.is_pinned)
+_NORMS = (
+    aten.native_batch_norm,
+    aten._native_batch_norm_legit_no_training,
+    aten.cudnn_batch_norm,
+    aten.miopen_batch_norm,
+)
+# One number for each, from the numbers in its place.
+_ELEMENTWISE = {
+    *(aten.add, aten.add_, aten.sub, aten.sub_, aten.mul, aten.mul_, aten.div, aten.div_, aten.neg, aten.abs),
+    *(aten.maximum, aten.minimum, aten.clamp, aten.clamp_, aten.clamp_min, aten.clamp_min_, aten.clamp_max),
+    *(aten.relu, aten.relu_, aten.leaky_relu, aten.leaky_relu_, aten.elu, aten.elu_, aten.gelu, aten.silu, aten.silu_),
+    *(aten.mish, aten.mish_, aten.hardtanh, aten.hardtanh_, aten.hardswish, aten.hardswish_, aten.hardsigmoid),
+    *(aten.hardsigmoid_, aten.sigmoid, aten.sigmoid_, aten.tanh, aten.tanh_, aten.softplus, aten.exp, aten.sqrt),
+    *(aten.pow, aten.square, aten.clone, aten._to_copy, aten.detach, aten.alias, aten.contiguous),
+}
+# One map for each channel, from that channel.
+_SPATIAL = {
+    *(aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d),
+    *(aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
+    *(aten.reflection_pad2d, aten.replication_pad2d),
+}
+_RESHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias}
+
+
+def _keeps_channels(
+    operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], maps: list[Any], outputs: list[Any]
+) -> bool:
+    """Whether an operation treats all channels of its maps alike, and gives them in the order of its input."""
+    if not maps or not outputs or any(tensor.dim() < 2 for tensor in (*maps, *outputs)):
+        return False
+    if len({tensor.shape[1] for tensor in (*maps, *outputs)}) > 1:
+        return False
+    if operation in _ELEMENTWISE:
+        return len({tensor.dim() for tensor in maps}) == 1
+    if operation in _SPATIAL:
+        return bool(maps[0].dim() == 4)
+    if operation is aten.constant_pad_nd:
+        return bool(len(args[1]) <= 2 * (maps[0].dim() - 2))
+    if operation is aten.mean:
+        dims = {dim % maps[0].dim() for dim in (args[1] or ())} if len(args) > 1 else set()
+        return bool(dims) and not dims & {0, 1}
+    if operation in _RESHAPES:
+        return all(tensor.shape[:2].numel() == tensor.numel() for tensor in (maps[0], outputs[0]))
+    return False
