@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from coconv_surgery.calibration.calibrate import calibrate as calibrate_kernels
+from coconv_surgery.calibration.calibrating import calibrate as calibrate_kernels
 from coconv_surgery.layers.arguments import flag, instance
 from coconv_surgery.layers.levels import Levels, check_levels
 from coconv_surgery.merging import keep_levels_in_merges

@@ -26,7 +26,7 @@ FILES = {
     ],
     "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "decision"],
     "calibration": [
-        *("report", "patches", "moments", "batches", "networks", "channels", "arranging", "solving", "calibrate"),
+        *("report", "patches", "moments", "batches", "networks", "channels", "arranging", "solving", "calibrating"),
     ],
     "checkpoint": ["pickles", "reading", "tensors", "header", "origin", "converted", "guard", "hub", "timm_loading"],
 }

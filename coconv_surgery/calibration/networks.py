@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import torch.nn as nn
 from coconv_surgery.calibration.batches import Batch, Stop
 from coconv_surgery.calibration.patches import Level, each_level
 from coconv_surgery.layers.levels import Levels
+from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
 from coconv_surgery.tracing.finding import find_sites
 from coconv_surgery.tracing.sites import Site
 from coconv_surgery.tracing.visit import Visit
@@ -48,6 +49,11 @@ class Layer:
         return each_level(self.sites[0].signature, self.levels.dilations, self.splits)
 
     @property
+    def is_contextual(self) -> bool:
+        """Whether they compute something else than before the conversion."""
+        return self.levels != self.before
+
+    @property
     def before(self) -> Levels:
         """What they were before the conversion."""
         return self.sites[0].before
@@ -78,13 +84,33 @@ class Call:
     output: torch.Tensor
 
 
-def find_layers(sites: Iterable[Site]) -> list[Layer]:
-    """The layers that a conversion changed."""
-    changed: dict[Any, list[Site]] = defaultdict(list)
+def find_layers(sites: Sequence[Site], also: Patterns | None = None) -> list[Layer]:
+    """The layers that a conversion changed, and plain ones by name.
+
+    Args:
+        sites: Where a network convolves.
+        also: Patterns of plain convolutions.
+
+    Raises:
+        ValueError: If a pattern matches nothing.
+    """
+    patterns = None if also is None else as_list(also, "also")
+    if patterns is not None:
+        check_patterns({"also": patterns}, [name for site in sites for name in (site.name, *site.aliases)])
+    layers: dict[Any, list[Site]] = defaultdict(list)
     for site in sites:
-        if site.levels is not None and site.state != site.before:
-            changed[site.weight_key].append(site)
-    return [Layer(tuple(group)) for group in changed.values()]
+        changed = site.levels is not None and site.state != site.before
+        if changed or (patterns and first_match((site.name, *site.aliases), patterns) and _is_plain(site)):
+            layers[site.weight_key].append(site)
+    return [Layer(tuple(group)) for group in layers.values()]
+
+
+def _is_plain(site: Site) -> bool:
+    """Whether a site is a plain convolution, which is watched where a contextual one is."""
+    conv = site.signature
+    even_same = conv.padding == "same" and any(side % 2 == 0 for side in conv.kernel_size)
+    known = isinstance(site.conv, nn.Conv2d) and type(site.conv).forward is nn.Conv2d.forward
+    return known and site.state == site.plain and not even_same and not site.no_plain_form
 
 
 class WatchedNetwork:
@@ -106,7 +132,7 @@ class WatchedNetwork:
         self._calls: Counter[Layer] = Counter()
         for layer in layers:
             for site in layer.sites:
-                if original:
+                if original and layer.is_contextual:
                     # One level, rather than a plain convolution, so that it is watched in the same way.
                     found[site.name].switch(layer.before)
                 for module in found[site.name].watched_in(self.model):

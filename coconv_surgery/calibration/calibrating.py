@@ -22,6 +22,7 @@ from coconv_surgery.layers.functional import Pair
 from coconv_surgery.layers.rollback import tensor_restorer
 from coconv_surgery.planning.decision import current_plan
 from coconv_surgery.planning.notes import calibrated_on, note_plan, noted_plan
+from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.tracing.convertible import check_convertible, check_unsharded, path_of
 from coconv_surgery.tracing.finding import find_intact_sites
 from coconv_surgery.tracing.inputs import Inputs
@@ -40,6 +41,7 @@ def calibrate(
     *,
     max_images: int = 256,
     arrange: bool = True,
+    also: Patterns | None = None,
     frozen: bool = True,
     positions: int = 40_000,
     progress: bool = False,
@@ -63,7 +65,10 @@ def calibrate(
             mmengine's), or a function that runs the network that it is given.
         max_images: How many of them to use at most. They are read once, and kept in memory.
         arrange: Whether channels may change places.
-        frozen: Whether to solve kernels that do not require gradients as well.
+        also: Glob patterns of plain convolutions to solve as well, by qualified name; ``"*"`` for all. Those behind
+            contextual ones make up for some of what these cannot do, above all behind depthwise ones, which have few
+            kernels to solve. It takes as much time for each.
+        frozen: Whether to change parameters that do not require gradients as well.
         positions: How many positions of each layer's output to look at, at most, chosen at random.
         progress: Whether to show a progress bar.
 
@@ -72,9 +77,10 @@ def calibrate(
 
     Raises:
         TypeError: If ``model`` is not a module that can be converted in place, or another argument is of a wrong kind.
-        CalibrationError: If there are no images, they or what the network computes are not finite, or they are of
-            another size than the network was converted for. Whatever goes wrong, interrupts included, the network is
-            left as it was.
+        ValueError: If a pattern matches nothing, or a contextual convolution was pruned.
+        CalibrationError: If there are no images, they or what the network computes are not finite, they are of another
+            size than the network was converted for, or the network was calibrated before. Whatever goes wrong,
+            interrupts included, the network is left as it was.
 
     >>> import timm
     >>> from coconv_surgery import convert
@@ -94,7 +100,7 @@ def calibrate(
             f"the network was calibrated on {before:,} images before, and its kernels are not the trained ones any "
             "more: load those, and calibrate then"
         )
-    layers, plan = find_layers(find_intact_sites(model)), noted_plan(model)
+    layers, plan = find_layers(find_intact_sites(model), also), noted_plan(model)
     stay = frozenset(n for n, p in model.named_parameters() if not (frozen or p.requires_grad))
     sizes = {row.name: row.output_sizes for row in plan.converted} if plan else {}
     with unseen(model), Visit(model, Inputs()) as visit:
@@ -163,10 +169,12 @@ class _Work:
             stay: Names of parameters that are to stay as they are.
             progress: As of :func:`calibrate`.
         """
-        if self._layers:
-            self._layers = self._in_order()
-            if arrange:
-                self._arrange(stay)
+        ordered = self._in_order()
+        # Nothing is to be made up for before the first contextual one.
+        first = next((number for number, layer in enumerate(ordered) if layer.is_contextual), len(ordered))
+        self._layers = ordered[first:]
+        if arrange and self._layers:
+            self._arrange(stay)
         with tqdm(total=len(self._layers), disable=not progress, desc="calibrating", unit="conv") as bar:
             for some in _in_parts(self._layers, self._positions):
                 targets = record_targets(self._original, some, self._batches, self._positions)
@@ -215,8 +223,9 @@ class _Work:
     def _arrange(self, stay: Collection[str]) -> None:
         """Let channels change places in both networks, if that changes nothing in what the original computes."""
         batch = self._batches[0]
+        contextual = [layer for layer in self._layers if layer.is_contextual]
         arrangement, channels = find_arrangement(
-            self._original, self._layers, self._batches, self._positions, _MEMORY, stay
+            self._original, contextual, self._batches, self._positions, _MEMORY, stay
         )
         before = list(tensors_in(self._original.run(batch)))
         rearrange(self._original, arrangement)

@@ -1,0 +1,5 @@
+"""Tables and figures from the logs."""
+
+
+def write_report() -> None:
+    """Write the page."""
