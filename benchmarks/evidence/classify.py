@@ -63,7 +63,7 @@ def _of_timm(name: str) -> Callable[[], nn.Module]:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet": small_resnet,
     "byobnet": _of_timm("test_byobnet"),
-    "mobilenetv2": _of_timm("mobilenetv2_050"),
+    "lcnet": _of_timm("lcnet_035"),
 }
 
 

@@ -26,7 +26,6 @@ from coconv_surgery.mmdet.building import build_detector
 HERE = Path(__file__).parent
 WORK = HERE / "work"
 SEEDS = range(3)
-BACKBONES = ("ResNet", "CoResNet")
 _CONFIG = HERE.parents[1] / "configs" / "shapes" / "ssd_coresnet18_shapes.py"
 
 

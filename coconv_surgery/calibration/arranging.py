@@ -6,6 +6,7 @@ change in what the network computes, each goes to the level that costs it least,
 """
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 
@@ -75,7 +76,7 @@ def rearrange(network: WatchedNetwork, arrangement: Sequence[tuple[Order, torch.
 def assign_levels(costs: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Put each channel where it costs little.
 
-    Two levels at a time exchange channels until no two can gain by it.
+    As long as it pays, channels go round in a cycle of places (Klein, 1967), so that the end is the best there is.
 
     Args:
         costs: What each channel costs in each kind of place, ``(channels, kinds)``.
@@ -84,25 +85,57 @@ def assign_levels(costs: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     Returns:
         Which channel each place gets, ``(channels,)``. Places whose kind does not change keep their channels.
     """
-    kinds, own = torch.unique(levels).tolist(), levels.clone()
-    gained = True
-    while gained:
-        gained = False
-        for number, one in enumerate(kinds):
-            for other in kinds[number + 1 :]:
-                among = ((own == one) | (own == other)).nonzero().flatten()
-                rather = costs[among, one] - costs[among, other]
-                new = torch.full_like(among, other)
-                new[rather.argsort(stable=True)[: int((own[among] == one).sum())]] = one
-                before = costs[among, own[among]].sum()
-                if before - costs[among, new].sum() > _ENOUGH * before.abs():
-                    own[among], gained = new, True
+    own = levels.clone()
+    kinds = costs.shape[1]
+    while (cycle := _gainful_cycle(costs, own, kinds)) is not None:
+        for channel, kind in cycle:
+            own[channel] = kind
     places = torch.arange(len(levels))
-    for level in kinds:
+    for level in range(kinds):
         leaves = ((levels == level) & (own != level)).nonzero().flatten()
         comes = ((levels != level) & (own == level)).nonzero().flatten()
         places[leaves] = comes
     return places
+
+
+def _gainful_cycle(costs: torch.Tensor, own: torch.Tensor, kinds: int) -> list[tuple[int, int]] | None:
+    """Channels that go round, each to a place of the next one's kind, with these kinds; None if none gain by it."""
+    gains = costs - costs.gather(1, own[:, None])
+    least = torch.full((kinds, kinds), torch.inf, dtype=costs.dtype)
+    movers = torch.zeros(kinds, kinds, dtype=torch.long)
+    for kind in range(kinds):
+        among = (own == kind).nonzero().flatten()
+        if len(among):
+            least[kind], chosen = gains[among].min(dim=0)
+            movers[kind] = among[chosen]
+    best, after = least.clone(), torch.arange(kinds).repeat(kinds, 1)
+    best.fill_diagonal_(0)
+    smallest = -_ENOUGH * float(costs.gather(1, own[:, None]).abs().sum())
+    for middle in range(kinds):  # Floyd and Warshall's shortest paths
+        through = best[:, middle, None] + best[None, middle]
+        start = int(through.diagonal().argmin())
+        if through[start, start] < smallest:
+            around = _simple([start, *_path(after, start, middle), *_path(after, middle, start)])
+            return [(int(movers[kind, other]), other) for kind, other in itertools.pairwise(around)]
+        shorter = through < best
+        best, after = torch.where(shorter, through, best), torch.where(shorter, after[:, middle, None], after)
+    return None
+
+
+def _path(after: torch.Tensor, start: int, end: int) -> list[int]:
+    """The kinds on the way, without the first."""
+    path = [start]
+    while path[-1] != end:
+        path.append(int(after[path[-1], end]))
+    return path[1:]
+
+
+def _simple(around: list[int]) -> list[int]:
+    """A way around without loops on the way."""
+    way = around[:1]
+    for kind in around[1:-1]:
+        way = way[: way.index(kind) + 1] if kind in way else [*way, kind]
+    return [*way, around[-1]]
 
 
 def _movable(original: WatchedNetwork, layers: Sequence[Layer], batch: Batch, names: set[str]) -> dict[Layer, str]:

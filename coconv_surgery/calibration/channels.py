@@ -78,6 +78,7 @@ class _Watch(TorchDispatchMode):
         self._maps: Any = _WeakDict()  # the group along dimension 1 of a feature map
         self._outputs: Any = _WeakDict()  # of convolutions: the names of their weights
         self._sides: dict[Side, int] = {}
+        self._read: set[Side] = set()  # those that channels are read along
         self._scales: dict[str, torch.Tensor | None] = {}
         self._parents = [0]
 
@@ -100,15 +101,16 @@ class _Watch(TorchDispatchMode):
                     self._join(self._side(self._names[tensor], dim), 0)
 
     def free(self) -> list[Order]:
-        """The groups that nothing has pinned."""
+        """The groups that nothing has pinned, and that something is known to read."""
         orders: dict[int, Order] = {}
         for side, group in self._sides.items():
             if root := self._root(group):
                 orders.setdefault(root, Order()).sides.add(side)
-        for order in orders.values():
+        read = [order for order in orders.values() if order.sides & self._read]
+        for order in read:
             names = {side.name for side in order.sides if side.dim == 0}
             order.scales = {name: scale for name in names if (scale := self._scales.get(name)) is not None}
-        return list(orders.values())
+        return read
 
     def _see(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if operation in _NOT_READ:
@@ -120,14 +122,14 @@ class _Watch(TorchDispatchMode):
             return
         if operation is aten.addmm and self._linear(*args[:3]):
             return
-        if operation in (aten.t, aten.detach, aten.alias) and args[0] in self._names:
-            if operation is not aten.t:
-                self._names[result] = self._names[args[0]]
-            else:
-                self._outputs[result] = self._names[args[0]]  # a matrix's columns are its weight's rows
+        if operation is aten.t and args[0] in self._names:
+            self._outputs[result] = self._names[args[0]]  # a matrix's columns are its weight's rows
+            return
+        outputs = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        if len(outputs) == 1 and args[0] in self._names and _is_whole(outputs[0], args[0]):
+            self._names[outputs[0]] = self._names[args[0]]
             return
         maps = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.numel() > 1]
-        outputs = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
         if _keeps_channels(operation, args, kwargs, maps, outputs) and all(tensor in self._maps for tensor in maps):
             groups = [self._maps[tensor] for tensor in maps]
             for group in groups[1:]:
@@ -146,6 +148,7 @@ class _Watch(TorchDispatchMode):
         if groups == 1:
             written, read = (1, 0) if transposed else (0, 1)
             self._join(self._side(name, read), self._maps.get(input, 0))
+            self._read.add(Side(name, read))
             group = self._side(name, written)
         elif groups == channels == weight.shape[0] and not transposed and weight.shape[1] == 1:
             group = self._side(name, 0)
@@ -177,6 +180,7 @@ class _Watch(TorchDispatchMode):
             return False
         name = self._outputs[matrix]
         self._join(self._side(name, 1), self._maps[input])
+        self._read.add(Side(name, 1))
         for side in (self._side(name, 0), self._side(self._names[bias], 0)):
             self._join(side, 0)
         return True
@@ -223,6 +227,12 @@ _SPATIAL = {
 _RESHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias}
 
 
+def _is_whole(view: Any, tensor: Any) -> bool:
+    """Whether a view is of all of a tensor, as it is."""
+    same = (view.shape, view.stride(), view.data_ptr()) == (tensor.shape, tensor.stride(), tensor.data_ptr())
+    return bool(same)
+
+
 def _keeps_channels(
     operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], maps: list[Any], outputs: list[Any]
 ) -> bool:
@@ -231,6 +241,8 @@ def _keeps_channels(
         return False
     if len({tensor.shape[1] for tensor in (*maps, *outputs)}) > 1:
         return False
+    if operation is aten.cat and len(maps) == 1:
+        return True
     if operation in _ELEMENTWISE:
         return len({tensor.dim() for tensor in maps}) == 1
     if operation in _SPATIAL:

@@ -1,0 +1,475 @@
+"""Trained networks that were converted keep what they learnt."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.fx as fx
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import TinyNet
+from faults import every_fault
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from torch.utils.data import DataLoader, TensorDataset
+
+import coconv_surgery as cs
+
+SIZE = (1, 64, 64)
+
+
+@pytest.fixture
+def converted(trained):
+    return cs.convert(copy.deepcopy(trained.model), input_size=SIZE)
+
+
+def smooth(*shape, **kwargs):
+    """Images that have something in common from pixel to pixel, as real ones do."""
+    return F.avg_pool2d(torch.randn(*shape, **kwargs), 5, stride=1, padding=2)
+
+
+def converted_tiny():
+    torch.manual_seed(0)
+    return cs.convert(TinyNet().eval(), input_size=32)
+
+
+def weights(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same_weights(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# What it is for.
+
+
+def test_a_trained_network_keeps_what_it_learnt(trained, converted):
+    before, cold = trained.accuracy(trained.model), trained.accuracy(converted)
+    report = cs.calibrate(converted, trained.held_out)
+    after = trained.accuracy(converted)
+    assert cold <= before - 5
+    assert after >= before - 1
+    assert report.images == 64
+    assert len(report.solved) == 4
+
+
+def test_the_error_of_every_layer_falls(trained, converted):
+    for row in cs.calibrate(converted, trained.held_out).layers:
+        assert row.after < row.before, row
+
+
+def test_channels_that_change_places_leave_less_to_solve(trained, converted):
+    in_place = copy.deepcopy(converted)
+    moved = cs.calibrate(converted, trained.held_out)
+    stayed = cs.calibrate(in_place, trained.held_out, arrange=False)
+    assert moved.arranged[0] > 0
+    assert stayed.arranged == (0, 0)
+    assert sum(row.after for row in moved.layers) < sum(row.after for row in stayed.layers)
+
+
+def test_plain_convolutions_behind_contextual_ones_are_solved_by_name(trained, converted):
+    report = cs.calibrate(converted, trained.held_out, also="layer[34].*")
+    names = [row.name for row in report.layers]
+    assert names[:4] == [row.name for row in cs.get_plan(converted).converted]
+    assert {"layer3.0.conv1", "layer3.0.downsample.0", "layer4.0.conv2"} <= set(names)
+    assert trained.accuracy(converted) >= trained.accuracy(trained.model) - 1
+
+
+def test_a_conversion_calibrates_in_one_call(trained):
+    model = cs.convert(copy.deepcopy(trained.model), input_size=SIZE, calibrate=trained.held_out)
+    assert trained.accuracy(model) >= trained.accuracy(trained.model) - 1
+
+
+# What it leaves alone.
+
+
+def test_parameters_are_the_same_objects_and_an_optimizer_keeps_its_state(trained, converted):
+    optimizer = torch.optim.SGD(converted.parameters(), 0.1, momentum=0.9)
+    F.cross_entropy(converted(trained.images[:8]), trained.labels[:8]).backward()
+    optimizer.step()
+    converted.layer1[0].conv1.weight.requires_grad_(False)
+    objects, flags = ([(n, f(p)) for n, p in converted.named_parameters()] for f in (id, lambda p: p.requires_grad))
+    kept = {id(p): (s["momentum_buffer"], s["momentum_buffer"].clone()) for p, s in optimizer.state.items()}
+    cs.calibrate(converted, trained.held_out)
+    assert [(name, id(p)) for name, p in converted.named_parameters()] == objects
+    assert [(name, p.requires_grad) for name, p in converted.named_parameters()] == flags
+    for parameter, held in optimizer.state.items():
+        buffer, numbers = kept[id(parameter)]
+        assert held["momentum_buffer"] is buffer
+        assert torch.equal(buffer, numbers)
+
+
+def test_in_place_only_the_kernels_of_contextual_convolutions_change(trained, converted):
+    before = weights(converted)
+    report = cs.calibrate(converted, trained.held_out, arrange=False)
+    after = weights(converted)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{row.name}.weight" for row in report.solved}
+
+
+@pytest.mark.parametrize("also", [None, "*"])
+def test_a_network_without_contextual_convolutions_stays_as_it_is_to_the_bit(also):
+    model = TinyNet()
+    cs.to_coconv_(model.body[0], (1,), (8,))
+    before = weights(model)
+    report = cs.calibrate(model, torch.randn(4, 3, 32, 32), also=also)
+    assert report.layers == ()
+    assert same_weights(before, weights(model))
+
+
+def test_frozen_parameters_stay_if_they_are_to(trained, converted):
+    converted.layer1.requires_grad_(False)
+    before = weights(converted.layer1)
+    report = cs.calibrate(converted, trained.held_out, frozen=False)
+    assert {row.skipped for row in report.layers if row.name.startswith("layer1")} == {"its kernels are frozen"}
+    assert same_weights(before, weights(converted.layer1))
+    assert all(row.skipped is None for row in report.layers if row.name.startswith("layer2"))
+
+
+def test_flags_statistics_hooks_and_random_numbers_stay(converted, trained):
+    converted.train()
+    seen = []
+    converted.layer1.register_forward_hook(lambda *_: seen.append(1))
+    running, random = converted.bn1.num_batches_tracked.clone(), torch.get_rng_state()
+    images = trained.held_out.clone()
+    cs.calibrate(converted, images)
+    assert converted.training
+    assert all(module.training for module in converted.modules())
+    assert torch.equal(converted.bn1.num_batches_tracked, running)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(images, trained.held_out)
+    assert not seen
+
+
+# Images in whatever form.
+
+
+def calibrated_by(images, **choices):
+    model = converted_tiny()
+    cs.calibrate(model, images, **choices)
+    return weights(model)
+
+
+def run_batches(batches):
+    def run(model):
+        for batch in batches:
+            model(batch).sum()
+
+    return run
+
+
+def test_images_come_in_any_form():
+    images = smooth(32, 3, 32, 32)
+    expected, halves = calibrated_by(images), list(images.split(16))
+    labelled = TensorDataset(images, torch.zeros(32, dtype=torch.long))
+    forms = {
+        "batches": halves,
+        "a generator": (batch for batch in halves),
+        "dicts": [{"x": batch} for batch in halves],
+        "tuples": [(batch,) for batch in halves],
+        "Inputs": [cs.Inputs((batch,)) for batch in halves],
+        "Inputs that say what to call": [cs.Inputs((batch,), call=lambda net, x: net.forward(x)) for batch in halves],
+        "a loader": DataLoader(TensorDataset(images), batch_size=16),
+        "a loader with labels": DataLoader(labelled, batch_size=16),
+        "a function": run_batches(halves),
+        "double precision": images.double(),
+    }
+    for form, given in forms.items():
+        assert same_weights(calibrated_by(given), expected), form
+
+
+def test_no_more_images_are_read_than_wanted():
+    def endless():
+        while True:
+            yield smooth(4, 3, 32, 32)
+
+    assert cs.calibrate(converted_tiny(), endless(), max_images=8).images == 8
+
+
+# Networks of all kinds.
+
+
+def image_net(conv):
+    torch.manual_seed(0)
+    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(), nn.Conv2d(conv.out_channels, 4, 1)).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "share"),  # without gains, kernels have one length, and cannot be as short as would be best
+    [(StdConv2d, 0.95), (StdConv2dSame, 0.95), (ScaledStdConv2d, 0.7), (ScaledStdConv2dSame, 0.7)],
+)
+def test_standardised_kernels_are_solved_through_their_standardisation(make, share):
+    model = image_net(make(6, 16, 3, stride=2, padding="SAME" if "Same" in make.__name__ else 1))
+    plain = copy.deepcopy(model)
+    cs.to_coconv_(model[0], (1, 2, 3), (8, 4, 4))
+    images = smooth(16, 6, 24, 24)
+    with torch.no_grad():
+        wanted, cold = plain[0](images), model[0](images)
+        (row,) = cs.calibrate(model, images, arrange=False).layers
+        found = model[0](images)
+    assert row.skipped is None
+    assert (found - wanted).norm() < share * (cold - wanted).norm()
+    assert type(model[0]).__name__ == f"Co{make.__name__}"
+
+
+def test_kernels_that_others_compute_are_left_with_the_reason():
+    model = image_net(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, padding=1)))
+    cs.convert(model, input_size=32)
+    before = weights(model)
+    (row,) = cs.calibrate(model, smooth(4, 3, 32, 32)).layers
+    assert row.skipped == "its kernels are computed from other parameters"
+    assert same_weights(before, weights(model))
+
+
+class Pyramid(nn.Module):
+    """One head on maps of three sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x):
+        features = self.stem(x).relu()
+        return [self.head(F.avg_pool2d(features, size)) for size in (1, 2, 4)]
+
+
+def test_a_convolution_shared_over_a_pyramid_is_solved_for_all_its_calls():
+    torch.manual_seed(0)
+    plain = Pyramid().eval()
+    model, images = cs.convert(copy.deepcopy(plain), input_size=64), smooth(16, 3, 64, 64)
+    with torch.no_grad():
+        wanted, cold = plain(images), model(images)
+        report = cs.calibrate(model, images)
+        found = model(images)
+    assert {row.name: row.positions for row in report.solved}["head.0"] > 40_000 / 2
+    for one, other, goal in zip(found, cold, wanted, strict=True):
+        assert (one - goal).norm() < 0.9 * (other - goal).norm()
+
+
+def test_modules_that_share_a_weight_are_solved_together():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)), nn.Conv2d(8, 2, 1)).eval()
+    model[1].weight = model[0].weight
+    cs.convert(model, input_size=(8, 32, 32))
+    (row,) = cs.calibrate(model, smooth(16, 8, 32, 32), arrange=False).layers
+    assert model[1].weight is model[0].weight
+    assert row.after < row.before
+
+
+@pytest.mark.parametrize("trace", [fx.symbolic_trace, lambda net: torch.export.export(net, (image(),)).module()])
+def test_a_graph_is_calibrated_as_its_network_is(trace):
+    torch.manual_seed(0)
+    net = TinyNet().eval()
+    graph = trace(copy.deepcopy(net))
+    images = smooth(16, 3, 32, 32)
+    for model in (net, graph):
+        cs.convert(model, input_size=32)
+    runs = [images[i : i + 1] for i in range(16)]  # an export has one batch size
+    names = [[row.name for row in cs.calibrate(model, runs).solved] for model in (net, graph)]
+    assert names[0] == names[1] != []
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(graph.get_parameter(name), parameter)
+
+
+def image():
+    return torch.randn(1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_are_kept_and_summed_up_in_single_precision_or_better(dtype, trained):
+    model = cs.convert(copy.deepcopy(trained.model).to(dtype), input_size=SIZE)
+    report = cs.calibrate(model, trained.held_out)
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+    assert all(row.after < 0.6 * row.before for row in report.layers)
+
+
+class Picks(nn.Module):
+    """Runs a convolution on the crop where its features are strongest, as a second stage does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.out = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        features = self.first(x)
+        crops = []
+        for one in features:
+            # So sensitive that another network picks another crop.
+            place = int((one.double().sum() * 1e6) % 32)
+            crops.append(one[:, place : place + 32, place : place + 32])
+        return self.out(self.second(torch.stack(crops)))
+
+
+def test_a_layer_that_runs_on_other_things_than_before_is_solved_for_its_own_inputs():
+    torch.manual_seed(0)
+    model = cs.convert(Picks().eval(), input_size=64, include="*")
+    report = cs.calibrate(model, torch.randn(16, 3, 64, 64), arrange=False)
+    rows = {row.name: row for row in report.layers}
+    assert rows["first"].note is None
+    assert "solved for its own inputs" in rows["second"].note
+    assert rows["second"].after < rows["second"].before
+
+
+def test_a_network_of_timm_is_calibrated_with_depthwise_convolutions():
+    model = timm.create_model("mobilenetv2_035").eval()
+    cs.convert(model, input_size=64)
+    report = cs.calibrate(model, smooth(8, 3, 64, 64))
+    assert len(report.solved) == len(cs.get_plan(model).converted)
+    assert report.arranged[1] > 0
+
+
+# What is known of it afterwards.
+
+
+def test_the_plan_the_state_dict_and_the_file_say_on_how_many_images(tmp_path):
+    model = converted_tiny()
+    assert cs.get_plan(model).calibrated == 0
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+    assert cs.get_plan(model).calibrated == 8
+    assert cs.get_plan(model).summary().endswith("calibrated on 8 images")
+    assert cs.plan_of(model.state_dict()).calibrated == 8
+    cs.save_converted(model, tmp_path / "net.safetensors")
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    for file in ("net.safetensors", "net.pth"):
+        assert cs.plan_of(tmp_path / file).calibrated == 8
+        assert cs.get_plan(cs.load_converted(TinyNet(), tmp_path / file)).calibrated == 8
+
+
+def test_a_plan_is_of_levels_and_does_not_say_that_other_weights_were_calibrated():
+    model = converted_tiny()
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+    assert cs.get_plan(cs.apply_plan(TinyNet(), cs.get_plan(model))).calibrated == 0
+
+
+def test_loaded_weights_bring_along_whether_they_were_calibrated():
+    model, other = converted_tiny(), converted_tiny()
+    cold = copy.deepcopy(other.state_dict())
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+    other.load_state_dict(model.state_dict())
+    assert cs.get_plan(other).calibrated == 8
+    other.load_state_dict(cold)
+    assert cs.get_plan(other).calibrated == 0
+    with pytest.warns(cs.PlainWeightsWarning):
+        model.load_state_dict(TinyNet().state_dict())
+    assert cs.get_plan(model).calibrated == 0
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+
+
+def test_kernels_are_not_solved_for_what_was_solved_before():
+    model = converted_tiny()
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+    with pytest.raises(cs.CalibrationError, match="was calibrated on 8 images before"):
+        cs.calibrate(model, smooth(8, 3, 32, 32))
+
+
+@pytest.mark.parametrize("change", [cs.revert, lambda net: cs.convert(net, "uniform", input_size=32)])
+def test_other_levels_than_the_weights_were_calibrated_for_are_warned_of(change):
+    model = converted_tiny()
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+    with pytest.warns(cs.CalibratedWeightsWarning, match="calibrated on 8 images"):
+        change(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", cs.CalibratedWeightsWarning)
+        cs.revert(model)
+
+
+def test_a_report_prints_as_a_table_of_its_layers():
+    report = cs.calibrate(converted_tiny(), smooth(8, 3, 32, 32))
+    lines = str(report).splitlines()
+    assert lines[0].split()[:3] == ["conv", "error", "before"]
+    assert lines[2].startswith(report.layers[0].name)
+    assert lines[-1] == report.summary()
+
+
+# What goes wrong.
+
+
+def nan_in(model):
+    with torch.no_grad():
+        model.stem.weight[0, 0, 0, 0] = float("nan")
+    return model
+
+
+def huge(model):
+    with torch.no_grad():
+        model.stem.weight.fill_(1e38)
+    return model
+
+
+def calibrated(model):
+    cs.calibrate(model, smooth(4, 3, 32, 32))
+    return model
+
+
+GOOD = torch.randn(4, 3, 32, 32)
+WRONG = {
+    "no images": (lambda m: m, [], "there are no images"),
+    "an empty tensor": (lambda m: m, torch.randn(0, 3, 32, 32), "there are no images"),
+    "a function that runs something else": (lambda m: m, lambda net: None, "must call the network"),
+    "NaN in an image": (lambda m: m, torch.full((4, 3, 32, 32), float("nan")), "batch 0 of the images holds"),
+    "NaN in a weight": (nan_in, GOOD, "stem.weight holds numbers that are not finite"),
+    "numbers too large": (huge, GOOD, "not finite"),
+    "images much larger than planned": (lambda m: m, torch.randn(2, 3, 128, 128), "converted for maps of 16×16"),
+    "images much smaller than planned": (lambda m: m, torch.randn(2, 3, 12, 12), "converted for maps of 16×16"),
+    "images of other channels": (lambda m: m, torch.randn(2, 5, 32, 32), "does not run on these images"),
+    "weights on the meta device": (lambda m: m.to("meta"), GOOD, "on the meta device"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_bad_input_is_one_clear_error_and_changes_nothing(what):
+    spoil, images, message = WRONG[what]
+    model = spoil(converted_tiny())
+    before = weights(model)
+    with pytest.raises(cs.CalibrationError, match=message):
+        cs.calibrate(model, images)
+    after = weights(model)
+    assert all(torch.equal(before[n].nan_to_num(), after[n].nan_to_num()) for n in before if not before[n].is_meta)
+    assert cs.get_plan(model).calibrated == 0
+
+
+@pytest.mark.parametrize("images", ["a folder", None, 3, nn.Conv2d(3, 3, 3), {"x": 1}])
+def test_what_cannot_be_images_is_refused_by_its_kind(images):
+    with pytest.raises(TypeError, match="images must be"):
+        cs.calibrate(converted_tiny(), images)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError, match="also: no convolution matches 'nothing'"):
+        cs.calibrate(converted_tiny(), GOOD, also="nothing")
+
+
+def test_a_conversion_whose_calibration_fails_does_not_take_place():
+    model = TinyNet()
+    with pytest.raises(cs.CalibrationError):
+        cs.convert(model, input_size=32, calibrate=[])
+    assert not cs.get_plan(model).converted
+    assert type(model.stem) is nn.Conv2d
+
+
+def test_images_that_are_all_black_are_skipped_with_the_reason():
+    model = image_net(nn.Conv2d(3, 8, 3, padding=1, bias=False))
+    cs.convert(model, input_size=32)
+    (row,) = cs.calibrate(model, torch.zeros(4, 3, 32, 32)).layers
+    assert row.skipped == "its output is zero on these images"
+
+
+def test_a_calibration_is_done_whole_or_not_at_all(capsys):
+    images = smooth(4, 3, 16, 16)
+
+    def converted():
+        torch.manual_seed(0)
+        return cs.convert(TinyNet().eval(), input_size=16)
+
+    def calibrate_unless_done(model):
+        if not cs.get_plan(model).calibrated:
+            cs.calibrate(model, images, positions=64)
+
+    count = every_fault(converted, calibrate_unless_done, step=29)
+    assert count > 50
+    with capsys.disabled():
+        print(f"\ncalibrate: {count} faults injected, none left a trace")
