@@ -1,6 +1,7 @@
 """What two real processes of a gloo group check of a converted network; both run the same."""
 
 import copy
+import tempfile
 import traceback
 from datetime import timedelta
 
@@ -129,6 +130,44 @@ def a_replicated_network_is_neither_converted_nor_reverted():
     refuses(lambda: cs.revert(replicate(converted())), TypeError, "replicate()", "before")
 
 
+class Noisy(torch.utils.data.Dataset):
+    """Images that each process sees in a way of its own, as augmentation has it."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(10 * index + dist.get_rank())
+        return torch.randn(3, 64, 64, generator=generator), index % 2
+
+
+def calibration_gives_all_processes_the_same_weights():
+    from mmengine.runner import Runner
+
+    import coconv_surgery.classification  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as work:
+        runner = Runner(
+            model={
+                "type": "TIMMClassifier",
+                "model_name": "test_resnet",
+                "num_classes": 2,
+                "surgery": {"input_size": 64, "calibrate": {"images": 8}},
+            },
+            work_dir=work,
+            train_dataloader=torch.utils.data.DataLoader(Noisy(), batch_size=4),
+            train_cfg={"by_epoch": True, "max_epochs": 1},
+            optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.0}},
+            default_hooks={"checkpoint": None},
+        )
+        runner.train()
+    assert cs.get_plan(runner.model.timm_model).calibrated == 8
+    for name, tensor in runner.model.named_parameters():
+        other = tensor.detach().clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(tensor, other), name
+
+
 CHECKS = [
     a_converted_network_trains_under_ddp_as_alone,
     the_network_within_ddp_converts_and_trains_on,
@@ -137,6 +176,7 @@ CHECKS = [
     a_sharded_network_is_not_reverted_in_part,
     gathered_weights_are_saved_from_a_whole_network,
     a_replicated_network_is_neither_converted_nor_reverted,
+    calibration_gives_all_processes_the_same_weights,
 ]
 
 

@@ -20,8 +20,8 @@ from coconv_surgery.calibration.solving import record_targets, solve_layer
 from coconv_surgery.layers.arguments import flag, whole_number
 from coconv_surgery.layers.functional import Pair
 from coconv_surgery.layers.rollback import tensor_restorer
-from coconv_surgery.planning.decision import current_plan
-from coconv_surgery.planning.notes import calibrated_on, note_plan, noted_plan
+from coconv_surgery.planning.decision import note_calibration
+from coconv_surgery.planning.notes import calibrated_on, noted_plan
 from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.tracing.convertible import check_convertible, check_unsharded, path_of
 from coconv_surgery.tracing.finding import find_intact_sites
@@ -110,7 +110,7 @@ def calibrate(
         changed, report = contextvars.copy_context().run(wanted, *arguments)
     with ExitStack() as undo:
         if report.solved:
-            note_plan(model, replace(current_plan(model), calibrated=report.images), undo)
+            note_calibration(model, report.images, undo)
         _give(model, changed)
         undo.pop_all()
     return replace(report, seconds=time.perf_counter() - start)

@@ -17,7 +17,9 @@ from timm.models import load_checkpoint
 
 from coconv_surgery.bench.run import Target, run
 from coconv_surgery.bench.speed import ENGINES, Engine
+from coconv_surgery.calibration import calibrate
 from coconv_surgery.checkpoint import load_converted, plan_of, save_converted
+from coconv_surgery.cli.images import image_batches
 from coconv_surgery.demo.shapes import write_shapes
 from coconv_surgery.layers.arguments import near_miss
 from coconv_surgery.layers.levels import SplitRule
@@ -109,17 +111,34 @@ def plan(model: str, every_conv: bool, json_path: Path | None, figure: Path | No
 @click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Weights to load.")
 @click.option("--pretrained", is_flag=True, help="Load timm's pretrained weights.")
 @click.option(
+    "--calibrate",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Calibrate on images of a folder, without labels.",
+)
+@click.option("--images", default=256, show_default=True, type=click.IntRange(min=1), help="How many, at most.")
+@click.option("--also", multiple=True, metavar="GLOB", help="Plain convolutions to calibrate as well. Repeatable.")
+@click.option(
     "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="safetensors file."
 )
 def convert(
-    model: str, plan_path: Path | None, checkpoint: Path | None, pretrained: bool, output: Path, **options: Any
+    model: str,
+    plan_path: Path | None,
+    checkpoint: Path | None,
+    pretrained: bool,
+    folder: Path | None,
+    images: int,
+    also: tuple[str, ...],
+    output: Path,
+    **options: Any,
 ) -> None:
     """Convert a timm MODEL and save its weights together with the plan.
 
-    A checkpoint of a converted network tells its plan, which holds unless another is asked for.
+    A checkpoint of a converted network tells its plan, which holds unless another is asked for. Weights of a plain
+    network compute something else once it is converted: calibrate it, fine-tune it, or do both.
 
     \b
-    coconv convert resnet50 --pretrained -o coresnet50.safetensors
+    coconv convert resnet50 --pretrained --calibrate photographs -o coresnet50.safetensors
     coconv convert resnet50 --checkpoint w.pth --plan plan.json -o out.safetensors
     coconv convert coresnet50.iduta --checkpoint authors.pth -o out.safetensors
     """
@@ -129,6 +148,8 @@ def convert(
     given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if plan_path is not None and given:
         raise click.UsageError(f"--plan already decides everything: leave out --{given[0].replace('_', '-')}")
+    if folder is None and (also or context.get_parameter_source("images") is ParameterSource.COMMANDLINE):
+        raise click.UsageError("--images and --also say how to calibrate: give --calibrate FOLDER as well")
     told = False
     with console.status(f"creating {model}"):
         network = _create(model, pretrained=pretrained)
@@ -138,12 +159,17 @@ def convert(
             load_converted(network, checkpoint)
         elif checkpoint is not None:
             load_checkpoint(network, str(checkpoint), weights_only=True)
+    if folder is not None and told:
+        raise click.UsageError(f"{checkpoint} holds the weights of a converted network: --calibrate needs plain ones")
     with console.status(f"converting {model}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NoChangeWarning)  # the summary says so
         if plan_path is not None:
             apply_plan(network, Plan.from_json(plan_path))
         elif given or not told:
             apply_plan(network, _plan(network, options))
+    if folder is not None:
+        batches = image_batches(network, folder, images, options["input_size"])
+        click.echo(calibrate(network, batches, max_images=images, also=also or None, progress=True))
     with console.status(f"writing {output}"):
         save_converted(network, output)
     click.echo(get_plan(network).summary())

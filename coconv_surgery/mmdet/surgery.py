@@ -11,7 +11,7 @@ from coconv_surgery.layers.arguments import instance, near_miss
 from coconv_surgery.mmdet.inputs import example_inputs
 from coconv_surgery.mmengine.options import SurgeryOptions
 from coconv_surgery.planning.plan import Plan, PlanRow
-from coconv_surgery.surgery import apply_plan, get_plan, plan_conversion
+from coconv_surgery.surgery import get_plan, plan_conversion
 
 
 def build_converted(detector_type: str, surgery: Mapping[str, Any], **detector: Any) -> nn.Module:
@@ -63,7 +63,7 @@ def build_converted(detector_type: str, surgery: Mapping[str, Any], **detector: 
     if plan is None:
         assert size is not None
         plan = _keep_contextual(plan_conversion(model, example_inputs=example_inputs(model, size), **choices), model)
-    return apply_plan(model, plan)
+    return options.apply(model, plan)
 
 
 def _keep_contextual(plan: Plan, model: nn.Module) -> Plan:

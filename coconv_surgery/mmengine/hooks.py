@@ -40,16 +40,16 @@ class CoConvPlanHook(Hook):  # type: ignore[misc]
 
     def before_run(self, runner: Any) -> None:
         """Log the plan."""
-        runner.logger.info(f"CoConv plan\n{get_plan(_network(runner))}")
+        runner.logger.info(f"CoConv plan\n{get_plan(converted_network(runner))}")
 
     def before_train(self, runner: Any) -> None:
         """Write the plan into the work dir."""
         if is_main_process():
-            get_plan(_network(runner)).to_json(Path(runner.work_dir) / FILE_NAME)
+            get_plan(converted_network(runner)).to_json(Path(runner.work_dir) / FILE_NAME)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Put the plan of a converted network into a checkpoint."""
-        plan = get_plan(_network(runner))
+        plan = get_plan(converted_network(runner))
         if plan.converted:
             checkpoint["meta"][META_KEY] = plan.to_json()
 
@@ -59,7 +59,7 @@ class CoConvPlanHook(Hook):  # type: ignore[misc]
         Raises:
             PlanError: If they differ and the hook is strict.
         """
-        plan = get_plan(_network(runner))
+        plan = get_plan(converted_network(runner))
         saved = checkpoint.get("meta", {}).get(META_KEY)
         if saved is None:
             if plan.converted:
@@ -81,7 +81,8 @@ class CoConvPlanHook(Hook):  # type: ignore[misc]
         forget_levels(checkpoint["state_dict"])
 
 
-def _network(runner: Any) -> nn.Module:
+def converted_network(runner: Any) -> nn.Module:
+    """The network of a runner, without what wraps it."""
     model: Any = runner.model
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module

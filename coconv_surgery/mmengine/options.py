@@ -6,13 +6,50 @@ from typing import Any, cast
 
 import torch.nn as nn
 
-from coconv_surgery.layers.arguments import file_to_read, height_and_width, instance, mapping, sequence, whole_numbers
+from coconv_surgery.layers.arguments import (
+    file_to_read,
+    flag,
+    height_and_width,
+    instance,
+    mapping,
+    sequence,
+    whole_number,
+    whole_numbers,
+)
 from coconv_surgery.layers.functional import Pair
 from coconv_surgery.layers.levels import Levels
 from coconv_surgery.planning.patterns import as_list
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.planning.policies import Answer, Policy, get_policy, named_policy
 from coconv_surgery.surgery import apply_plan, plan_conversion
+
+_WISH = "_coconv_calibration"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """How to calibrate a network before its training, see :func:`~coconv_surgery.calibrate`.
+
+    Attributes:
+        images: How many training images to look at.
+        also: Patterns of plain convolutions to solve as well.
+        arrange: Whether channels may change places.
+    """
+
+    images: int = 256
+    also: str | Sequence[str] | None = None
+    arrange: bool = True
+
+    def __post_init__(self) -> None:
+        whole_number(self.images, "surgery: calibrate: images", at_least=1)
+        flag(self.arrange, "surgery: calibrate: arrange")
+        if self.also is not None:
+            object.__setattr__(self, "also", as_list(self.also, "surgery: calibrate: also"))
+
+
+def wished_calibration(network: nn.Module) -> CalibrationOptions | None:
+    """How a network, or the first part of it that is, is to be calibrated."""
+    return next((vars(module)[_WISH] for module in network.modules() if _WISH in vars(module)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +65,9 @@ class SurgeryOptions:
             :class:`~coconv_surgery.Levels`.
         input_size: Side, or (height, width), of the images as the pipeline resizes them.
         pipeline: A data pipeline to read ``input_size`` from instead: the ``scale`` of its last resizing.
-        plan: Path of a saved plan, which decides everything: give nothing else with it.
+        plan: Path of a saved plan, which decides everything: give nothing else with it, except ``calibrate``.
+        calibrate: ``dict(images=256)`` to calibrate the network on so many training images before the first iteration;
+            keys of :class:`CalibrationOptions`.
     """
 
     policy: Any = "resolution"
@@ -38,6 +77,7 @@ class SurgeryOptions:
     input_size: int | Sequence[int] | None = None
     pipeline: Sequence[Any] | None = None
     plan: str | None = None
+    calibrate: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         # All is looked at before a network is built.
@@ -45,7 +85,7 @@ class SurgeryOptions:
             if (patterns := getattr(self, name)) is not None:
                 object.__setattr__(self, name, as_list(patterns, name))
         self.choices()
-        _ = self.image_size
+        _ = self.image_size, self.calibration
 
     @classmethod
     def read(cls, surgery: Mapping[str, Any]) -> "SurgeryOptions":
@@ -56,8 +96,8 @@ class SurgeryOptions:
             ValueError: If it has an unknown key, or keys that exclude each other.
         """
         surgery = mapping(surgery, "surgery", "options", keys=[field.name for field in fields(cls)])
-        if surgery.get("plan") is not None and len(surgery) > 1:
-            others = ", ".join(key for key in surgery if key != "plan")
+        if surgery.get("plan") is not None and surgery.keys() - {"plan", "calibrate"}:
+            others = ", ".join(key for key in surgery if key not in ("plan", "calibrate"))
             raise ValueError(f"surgery: a plan decides everything; leave out {others}")
         if surgery.get("input_size") is not None and surgery.get("pipeline") is not None:
             raise ValueError("surgery: give either input_size or pipeline, not both")
@@ -71,6 +111,14 @@ class SurgeryOptions:
         if self.input_size is None:
             return None
         return height_and_width(self.input_size, "surgery: input_size", at_least=1)
+
+    @property
+    def calibration(self) -> "CalibrationOptions | None":
+        """How to calibrate, if at all."""
+        if self.calibrate is None:
+            return None
+        names = [field.name for field in fields(CalibrationOptions)]
+        return CalibrationOptions(**mapping(self.calibrate, "surgery: calibrate", "options", keys=names))
 
     def saved_plan(self) -> Plan | None:
         """The saved plan, if one is given."""
@@ -87,7 +135,15 @@ class SurgeryOptions:
         plan = self.saved_plan()
         if plan is None:
             plan = plan_conversion(network, input_size=self.image_size, **self.choices())
+        self.apply(network, plan)
+
+    def apply(self, network: nn.Module, plan: Plan) -> nn.Module:
+        """Convert a network by a plan, in place, and note how it is to be calibrated."""
         apply_plan(network, plan)
+        vars(network).pop(_WISH, None)
+        if self.calibration is not None:
+            vars(network)[_WISH] = self.calibration
+        return network
 
     def choices(self) -> dict[str, Any]:
         """The arguments of :func:`~coconv_surgery.plan_conversion`, except the input size."""

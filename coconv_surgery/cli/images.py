@@ -1,0 +1,41 @@
+"""Images of a folder, as a timm network takes them."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from torch.utils.data import DataLoader, Subset
+
+_BATCH = 16
+
+
+def image_batches(
+    model: nn.Module, folder: Path, count: int, input_size: int | tuple[int, ...] | None = None
+) -> DataLoader[Any]:
+    """Load images of a folder and all folders in it, as timm's evaluation does.
+
+    Args:
+        model: A network of timm's, which says how it was trained.
+        folder: The folder.
+        count: How many images at most, chosen at random, the same ones each time.
+        input_size: Side, or (height, width), instead of the network's.
+
+    Returns:
+        Batches of images and of labels that mean nothing.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    arguments: dict[str, Any] = {}
+    if input_size is not None:
+        sides = (input_size, input_size) if isinstance(input_size, int) else input_size[-2:]
+        arguments["input_size"] = (3, *sides)
+    config = resolve_model_data_config(model, args=arguments)
+    try:
+        found = ImageDataset(str(folder), transform=create_transform(**config, is_training=False))
+    except RuntimeError as error:
+        raise ValueError(f"{folder} has no images to calibrate on: {error}") from error
+    chosen = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:count]
+    return DataLoader(cast(Any, Subset(found, chosen.tolist())), batch_size=_BATCH)
