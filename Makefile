@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-long trust fuzz fuzz-files bench lock clean
+.PHONY: setup demo test test-long trust fuzz fuzz-files bench evidence lock clean
 
 setup: $(VENV)/.installed
 
@@ -49,10 +49,15 @@ fuzz-files: setup
 # On an idle machine; two hours on two cores.
 bench: setup
 	$(BIN)/coconv bench surgery
+	$(BIN)/coconv bench calibration
 	$(BIN)/coconv bench layers --engine eager
 	$(BIN)/coconv bench layers --engine compile
 	$(BIN)/coconv bench networks --engine eager
 	$(BIN)/coconv bench networks --engine compile
+
+# What calibration keeps, and what else was tried: ninety minutes on two cores, and resumable.
+evidence: setup
+	PYTHONPATH=benchmarks $(BIN)/python -m evidence
 
 # Resolve the pins anew, for every Python version at once.
 lock:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from coconv_surgery.bench import calibration
 from coconv_surgery.bench.memory import Peak
 from coconv_surgery.bench.speed import Timing
 from coconv_surgery.bench.surgery import Cost, growth
@@ -51,6 +52,7 @@ def save(
     timings: Sequence[Timing] = (),
     memory: Sequence[Peak] = (),
     costs: Sequence[Cost] = (),
+    calibrations: Sequence[calibration.Cost] = (),
 ) -> Files:
     """Write what a target measured.
 
@@ -62,6 +64,7 @@ def save(
         timings: Layers or networks side by side.
         memory: Peak memory of a training step.
         costs: What surgery costs.
+        calibrations: What calibration costs.
 
     Returns:
         The files.
@@ -82,6 +85,10 @@ def save(
         lines.append(markdown_table(_COSTS, [_cost(cost) for cost in costs]))
         if (ratio := growth(costs)) is not None:
             lines.append(f"\nSeconds a convolution, at 1,000 over at 100: {ratio:.2f}")
+    if calibrations:
+        data["calibrations"] = [asdict(cost) for cost in calibrations]
+        cells = [(c.model, str(c.convs), f"{c.seconds:.0f}", f"{c.peak_mib / 1024:.2f}") for c in calibrations]
+        lines += ["64 images of 224×224; memory of the whole process.\n", markdown_table(_CALIBRATIONS, cells)]
     files = Files(folder / f"{name}.json", folder / f"{name}.md", folder / f"{name}.png" if timings else None)
     files.data.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     files.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -97,6 +104,7 @@ _LEGEND = (
 _ALONE = " *levels alone* is the levels' convolutions without anything around them."
 _TIMINGS = ("", "mode", "layout", "precision", "engine", "plain ms", "CoConv", "authors")
 _MEMORY = ("network", "CoConv", "authors")
+_CALIBRATIONS = ("network", "convs solved", "seconds", "peak GiB")
 _COSTS = ("network", "convs", "plan s", "convert s", "weights MiB", "peak memory / weights")
 
 

@@ -7,14 +7,20 @@ from typing import Any, Literal
 
 import torch
 
+from coconv_surgery.bench import calibration
 from coconv_surgery.bench.memory import measure_memory
 from coconv_surgery.bench.report import Files, save
 from coconv_surgery.bench.speed import ENGINES, LAYERS, NETWORKS, Engine, cases, measure
 from coconv_surgery.bench.surgery import MODELS
 from coconv_surgery.bench.surgery import measure as measure_surgery
 
-Target = Literal["layers", "networks", "surgery"]
-_SUBJECTS: dict[Target, Iterable[str]] = {"layers": LAYERS, "networks": NETWORKS, "surgery": MODELS}
+Target = Literal["layers", "networks", "surgery", "calibration"]
+_SUBJECTS: dict[Target, Iterable[str]] = {
+    "layers": LAYERS,
+    "networks": NETWORKS,
+    "surgery": MODELS,
+    "calibration": calibration.MODELS,
+}
 
 
 def run(
@@ -31,7 +37,7 @@ def run(
     For networks in eager mode these include the peak memory of a training step.
 
     Args:
-        target: Layers or networks, contextual beside plain, or what surgery costs.
+        target: Layers or networks, contextual beside plain, or what surgery or calibration costs.
         output: Folder of the files.
         only: A glob that chooses layers or networks by name.
         engines: Engines to run in; both if empty. They are part of the files' names.
@@ -51,6 +57,8 @@ def run(
     command = f"coconv bench {target}" + "".join(f" --engine {engine}" for engine in engines)
     command += ("" if only == "*" else f" --only '{only}'") + f" --rounds {rounds}"
     name = "-".join([target, *engines]) + ("-gpu" if device.type == "cuda" else "")
+    if target == "calibration":
+        return save(output, name, device, command, calibrations=[calibration.measure(model) for model in track(chosen)])
     if target == "surgery":
         costs = [measure_surgery(model, rounds) for model in track(chosen)]
         return save(output, name, device, command, costs=costs)

@@ -274,7 +274,7 @@ def sweep(collection: str, only: tuple[str, ...], jobs: int, timeout: float, fre
     "-o", "--output", default="benchmarks", show_default=True, type=click.Path(file_okay=False, path_type=Path)
 )
 def bench(target: Target, only: str, engines: tuple[Engine, ...], rounds: int, output: Path) -> None:
-    """Time contextual beside plain LAYERS or NETWORKS, or the cost of SURGERY, on the GPU if there is one.
+    """Time contextual beside plain LAYERS or NETWORKS, or what SURGERY or CALIBRATION costs, on a GPU if there is one.
 
     \b
     coconv bench layers --engine eager

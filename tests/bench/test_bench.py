@@ -9,7 +9,7 @@ import torch.nn as nn
 from PIL import Image
 
 import coconv_surgery as cs
-from coconv_surgery.bench import speed, surgery
+from coconv_surgery.bench import calibration, speed, surgery
 from coconv_surgery.bench.authors import LevelConvs, LevelsAlone, use_authors_layout
 from coconv_surgery.bench.memory import Peak, peak_mib
 from coconv_surgery.bench.report import save
@@ -169,3 +169,12 @@ def test_linear_growth_is_one_and_takes_both_networks():
     costs = [Cost(f"{n} convs in a row", n, 0.0, n / 500, 1.0, 1.0) for n in (100, 1000)]
     assert growth(costs) == pytest.approx(1.0)
     assert growth(costs[1:]) is None
+
+
+def test_calibration_is_measured_in_seconds_and_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "MODELS", ("test_resnet",))
+    monkeypatch.setattr(calibration, "_SIDE", 64)
+    cost = calibration._measure("test_resnet", torch.get_num_threads())
+    assert cost.convs > 0
+    page = save(tmp_path, "calibration", CPU, "coconv bench calibration", calibrations=[cost]).page.read_text()
+    assert f"| test_resnet | {cost.convs} |" in page

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -171,3 +172,38 @@ def test_convert_goes_by_the_plan_of_a_converted_checkpoint(coconv, tmp_path, su
     assert cs.read_plan(tmp_path / "out.safetensors") == cs.get_plan(model)
     assert coconv("convert", "resnet18", "--checkpoint", path, "--policy", "stage(3,3,2,1)", "-o", path).code == 0
     assert cs.read_plan(path).policy == "stage(3,3,2,1)"
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Smooth images in folders within a folder."""
+    for number in range(6):
+        folder = tmp_path / "images" / f"part{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        small = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((96, 80), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+def test_convert_calibrates_on_a_folder_of_images_and_the_file_says_so(coconv, tmp_path, photographs):
+    output = tmp_path / "net.safetensors"
+    done = coconv("convert", "test_resnet", "--input-size", 64, "--calibrate", photographs, "--images", 5, "-o", output)
+    assert done.code == 0, done.err
+    assert "convolutions solved on 5 images" in done.out
+    assert "calibrated on 5 images" in done.out
+    assert cs.plan_of(output).calibrated == 5
+    model = cs.load_converted(timm.create_model("test_resnet"), output)
+    assert cs.get_plan(model).calibrated == 5
+
+
+def test_convert_calibrates_plain_weights_alone(coconv, tmp_path, photographs):
+    file, empty = tmp_path / "net.safetensors", tmp_path / "empty"
+    empty.mkdir()
+    cs.save_converted(cs.convert(timm.create_model("test_resnet"), input_size=64), file)
+    start = ("convert", "test_resnet", "-o", tmp_path / "out.safetensors")
+    refused = coconv(*start, "--checkpoint", file, "--calibrate", photographs)
+    assert refused.code == 2
+    assert "--calibrate needs plain ones" in refused.err
+    assert "has no images to calibrate on" in coconv(*start, "--calibrate", empty).err
+    assert "give --calibrate FOLDER as well" in coconv(*start, "--images", 8).err
+    assert not (tmp_path / "out.safetensors").exists()
