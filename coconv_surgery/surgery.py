@@ -129,8 +129,7 @@ def switch_to_plan(model: nn.Module, sites: Sequence[Site], plan: Plan, undo: Ex
     changes = [(site, targets[site.name]) for site in sites if site.state != (targets[site.name] or site.plain)]
     switch_sites(sites, changes, undo)
     keep_levels_in_merges(model, undo)
-    # What a plan says of weights is not of those that are here.
-    note_plan(model, replace(plan, calibrated=0 if changes else calibrated_on(model)), undo)
+    note_plan(model, replace(plan, calibrated=calibrated_on(model)), undo)  # that is of the weights that are here
     _renew_guards(model, undo)
     return bool(changes)
 
@@ -217,6 +216,8 @@ def revert(model: nn.Module) -> nn.Module:
         keep_levels_in_merges(model, undo)
         for module in model.modules():
             note_plan(module, None, undo)
+        if calibrated:
+            note_plan(model, replace(current_plan(model), calibrated=calibrated), undo)
         _renew_guards(model, undo)
         undo.pop_all()
     if calibrated:

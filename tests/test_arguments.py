@@ -12,6 +12,8 @@ from coconv_surgery.layers.levels import check_levels, complete_levels
 from coconv_surgery.zoo.authors import is_authors_checkpoint
 from coconv_surgery.zoo.progan import Generator
 
+IMAGES = torch.linspace(0, 1, 4 * 3 * 16 * 16).sin().view(4, 3, 16, 16)
+
 
 class Tiny(nn.Module):
     def __init__(self):
@@ -25,6 +27,10 @@ class Tiny(nn.Module):
 
 def plan(**arguments):
     return cs.plan_conversion(Tiny(), **{"input_size": 16, **arguments})
+
+
+def calibrate(**arguments):
+    return cs.calibrate(cs.convert(Tiny(), input_size=16), **{"images": IMAGES, **arguments})
 
 
 def conv(**arguments):
@@ -70,6 +76,15 @@ ARGUMENTS = [
     ("inplace", lambda v: cs.convert(Tiny(), input_size=16, inplace=v), {"True"}),
     ("model", lambda v: cs.apply_plan(v, plan()), ()),
     ("plan", lambda v: cs.apply_plan(Tiny(), v), ()),
+    ("images", lambda v: cs.convert(Tiny(), input_size=16, calibrate=v), {"None"}),
+    ("model", lambda v: cs.calibrate(v, IMAGES), ()),
+    ("images", lambda v: calibrate(images=v), ()),
+    ("max_images", lambda v: calibrate(max_images=v), {"array"}),
+    ("arrange", lambda v: calibrate(arrange=v), {"True"}),
+    ("also", lambda v: calibrate(also=v), {"None", "[]"}),
+    ("frozen", lambda v: calibrate(frozen=v), {"True"}),
+    ("positions", lambda v: calibrate(positions=v), {"array"}),
+    ("progress", lambda v: calibrate(progress=v), {"True"}),
     ("model", cs.revert, ()),
     ("model", cs.get_plan, ()),
     ("split", lambda v: cs.UniformPolicy(split=v), ()),
@@ -124,6 +139,7 @@ ARGUMENTS = [
     ("policy", lambda v: planned(policy=v), {"x", ""}),
     ("input", lambda v: planned(input=v), {"x", ""}),
     ("parameters", lambda v: planned(parameters=v), {"array", "0"}),
+    ("calibrated", lambda v: planned(calibrated=v), {"array", "0"}),
     ("traced", lambda v: planned(traced=v), {"x", ""}),
     ("name", lambda v: row(name=v), {"x", ""}),
     ("signature", lambda v: row(signature=v), ()),

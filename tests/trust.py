@@ -40,6 +40,12 @@ PROMISES = {
     "Training goes on after a kill at any moment": ["mmdet.test_kills"],
     "Other surgery on top is right or refused": ["test_together_with", "test_two_ranks"],
     "Merged blocks keep their levels": ["test_merging"],
+    "Channels change places where that changes nothing, kernels are those of least squares": [
+        *("calibration.test_channels", "calibration.test_solving"),
+    ],
+    "A trained network that is calibrated keeps what it learnt, or stays as it was": [
+        *("calibration.test_calibrating", "mmdet.test_calibration"),
+    ],
 }
 LONG = {
     "make fuzz": "random networks, random operations",

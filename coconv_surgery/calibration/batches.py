@@ -3,7 +3,7 @@
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,29 +60,36 @@ def read_batches(model: nn.Module, images: Any, limit: int) -> list[Batch]:
         images = torch.split(images[:limit], _BATCH) if images.dim() == 4 else [images]
     if isinstance(images, Inputs):
         images = [images]
-    if isinstance(images, nn.Module | str | bytes | Mapping) or not (callable(images) or isinstance(images, Iterable)):
+    refused = isinstance(images, nn.Module | type | str | bytes | Mapping)
+    several = None if refused else _iterator(images)
+    if several is None and (refused or not callable(images)):
         raise TypeError(
             "images must be a tensor (N, C, H, W), an iterable of what the network takes, or a function that runs the "
             f"network that it is given, not {kind(images)}"
         )
-    batches: list[Batch] = []
-    if isinstance(images, Iterable):
-        for item in images:
-            batches.append(_batch(model, item))
-            if sum(batch.images for batch in batches) >= limit:
-                break
-    else:
-        batches = _captured(model, images, limit)
+    batches: list[Batch] = [] if several is not None else _captured(model, images, limit)
+    for item in several or ():
+        batches.append(_batch(model, item))
+        if sum(batch.images for batch in batches) >= limit:
+            break
     if not any(batch.images for batch in batches):
         raise CalibrationError(
             "there are no images to calibrate on"
-            + ("" if isinstance(images, Iterable) else ": the function must call the network that it is given")
+            + (": the function must call the network that it is given" if several is None else "")
         )
     for number, batch in enumerate(batches):
         for tensor in tree_leaves((batch.args, batch.kwargs)):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise CalibrationError(f"batch {number} of the images holds numbers that are not finite")
     return batches
+
+
+def _iterator(images: Any) -> Iterator[Any] | None:
+    try:
+        several: Iterator[Any] = iter(images)
+        return several
+    except TypeError:
+        return None
 
 
 def _captured(model: nn.Module, run: Callable[[nn.Module], Any], limit: int) -> list[Batch]:

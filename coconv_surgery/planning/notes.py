@@ -115,7 +115,8 @@ def _set_note(model: nn.Module, plan: Plan | None) -> None:
 
 def _write_plan(model: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
     write_places(state_dict, prefix)
-    if (plan := noted_plan(model)) is not None and _still_holds(model, plan):
+    plan = noted_plan(model)
+    if plan is not None and plan.converted and _still_holds(model, plan):
         metadata[KEY] = plan.to_json()
 
 

@@ -368,14 +368,21 @@ def test_kernels_are_not_solved_for_what_was_solved_before():
 
 
 @pytest.mark.parametrize("change", [cs.revert, lambda net: cs.convert(net, "uniform", input_size=32)])
-def test_other_levels_than_the_weights_were_calibrated_for_are_warned_of(change):
+def test_other_levels_than_the_weights_were_calibrated_for_are_warned_of_and_not_calibrated_again(change):
     model = converted_tiny()
     cs.calibrate(model, smooth(8, 3, 32, 32))
     with pytest.warns(cs.CalibratedWeightsWarning, match="calibrated on 8 images"):
         change(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", cs.CalibratedWeightsWarning)
+    with pytest.raises(cs.CalibrationError, match="was calibrated on 8 images before"):
+        cs.convert(model, input_size=32, calibrate=smooth(8, 3, 32, 32))
+    with pytest.raises(cs.CalibrationError, match="was calibrated on 8 images before"):
+        cs.calibrate(model, smooth(8, 3, 32, 32))
+    with pytest.warns(cs.CalibratedWeightsWarning):
         cs.revert(model)
+    model.load_state_dict(TinyNet().state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cs.convert(model, input_size=32, calibrate=smooth(8, 3, 32, 32))
 
 
 def test_a_report_prints_as_a_table_of_its_layers():
