@@ -21,6 +21,7 @@ from coconv_surgery.layers.functional import coconv2d
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _HELD_OUT = 4  # every fourth image
 _ALIKE = 0.5  # cosine of what two networks compute, above which they run on the same things
+_NOT_RUN = "did not run on these images"
 _OTHER_THINGS = "it runs on other things than before the conversion: solved for its own inputs"
 
 
@@ -90,13 +91,13 @@ def solve_layer(
         CalibrationError: If the network computes numbers that are not finite.
     """
     if not targets:
-        return CalibratedLayer(layer.name, skipped="did not run on these images")
+        return CalibratedLayer(layer.name, skipped=_NOT_RUN)
     seen = _Seen(network, layer, targets, batches, stay)
     for number, batch in enumerate(batches):
         network.run(batch, functools.partial(seen.add, number=number))
-        if seen.call is None or seen.obstacle is not None:
-            return CalibratedLayer(layer.name, skipped=seen.obstacle or "did not run on these images")
-    return seen.solve()
+        if seen.obstacle is not None:
+            return CalibratedLayer(layer.name, skipped=seen.obstacle)
+    return seen.solve() if seen.call is not None else CalibratedLayer(layer.name, skipped=_NOT_RUN)
 
 
 class _Seen:
@@ -163,9 +164,7 @@ class _Seen:
         trained, paired = self._trained(self.call), self._paired()
         solved, ridges, errors = trained.clone(), [], torch.zeros(3, dtype=torch.float64)
         for index, level in enumerate(self._layer.each_level()):
-            fit, held = (self._of_target(self._sums[index, is_held], paired) for is_held in (False, True))
-            self._check_finite(fit, held)
-            fit, held = (fit if fit.count else held), (held if held.count else fit)
+            fit, held = self._fit_and_held_out(index, paired)
             own = trained[level.channels].view(len(fit.gram), -1, trained.shape[1])
             tried: dict[float | None, torch.Tensor] = {None: own}
             tried |= {ridge: fit.solve(own, ridge, with_bias=self._solves_bias) for ridge in _RIDGES}
@@ -227,17 +226,21 @@ class _Seen:
         both, norms = torch.stack(self._products).double().sum(0).tolist()
         return self._comparable and both >= _ALIKE * norms
 
-    def _of_target(self, sums: Moments, paired: bool) -> Moments:
+    def _fit_and_held_out(self, index: int, paired: bool) -> tuple[Moments, Moments]:
+        """The moments of a level on images to fit and on images held out; where there is one kind alone, twice that."""
         outputs = slice(0 if paired else 1, None, 2)
-        chosen = replace(sums, cross=sums.cross[..., outputs], energy=sums.energy[..., outputs])
-        return chosen.of_mean_free(with_bias=self._solves_bias) if self._computed else chosen
-
-    def _check_finite(self, *sums: Moments) -> None:
-        if not all(part.isfinite().all() for each in sums for part in (each.gram, each.cross, each.energy)):
+        found = []
+        for is_held in (False, True):
+            sums = self._sums[index, is_held]
+            sums = replace(sums, cross=sums.cross[..., outputs], energy=sums.energy[..., outputs])
+            found.append(sums.of_mean_free(with_bias=self._solves_bias) if self._computed else sums)
+        fit, held = found
+        if not all(part.isfinite().all() for sums in found for part in (sums.gram, sums.cross, sums.energy)):
             raise CalibrationError(
                 f"{self._layer.name} computes numbers that are not finite on these images: its weights, or those "
                 "before it, hold NaN or are too large"
             )
+        return (fit if fit.count else held), (held if held.count else fit)
 
     def _trained(self, call: Call) -> torch.Tensor:
         """The kernels that it has, and their biases behind, ``(O, K)``."""
@@ -268,7 +271,7 @@ class _Seen:
         now = self._trained(replace(self.call, weight=self._network.kernels_of(self.call)))
         total = 0.0
         for index, level in enumerate(self._layer.each_level()):
-            held = self._of_target(self._sums[index, True], paired)
+            _, held = self._fit_and_held_out(index, paired)
             total += held.error(now[level.channels].view(len(held.gram), -1, now.shape[1])).sum().item()
         return total
 

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 
 import coconv_surgery as cs
+import coconv_surgery.classification
 from coconv_surgery.mmdet import example_inputs
 from coconv_surgery.mmengine import CoConvCalibrationHook
+from coconv_surgery.mmengine.options import wished_calibration
 
 
 @pytest.fixture
@@ -126,3 +129,12 @@ def test_a_wrong_wish_is_one_clear_error_when_the_detector_is_built(wished, cali
     wished.model.surgery["calibrate"] = calibrate
     with pytest.raises((TypeError, ValueError), match=message):
         Runner.from_cfg(wished)
+
+
+@pytest.mark.parametrize("name", ["ssd_r18-calibrated_shapes", "resnet50-calibrated_8xb32_in1k"])
+def test_a_recipe_builds_a_converted_network_that_is_to_be_calibrated(configs, name):
+    config = Config.fromfile(configs / "finetune" / f"{name}.py")
+    config.model.pop("pretrained", None)  # a download
+    model = MODELS.build(config.model)
+    assert any(isinstance(module, cs.CoConv2d) for module in model.modules())
+    assert wished_calibration(model).images in (64, 256)
