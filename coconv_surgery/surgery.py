@@ -9,14 +9,14 @@ from typing import Any
 
 import torch.nn as nn
 
-from coconv_surgery.calibration.calibrating import calibrate as calibrate_kernels
+from coconv_surgery.calibration.calibrating import calibrate_within
 from coconv_surgery.layers.arguments import flag, instance
 from coconv_surgery.layers.levels import Levels, check_levels
 from coconv_surgery.merging import keep_levels_in_merges
 from coconv_surgery.planning.decision import Choices, current_plan
 from coconv_surgery.planning.eligibility import site_obstacle, subclass
 from coconv_surgery.planning.maps import check_maps, largest_input
-from coconv_surgery.planning.notes import calibrated_on, is_guarded, note_plan, set_guard
+from coconv_surgery.planning.notes import is_guarded, note_plan, set_guard
 from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_parameters
 from coconv_surgery.planning.policies import Answer, Policy
@@ -129,7 +129,7 @@ def switch_to_plan(model: nn.Module, sites: Sequence[Site], plan: Plan, undo: Ex
     changes = [(site, targets[site.name]) for site in sites if site.state != (targets[site.name] or site.plain)]
     switch_sites(sites, changes, undo)
     keep_levels_in_merges(model, undo)
-    note_plan(model, replace(plan, calibrated=calibrated_on(model)), undo)  # that is of the weights that are here
+    note_plan(model, replace(plan, calibrated=0), undo)  # which the convolutions know of their own kernels
     _renew_guards(model, undo)
     return bool(changes)
 
@@ -210,14 +210,12 @@ def revert(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{_shorten(unknown)}: what it was before the conversion cannot be told; revert before the export"
         )
-    calibrated = calibrated_on(model)
+    calibrated = max((site.calibrated for site in sites), default=0)
     with ExitStack() as undo:
         revert_sites(sites, undo)
         keep_levels_in_merges(model, undo)
         for module in model.modules():
             note_plan(module, None, undo)
-        if calibrated:
-            note_plan(model, replace(current_plan(model), calibrated=calibrated), undo)
         _renew_guards(model, undo)
         undo.pop_all()
     if calibrated:
@@ -278,15 +276,15 @@ def _plan(
 
 
 def _apply(model: nn.Module, sites: Sequence[Site], plan: Plan, images: Any = None) -> None:
-    calibrated = calibrated_on(model)
+    calibrated = max((site.calibrated for site in sites), default=0)
     with ExitStack() as undo:
         changed = switch_to_plan(model, sites, plan, undo)
         if images is not None:
-            calibrate_kernels(model, images)
+            calibrate_within(undo, model, images)
         undo.pop_all()
     if changed and calibrated:
         _warn_of_calibrated(calibrated)
-    if not changed:
+    if not changed and images is None:
         what = "was already as planned, nothing changed" if plan.converted else "has no convolution to convert"
         warnings.warn(f"{type(model).__name__} {what}: {plan.summary()}", NoChangeWarning, stacklevel=3)
 

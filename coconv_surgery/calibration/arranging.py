@@ -8,14 +8,14 @@ change in what the network computes, each goes to the level that costs it least,
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Container, Sequence
 
 import torch
 
 from coconv_surgery.calibration.batches import Batch
 from coconv_surgery.calibration.channels import Order, find_orders
 from coconv_surgery.calibration.moments import Moments
-from coconv_surgery.calibration.networks import Call, Layer, WatchedNetwork
+from coconv_surgery.calibration.networks import Call, Layer, WatchedNetwork, in_parts, tensors_of
 from coconv_surgery.calibration.patches import Level, patches_at, sample_positions, values_at
 
 _RIDGE = 1e-3
@@ -30,7 +30,7 @@ def find_arrangement(
     batches: Sequence[Batch],
     positions: int,
     memory: int,
-    stay: Collection[str] = (),
+    stay: Container[str] = (),
 ) -> tuple[list[tuple[Order, torch.Tensor]], int]:
     """Decide which channels change places.
 
@@ -46,17 +46,19 @@ def find_arrangement(
         Orders of channels, with which channel each place gets; and how many channels there are that could change
         places to some effect.
     """
-    orders = find_orders(original.model, functools.partial(original.run, batches[0]))
+    orders = find_orders(original.model, lambda: map(original.run, batches))
     orders = [order for order in orders if not any(side.name in stay for side in order.sides)]
     names = {side.name for order in orders for side in order.sides if side.dim == 0}
     costs: Costs = {}
-    for some in _in_parts(_movable(original, layers, batches[0], names), memory):
-        costs |= _costs(original, some, batches, positions // _FEWER)
+    movable = _movable(original, layers, batches[0], names)
+    for some in in_parts(movable, _bytes, memory):
+        weights = {layer: movable[layer] for layer in some}
+        costs |= _costs(original, weights, batches, max(1, positions // _FEWER))
     found, channels = [], 0
     for order in orders:
-        weights = [name for name in sorted(side.name for side in order.sides if side.dim == 0) if name in costs]
-        if weights:
-            places = _assign(order, {name: costs[name] for name in weights})
+        shared = [name for name in sorted(side.name for side in order.sides if side.dim == 0) if name in costs]
+        if shared:
+            places = _assign(order, {name: costs[name] for name in shared})
             channels += len(places)
             if not torch.equal(places, torch.arange(len(places))):
                 found.append((order, places))
@@ -65,12 +67,13 @@ def find_arrangement(
 
 def rearrange(network: WatchedNetwork, arrangement: Sequence[tuple[Order, torch.Tensor]]) -> None:
     """Let the channels of a network change places."""
-    tensors = network.tensors()
+    tensors = tensors_of(network.model)
     with torch.no_grad():
         for order, places in arrangement:
             for side in order.sides:
                 tensor = tensors[side.name]
                 tensor.copy_(tensor.index_select(side.dim, places.to(tensor.device)))
+    network.remember()
 
 
 def assign_levels(costs: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -151,21 +154,11 @@ def _movable(original: WatchedNetwork, layers: Sequence[Layer], batch: Batch, na
     return {layer: found[layer] for layer in layers if layer in found}
 
 
-def _in_parts(layers: dict[Layer, str], memory: int) -> Iterator[dict[Layer, str]]:
-    """The layers, as many at a time as memory allows for their moments."""
-    part: dict[Layer, str] = {}
-    used = 0
-    for layer, name in layers.items():
-        conv = layer.sites[0].signature
-        width = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
-        needed = 8 * conv.groups * width * (width + conv.out_channels // conv.groups) * len(layer.levels.dilations)
-        if part and used + needed > memory:
-            yield part
-            part, used = {}, 0
-        part[layer] = name
-        used += needed
-    if part:
-        yield part
+def _bytes(layer: Layer) -> int:
+    """What the moments of a layer take."""
+    conv = layer.sites[0].signature
+    width = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
+    return 8 * conv.groups * width * (width + conv.out_channels // conv.groups) * len(layer.levels.dilations)
 
 
 def _costs(original: WatchedNetwork, layers: dict[Layer, str], batches: Sequence[Batch], positions: int) -> Costs:

@@ -15,7 +15,7 @@ from coconv_surgery.calibration.report import CalibrationError
 from coconv_surgery.layers.arguments import kind
 from coconv_surgery.tracing.inputs import Inputs
 
-_BATCH = 16
+BATCH = 16
 
 
 class Stop(BaseException):
@@ -57,7 +57,7 @@ def read_batches(model: nn.Module, images: Any, limit: int) -> list[Batch]:
         CalibrationError: If there are none, or they hold numbers that are not finite.
     """
     if isinstance(images, torch.Tensor):
-        images = torch.split(images[:limit], _BATCH) if images.dim() == 4 else [images]
+        images = torch.split(images[:limit], BATCH) if images.dim() == 4 else [images]
     if isinstance(images, Inputs):
         images = [images]
     refused = isinstance(images, nn.Module | type | str | bytes | Mapping)
@@ -97,7 +97,7 @@ def _captured(model: nn.Module, run: Callable[[nn.Module], Any], limit: int) -> 
     batches: list[Batch] = []
 
     def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        args, kwargs = copy.deepcopy((args, kwargs))
+        args, kwargs = copy.deepcopy(tree_map(_apart, (args, kwargs)))
         batches.append(Batch(args, kwargs, _count(args, kwargs)))
         if sum(batch.images for batch in batches) >= limit:
             raise Stop
@@ -122,7 +122,7 @@ def _batch(model: nn.Module, item: Any) -> Batch:
     elif isinstance(item, Mapping):
         args, kwargs = (), dict(item)
     elif isinstance(item, tuple | list):
-        args, kwargs = _as_many_as_it_takes(model, tuple(item)), {}
+        args, kwargs = _as_many_as_it_needs(model, tuple(item)), {}
     else:
         args, kwargs = (item,), {}
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -137,19 +137,21 @@ def _batch(model: nn.Module, item: Any) -> Batch:
     return Batch(args, kwargs, _count(args, kwargs), call)
 
 
-def _as_many_as_it_takes(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inputs without labels behind them, which a loader gives and the network does not take."""
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):
-        return args
-    for count in range(len(args), 1, -1):
+def _as_many_as_it_needs(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs without labels behind them, which a loader gives and the network does not need."""
+    signature = inspect.signature(model.forward)
+    for count in range(1, len(args)):
         try:
             signature.bind(*args[:count])
         except TypeError:
             continue
         return args[:count]
-    return args[:1]
+    return args
+
+
+def _apart(value: Any) -> Any:
+    """A tensor without the graph that it comes from."""
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def _is_of_mmengine(model: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 import contextvars
 import functools
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -14,24 +15,26 @@ from tqdm.auto import tqdm
 
 from coconv_surgery.calibration.arranging import find_arrangement, rearrange
 from coconv_surgery.calibration.batches import read_batches
-from coconv_surgery.calibration.networks import Call, Layer, WatchedNetwork, find_layers
+from coconv_surgery.calibration.networks import Call, Layer, WatchedNetwork, find_layers, in_parts, tensors_of
 from coconv_surgery.calibration.report import CalibratedLayer, Calibration, CalibrationError
 from coconv_surgery.calibration.solving import record_targets, solve_layer
 from coconv_surgery.layers.arguments import flag, whole_number
 from coconv_surgery.layers.functional import Pair
 from coconv_surgery.layers.rollback import tensor_restorer
-from coconv_surgery.planning.decision import note_calibration
-from coconv_surgery.planning.notes import calibrated_on, noted_plan
+from coconv_surgery.planning.notes import noted_plan
 from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.tracing.convertible import check_convertible, check_unsharded, path_of
 from coconv_surgery.tracing.finding import find_intact_sites
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.objects import in_words, tensors_in
+from coconv_surgery.tracing.sites import Site, is_changed
 from coconv_surgery.tracing.unseen import unseen
 from coconv_surgery.tracing.visit import Visit
 
 _MEMORY = 2**29  # bytes, for what is kept of several layers at a time
 _ROUNDING = 1e-3  # of what a network computes, as a share
+_FEW = 0.05  # of the numbers, which are small and differ by more than that
+_COMPARED = 4  # batches
 _SIZES_APART = 2  # times, by which maps may be larger or smaller than planned
 
 
@@ -89,31 +92,85 @@ def calibrate(
     >>> all(layer.after <= layer.before for layer in report.solved)
     True
     """
+    with ExitStack() as undo:
+        report = calibrate_within(
+            undo,
+            model,
+            images,
+            max_images=max_images,
+            arrange=arrange,
+            also=also,
+            frozen=frozen,
+            positions=positions,
+            progress=progress,
+        )
+        undo.pop_all()
+    return report
+
+
+def calibrate_within(
+    undo: ExitStack,
+    model: nn.Module,
+    images: Any,
+    *,
+    max_images: int = 256,
+    arrange: bool = True,
+    also: Patterns | None = None,
+    frozen: bool = True,
+    positions: int = 40_000,
+    progress: bool = False,
+) -> Calibration:
+    """Do what :func:`calibrate` does, as a part of a larger change.
+
+    Args:
+        undo: Takes what puts everything back.
+        model: As of :func:`calibrate`, like all that follow.
+        images: As of :func:`calibrate`.
+        max_images: As of :func:`calibrate`.
+        arrange: As of :func:`calibrate`.
+        also: As of :func:`calibrate`.
+        frozen: As of :func:`calibrate`.
+        positions: As of :func:`calibrate`.
+        progress: As of :func:`calibrate`.
+    """
     start = time.perf_counter()
     check_convertible(model)
     limit = whole_number(max_images, "max_images", at_least=1)
     positions = whole_number(positions, "positions", at_least=1)
     arrange, frozen, progress = flag(arrange, "arrange"), flag(frozen, "frozen"), flag(progress, "progress")
     _check_weights(model)
-    if before := calibrated_on(model):
+    sites = find_intact_sites(model)
+    if before := max((site.calibrated for site in sites), default=0):
         raise CalibrationError(
             f"the network was calibrated on {before:,} images before, and its kernels are not the trained ones any "
             "more: load those, and calibrate then"
         )
-    layers, plan = find_layers(find_intact_sites(model), also), noted_plan(model)
-    stay = frozenset(n for n, p in model.named_parameters() if not (frozen or p.requires_grad))
+    layers, plan = find_layers(sites, also), noted_plan(model)
+    stay = {n: "its kernels are frozen" for n, p in model.named_parameters() if not (frozen or p.requires_grad)}
+    stay |= _sharing_memory(model)
     sizes = {row.name: row.output_sizes for row in plan.converted} if plan else {}
     with unseen(model), Visit(model, Inputs()) as visit:
         # In a function of its own, so that nothing here holds the copies when the visit ends.
         wanted = functools.partial(_calibrate_copies, arrange=arrange, stay=stay, progress=progress)
         arguments = (visit, layers, images, limit, positions, sizes)
         changed, report = contextvars.copy_context().run(wanted, *arguments)
-    with ExitStack() as undo:
-        if report.solved:
-            note_calibration(model, report.images, undo)
-        _give(model, changed)
-        undo.pop_all()
+    _give(model, changed, undo)
+    if report.solved:
+        mark_calibrated(sites, report.images, undo)
     return replace(report, seconds=time.perf_counter() - start)
+
+
+def mark_calibrated(sites: Iterable[Site], images: int, undo: ExitStack) -> None:
+    """Let the sites that a conversion changed keep in mind on how many images they were calibrated.
+
+    Args:
+        sites: The sites of a network.
+        images: How many.
+        undo: Takes what puts everything back.
+    """
+    for site in filter(is_changed, sites):
+        undo.callback(site.mark_calibrated, site.calibrated)
+        site.mark_calibrated(images)
 
 
 def _calibrate_copies(*arguments: Any, **choices: Any) -> tuple[dict[str, torch.Tensor], Calibration]:
@@ -156,17 +213,19 @@ class _Work:
         self.note: str | None = None
         self._model, self._positions = visit.model, positions
         self._original = WatchedNetwork(visit, layers, original=True)
-        self._batches = read_batches(self._original.model, images, limit)
+        # A function may do to the network what it likes: it gets a copy of its own.
+        model = visit.twin(fake=False).model if callable(images) else self._original.model
+        self._batches = read_batches(model, images, limit)
         self.images = sum(batch.images for batch in self._batches)
         self._network = WatchedNetwork(visit, layers, original=False)
         self._layers, self._sizes = layers, sizes
 
-    def do(self, *, arrange: bool, stay: Collection[str], progress: bool) -> None:
+    def do(self, *, arrange: bool, stay: Mapping[str, str], progress: bool) -> None:
         """Do it all.
 
         Args:
             arrange: As of :func:`calibrate`.
-            stay: Names of parameters that are to stay as they are.
+            stay: Parameters that are to stay as they are, with the reason.
             progress: As of :func:`calibrate`.
         """
         ordered = self._in_order()
@@ -176,14 +235,15 @@ class _Work:
         if arrange and self._layers:
             self._arrange(stay)
         with tqdm(total=len(self._layers), disable=not progress, desc="calibrating", unit="conv") as bar:
-            for some in _in_parts(self._layers, self._positions):
+            for some in in_parts(self._layers, self._bytes, _MEMORY):
                 targets = record_targets(self._original, some, self._batches, self._positions)
                 for layer in some:
                     row = solve_layer(self._network, layer, targets.pop(layer), self._batches, stay)
                     self.rows.append(row)
                     bar.update()
-        own = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
-        for name, tensor in self._network.tensors().items():
+        own = tensors_of(self._model)
+        self._network.put_back()  # what a run has left behind
+        for name, tensor in tensors_of(self._network.model).items():
             if not torch.equal(tensor, own[name]):
                 self.changed[name] = tensor.detach().clone()
 
@@ -196,7 +256,7 @@ class _Work:
             self._check_size(call)
 
         try:
-            self._original.run(self._batches[0], see)
+            outputs = list(tensors_in(self._original.run(self._batches[0], see)))
         except CalibrationError:
             raise
         except Exception as error:  # whatever the network's own code raises
@@ -204,6 +264,11 @@ class _Work:
                 f"{type(self._model).__name__} does not run on these images ({in_words(error)}): give them as it takes "
                 "them in evaluation"
             ) from error
+        if not _same(outputs, list(tensors_in(self._original.run(self._batches[0])))):
+            raise CalibrationError(
+                f"{type(self._model).__name__} does not compute the same twice from the same images: there is nothing "
+                "to solve its kernels for"
+            )
         return [*seen, *(layer for layer in self._layers if layer not in seen)]
 
     def _check_size(self, call: Call) -> None:
@@ -220,45 +285,49 @@ class _Work:
                 "for, or convert it for theirs"
             )
 
-    def _arrange(self, stay: Collection[str]) -> None:
+    def _bytes(self, layer: Layer) -> int:
+        """What is kept of a layer's output takes."""
+        return 4 * self._positions * layer.sites[0].signature.out_channels
+
+    def _outputs(self) -> Iterator[list[torch.Tensor]]:
+        return (list(tensors_in(self._original.run(batch))) for batch in self._batches[:_COMPARED])
+
+    def _arrange(self, stay: Mapping[str, str]) -> None:
         """Let channels change places in both networks, if that changes nothing in what the original computes."""
-        batch = self._batches[0]
         contextual = [layer for layer in self._layers if layer.is_contextual]
         arrangement, channels = find_arrangement(
             self._original, contextual, self._batches, self._positions, _MEMORY, stay
         )
-        before = list(tensors_in(self._original.run(batch)))
+        before = list(self._outputs())
         rearrange(self._original, arrangement)
-        if not _same(before, list(tensors_in(self._original.run(batch)))):
+        if not all(map(_same, before, self._outputs())) or not any(map(_numbers, before)):
             rearrange(self._original, [(order, places.argsort()) for order, places in arrangement])
-            self.note = "no channels changed places, as the network would not have computed the same"
+            self.note = "no channels changed places: the network returns something else then, or no numbers to tell by"
             return
         rearrange(self._network, arrangement)
         moved = sum(int((places != torch.arange(len(places))).sum()) for _, places in arrangement)
         self.arranged = (moved, channels)
 
 
-def _in_parts(layers: Sequence[Layer], positions: int) -> Iterator[list[Layer]]:
-    """The layers, as many at a time as memory allows for what they gave."""
-    part: list[Layer] = []
-    used = 0
-    for layer in layers:
-        needed = 4 * positions * layer.sites[0].signature.out_channels
-        if part and used + needed > _MEMORY:
-            yield part
-            part, used = [], 0
-        part.append(layer)
-        used += needed
-    if part:
-        yield part
+def _numbers(outputs: Sequence[torch.Tensor]) -> int:
+    return sum(output.numel() for output in outputs if output.is_floating_point())
 
 
 def _same(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> bool:
-    return len(before) == len(after) and all(
-        one.shape == other.shape and bool((one.double() - other.double()).norm() <= _ROUNDING * one.double().norm())
-        for one, other in zip(before, after, strict=True)
-        if one.is_floating_point()
-    )
+    """Whether outputs are the same but for rounding."""
+    return len(before) == len(after) and all(map(_alike, before, after))
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether nearly all numbers differ by little: not of the largest of them, which would hide the others."""
+    if one.shape != other.shape:
+        return False
+    if not one.is_floating_point() or not one.numel():
+        return one.dtype == other.dtype
+    share = max(_ROUNDING, 8 * torch.finfo(one.dtype).eps)
+    one, other = one.double(), other.double()
+    apart = ~((one - other).abs() <= share * (one.abs() + other.abs()))
+    return float((apart & ~(one.isnan() & other.isnan())).double().mean()) <= _FEW
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -271,11 +340,23 @@ def _check_weights(model: nn.Module) -> None:
             raise CalibrationError(f"{name} holds numbers that are not finite: calibration needs trained weights")
 
 
-def _give(model: nn.Module, changed: Mapping[str, torch.Tensor]) -> None:
-    """Put numbers into a network's parameters and buffers, all or none."""
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with ExitStack() as undo, torch.no_grad():
-        undo.callback(tensor_restorer(model))
+def _sharing_memory(model: nn.Module) -> dict[str, str]:
+    """Parameters that lie in the memory of other ones: what is written into one changes the others."""
+    at: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        at[parameter.data_ptr()].append(name)
+    return {
+        name: f"its kernels share memory with {', '.join(other for other in names if other != name)}"
+        for pointer, names in at.items()
+        for name in names
+        if len(names) > 1 and pointer
+    }
+
+
+def _give(model: nn.Module, changed: Mapping[str, torch.Tensor], undo: ExitStack) -> None:
+    """Put numbers into a network's parameters and buffers."""
+    own = tensors_of(model)
+    undo.callback(tensor_restorer(model))
+    with torch.no_grad():
         for name, numbers in changed.items():
             own[name].copy_(numbers)
-        undo.pop_all()

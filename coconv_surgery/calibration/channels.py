@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -50,21 +51,38 @@ class Order:
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def find_orders(model: nn.Module, run: Callable[[], Any]) -> list[Order]:
+def find_orders(model: nn.Module, run: Callable[[], Iterable[Any]]) -> list[Order]:
     """Find the channels of a network that can change places.
 
     Args:
         model: The network, in evaluation mode; its convolutions are plain.
-        run: Runs it once.
+        run: Runs it, and gives what it returns.
 
     Returns:
-        One order for each set of channels that is free.
+        One order for each set of channels that is free: none that somebody may read who did not run.
     """
     watch = _Watch(model)
-    with torch.no_grad(), watch:
-        outputs = run()
-    watch.pin(tensors_in(outputs))
+    with torch.no_grad(), watch, _Reads(watch):
+        for outputs in run():
+            watch.pin(tensors_in(outputs))
+            del outputs
+            watch.pin_what_is_kept()
     return watch.free()
+
+
+class _Reads(TorchFunctionMode):
+    """Pins what leaves torch, of which no operation tells."""
+
+    def __init__(self, watch: "_Watch") -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _LEAVES:
+            self._watch.pin(args[:1])
+        return func(*args, **(kwargs or {}))
 
 
 class _Watch(TorchDispatchMode):
@@ -73,10 +91,16 @@ class _Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names: Any = _WeakDict()
+        self._sizes: dict[str, torch.Size] = {}
+        persistent = model.state_dict().keys()  # another buffer would not find its way into a file
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._names[tensor] = name
+            self._sizes[name] = tensor.shape
+            if name in persistent:
+                self._names[tensor] = name
         self._maps: Any = _WeakDict()  # the group along dimension 1 of a feature map
         self._outputs: Any = _WeakDict()  # of convolutions: the names of their weights
+        self._transposed: Any = _WeakDict()  # matrices, whose columns are their weights' rows
+        self._seen: set[str] = set()  # names of what operations took
         self._sides: dict[Side, int] = {}
         self._read: set[Side] = set()  # those that channels are read along
         self._scales: dict[str, torch.Tensor | None] = {}
@@ -96,26 +120,40 @@ class _Watch(TorchDispatchMode):
                 continue
             if tensor in self._maps:
                 self._join(self._maps[tensor], 0)
-            if tensor in self._names:
+            if (name := self._names.get(tensor) or self._transposed.get(tensor)) is not None:
                 for dim in range(tensor.dim()):
-                    self._join(self._side(self._names[tensor], dim), 0)
+                    self._join(self._side(name, dim), 0)
+
+    def pin_what_is_kept(self) -> None:
+        """Pin all maps that are still there when a run has ended: somebody keeps them, and may read them."""
+        self.pin(list(self._maps.keys()))
 
     def free(self) -> list[Order]:
-        """The groups that nothing has pinned, and that something is known to read."""
+        """The groups that nothing has pinned, that something is known to read, and nothing else may.
+
+        What took no part in any run, such as a branch for training alone or an average of the weights, may read or
+        follow any channels that are as many.
+        """
+        unseen = {side for name, sizes in self._sizes.items() if name not in self._seen for side in sizes}
         orders: dict[int, Order] = {}
         for side, group in self._sides.items():
             if root := self._root(group):
                 orders.setdefault(root, Order()).sides.add(side)
-        read = [order for order in orders.values() if order.sides & self._read]
+        read = [order for order in orders.values() if order.sides & self._read and self._size(order) not in unseen]
         for order in read:
             names = {side.name for side in order.sides if side.dim == 0}
             order.scales = {name: scale for name in names if (scale := self._scales.get(name)) is not None}
         return read
 
+    def _size(self, order: Order) -> int:
+        side = next(iter(order.sides))
+        return self._sizes[side.name][side.dim]
+
     def _see(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if operation in _NOT_READ:
             return
-        inputs = tree_leaves((args, kwargs))
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        self._seen |= {name for tensor in inputs if (name := self._names.get(tensor)) is not None}
         if operation is aten.convolution and self._convolution(*args, result):
             return
         if operation in _NORMS and self._norm(args, result):
@@ -123,13 +161,13 @@ class _Watch(TorchDispatchMode):
         if operation is aten.addmm and self._linear(*args[:3]):
             return
         if operation is aten.t and args[0] in self._names:
-            self._outputs[result] = self._names[args[0]]  # a matrix's columns are its weight's rows
+            self._transposed[result] = self._names[args[0]]
             return
         outputs = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
-        if len(outputs) == 1 and args[0] in self._names and _is_whole(outputs[0], args[0]):
-            self._names[outputs[0]] = self._names[args[0]]
+        if len(inputs) == len(outputs) == 1 and inputs[0] in self._names and _is_whole(outputs[0], inputs[0]):
+            self._names[outputs[0]] = self._names[inputs[0]]
             return
-        maps = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.numel() > 1]
+        maps = [tensor for tensor in inputs if tensor.numel() > 1]
         if _keeps_channels(operation, args, kwargs, maps, outputs) and all(tensor in self._maps for tensor in maps):
             groups = [self._maps[tensor] for tensor in maps]
             for group in groups[1:]:
@@ -137,6 +175,7 @@ class _Watch(TorchDispatchMode):
             for tensor in outputs if groups else ():
                 self._maps[tensor] = groups[0]
             return
+        # Whatever is not known to treat all channels alike.
         self.pin(inputs)
 
     def _convolution(self, input: Any, weight: Any, bias: Any, *rest: Any) -> bool:
@@ -176,9 +215,9 @@ class _Watch(TorchDispatchMode):
         return True
 
     def _linear(self, bias: Any, input: Any, matrix: Any) -> bool:
-        if input not in self._maps or matrix not in self._outputs or bias not in self._names:
+        if input not in self._maps or matrix not in self._transposed or bias not in self._names:
             return False
-        name = self._outputs[matrix]
+        name = self._transposed[matrix]
         self._join(self._side(name, 1), self._maps[input])
         self._read.add(Side(name, 1))
         for side in (self._side(name, 0), self._side(self._names[bias], 0)):
@@ -201,6 +240,11 @@ class _Watch(TorchDispatchMode):
         self._parents[high] = low
 
 
+# How numbers leave torch without an operation.
+_LEAVES = {
+    *(torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.data_ptr),
+    *(torch.Tensor.untyped_storage, torch.Tensor.__dlpack__),
+}
 # What reads no numbers.
 _NOT_READ = (aten.sym_size, aten.size, aten.numel, aten.is_pinned)
 _NORMS = (

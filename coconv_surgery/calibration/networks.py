@@ -2,32 +2,44 @@
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.fx as fx
 import torch.nn as nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from coconv_surgery.calibration.batches import Batch, Stop
 from coconv_surgery.calibration.patches import Level, each_level
 from coconv_surgery.layers.levels import Levels
+from coconv_surgery.layers.rollback import restorer
 from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
 from coconv_surgery.tracing.finding import find_sites
-from coconv_surgery.tracing.sites import Site
+from coconv_surgery.tracing.sites import Site, is_changed
 from coconv_surgery.tracing.visit import Visit
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Sites that convolve with one weight.
+    """Sites that convolve with one weight: mostly one. What it says of levels is of the first.
 
     Attributes:
         sites: The sites, of the network itself.
     """
 
     sites: tuple[Site, ...]
+
+    @property
+    def differs(self) -> str | None:
+        """Why its sites cannot be solved together, if so."""
+        first = self.sites[0]
+        kinds = {(site.state, site.before, site.signature.groups) for site in self.sites}
+        if len(kinds) == 1:
+            return None
+        others = ", ".join(site.name for site in self.sites if site is not first)
+        return f"its kernels are also those of {others}, which convolves otherwise"
 
     @property
     def name(self) -> str:
@@ -51,7 +63,7 @@ class Layer:
     @property
     def is_contextual(self) -> bool:
         """Whether they compute something else than before the conversion."""
-        return self.levels != self.before
+        return any(map(is_changed, self.sites))
 
     @property
     def before(self) -> Levels:
@@ -84,6 +96,11 @@ class Call:
     output: torch.Tensor
 
 
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def find_layers(sites: Sequence[Site], also: Patterns | None = None) -> list[Layer]:
     """The layers that a conversion changed, and plain ones by name.
 
@@ -97,12 +114,13 @@ def find_layers(sites: Sequence[Site], also: Patterns | None = None) -> list[Lay
     patterns = None if also is None else as_list(also, "also")
     if patterns is not None:
         check_patterns({"also": patterns}, [name for site in sites for name in (site.name, *site.aliases)])
-    layers: dict[Any, list[Site]] = defaultdict(list)
+    groups: dict[Any, list[Site]] = defaultdict(list)
+    wanted = set()
     for site in sites:
-        changed = site.levels is not None and site.state != site.before
-        if changed or (patterns and first_match((site.name, *site.aliases), patterns) and _is_plain(site)):
-            layers[site.weight_key].append(site)
-    return [Layer(tuple(group)) for group in layers.values()]
+        groups[site.weight_key].append(site)
+        if is_changed(site) or (patterns and first_match((site.name, *site.aliases), patterns) and _is_plain(site)):
+            wanted.add(site.weight_key)
+    return [Layer(tuple(group)) for key, group in groups.items() if key in wanted]
 
 
 def _is_plain(site: Site) -> bool:
@@ -111,6 +129,18 @@ def _is_plain(site: Site) -> bool:
     even_same = conv.padding == "same" and any(side % 2 == 0 for side in conv.kernel_size)
     known = isinstance(site.conv, nn.Conv2d) and type(site.conv).forward is nn.Conv2d.forward
     return known and site.state == site.plain and not even_same and not site.no_plain_form
+
+
+def in_parts(layers: Iterable[Layer], size: Callable[[Layer], int], limit: int) -> Iterator[list[Layer]]:
+    """Layers in their order, as many at a time as a limit allows for what is kept of them, and at least one."""
+    part: list[Layer] = []
+    for layer in layers:
+        if part and sum(map(size, part)) + size(layer) > limit:
+            yield part
+            part = []
+        part.append(layer)
+    if part:
+        yield part
 
 
 class WatchedNetwork:
@@ -132,15 +162,31 @@ class WatchedNetwork:
         self._calls: Counter[Layer] = Counter()
         for layer in layers:
             for site in layer.sites:
-                if original and layer.is_contextual:
+                if original and is_changed(site):
                     # One level, rather than a plain convolution, so that it is watched in the same way.
-                    found[site.name].switch(layer.before)
+                    found[site.name].switch(site.before)
                 for module in found[site.name].watched_in(self.model):
                     self._watch(module, layer, site)
         for module in self.model.modules():
             if isinstance(module, fx.GraphModule):
                 module.recompile()
         self.parameters = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self.remember()
+
+    def remember(self) -> None:
+        """Keep in mind what it is now: each run starts there, whatever a network keeps from one call to the next."""
+        self._restore = [restorer(module) for module in self.model.modules()]
+        self._buffers = [(module._buffers, module._buffers.copy()) for module in self.model.modules()]
+        self._numbers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+
+    def put_back(self) -> None:
+        """Make it what was kept in mind."""
+        for put_back in self._restore:
+            put_back()
+        for table, content in self._buffers:
+            table.update(content)
+        for buffer, numbers in self._numbers:
+            buffer.copy_(numbers)
 
     def run(self, batch: Batch, see: Callable[[Call], None] | None = None) -> Any:
         """Run it without gradients.
@@ -153,6 +199,9 @@ class WatchedNetwork:
             The outputs; None if it was stopped.
         """
         self._see, self._calls = see, Counter()
+        with _disable_current_modes():  # whoever watches the run sees the run alone
+            self.put_back()
+        torch.manual_seed(0)
         try:
             with torch.no_grad():
                 return batch.run(self.model)
@@ -178,10 +227,6 @@ class WatchedNetwork:
         finally:
             self._see = None
         return found[0]
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Its parameters and buffers by name."""
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
     def _watch(self, module: nn.Module, layer: Layer, site: Site) -> None:
         cls: Any = type(module)

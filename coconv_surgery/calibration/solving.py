@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -76,7 +76,7 @@ def solve_layer(
     layer: Layer,
     targets: dict[tuple[int, int], Target],
     batches: Sequence[Batch],
-    stay: Collection[str],
+    stay: Mapping[str, str],
 ) -> CalibratedLayer:
     """Solve the kernels of a layer, in the copy of the network.
 
@@ -85,7 +85,7 @@ def solve_layer(
         layer: The layer.
         targets: What it gave before the conversion.
         batches: What the network is run on.
-        stay: Names of parameters that are to stay as they are.
+        stay: Parameters that are to stay as they are, with the reason.
 
     Raises:
         CalibrationError: If the network computes numbers that are not finite.
@@ -109,7 +109,7 @@ class _Seen:
         layer: Layer,
         targets: dict[tuple[int, int], Target],
         batches: Sequence[Batch],
-        stay: Collection[str],
+        stay: Mapping[str, str],
     ) -> None:
         self.call: Call | None = None
         self.obstacle: str | None = None
@@ -195,6 +195,8 @@ class _Seen:
 
     def _why_not(self, call: Call) -> str | None:
         """Why the layer cannot be solved, if so."""
+        if (differs := self._layer.differs) is not None:
+            return differs
         written = {"weight": call.weight}
         if self._computed:
             module, alone = call.module, len(self._layer.sites) == 1
@@ -202,8 +204,8 @@ class _Seen:
             if new is None:
                 return "its kernels are computed from other parameters"
             written = {name: getattr(module, name) for name in new}
-        names = {self._network.parameters.get(id(tensor)) for tensor in written.values()}
-        return "its kernels are frozen" if names & {*self._stay} else None
+        names = [self._network.parameters.get(id(tensor), "") for tensor in written.values()]
+        return next((self._stay[name] for name in names if name in self._stay), None)
 
     def _has_bias_of_its_own(self, call: Call) -> bool:
         """Whether there is one bias in all calls, which nothing else has."""

@@ -1,7 +1,6 @@
 """A converted network and the file of its weights."""
 
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from coconv_surgery.layers.arguments import flag
 from coconv_surgery.layers.files import whole_file
 from coconv_surgery.layers.metadata import unchecked_levels
 from coconv_surgery.layers.rollback import deep_restorer
-from coconv_surgery.planning.notes import GUARD, guard_of, is_guard, is_guarded, note_plan
+from coconv_surgery.planning.notes import GUARD, guard_of, is_guard, is_guarded
 from coconv_surgery.surgery import complete_plan, get_plan, switch_to_plan
 from coconv_surgery.tracing.convertible import check_convertible, check_unsharded, path_of
 from coconv_surgery.tracing.finding import find_intact_sites
+from coconv_surgery.tracing.sites import is_changed
 
 
 def save_converted(model: nn.Module, path: str | Path, *, guard: bool = False) -> None:
@@ -112,6 +112,7 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
             model.load_state_dict(weights, strict=False)
             for tensor, values in expanded.values():
                 held_once(tensor, tensor).copy_(held_once(tensor, values))
-        note_plan(model, replace(get_plan(model), calibrated=plan.calibrated), undo)
+        for site in filter(is_changed, find_intact_sites(model)):
+            site.mark_calibrated(plan.calibrated)
         undo.pop_all()
     return model

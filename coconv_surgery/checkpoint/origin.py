@@ -110,9 +110,10 @@ def _plan_in_metadata(state: Mapping[Any, Any], label: str) -> Plan | None:
         for own in (row.name, *row.aliases)
     }
     levels = {name: part[metadata.KEY] for name, part in parts.items() if metadata.KEY in part}
-    if any(levels[name] != planned.get(name) for name in levels):
-        return _found(parts, label)
-    return _joined(plans, state)
+    differs = any(levels[name] != planned.get(name) for name in levels)
+    plan = _found(parts, label) if differs else _joined(plans, state)
+    images = [told for part in parts.values() if isinstance(told := part.get(metadata.CALIBRATED), int)]
+    return plan if plan is None else replace(plan, calibrated=max(images, default=0))
 
 
 def _found(parts: Mapping[str, Mapping[Any, Any]], label: str) -> Plan:

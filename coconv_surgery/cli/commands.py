@@ -146,20 +146,26 @@ def convert(
         raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
     context = click.get_current_context()
     given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if folder is not None and checkpoint is None and not pretrained:
+        raise click.UsageError("--calibrate needs trained weights: give --pretrained or --checkpoint as well")
+    if folder is not None and plan_path is not None:
+        given = [name for name in given if name != "input_size"]  # which is that of the images
     if plan_path is not None and given:
         raise click.UsageError(f"--plan already decides everything: leave out --{given[0].replace('_', '-')}")
     if folder is None and (also or context.get_parameter_source("images") is ParameterSource.COMMANDLINE):
         raise click.UsageError("--images and --also say how to calibrate: give --calibrate FOLDER as well")
-    told = False
+    told = contextual = False
     with console.status(f"creating {model}"):
         network = _create(model, pretrained=pretrained)
         if checkpoint is not None and is_authors_checkpoint(checkpoint):
             load_authors_checkpoint(network, checkpoint)
+            contextual = True
         elif checkpoint is not None and (told := _tells_plan(checkpoint)):
             load_converted(network, checkpoint)
+            contextual = True
         elif checkpoint is not None:
             load_checkpoint(network, str(checkpoint), weights_only=True)
-    if folder is not None and told:
+    if folder is not None and contextual:
         raise click.UsageError(f"{checkpoint} holds the weights of a converted network: --calibrate needs plain ones")
     with console.status(f"converting {model}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NoChangeWarning)  # the summary says so

@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader, Subset
 
-_BATCH = 16
+from coconv_surgery.calibration.batches import BATCH
 
 
 def image_batches(
@@ -38,4 +38,4 @@ def image_batches(
     except RuntimeError as error:
         raise ValueError(f"{folder} has no images to calibrate on: {error}") from error
     chosen = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:count]
-    return DataLoader(cast(Any, Subset(found, chosen.tolist())), batch_size=_BATCH)
+    return DataLoader(cast(Any, Subset(found, chosen.tolist())), batch_size=BATCH)

@@ -17,7 +17,7 @@ import torch.nn as nn
 from coconv_surgery.layers.arguments import choice, flag, height_and_width, instance, whole_number
 from coconv_surgery.layers.functional import NAMED_PADDING, PADDING_MODES, Dilation, Pair, coconv2d, pair
 from coconv_surgery.layers.levels import Levels, SplitRule, complete_levels, is_plain
-from coconv_surgery.layers.metadata import may_load, write_levels
+from coconv_surgery.layers.metadata import CALIBRATED, mark_calibrated, may_load, write_levels
 
 torch.fx.wrap("coconv2d")  # one node of a graph, as the convolution it replaces is
 
@@ -195,6 +195,8 @@ class CoConv2d(nn.Conv2d):
         if may_load(self, self.contextual_levels, state_dict, prefix, local_metadata, error_msgs):
             keys = missing_keys, unexpected_keys
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *keys, error_msgs)
+            if isinstance(images := local_metadata.get(CALIBRATED), int) and f"{prefix}weight" in state_dict:
+                mark_calibrated(self, images)
 
     def parameters_for(self, kernels: torch.Tensor) -> dict[str, torch.Tensor] | None:
         """Parameters with which it convolves with given kernels, or with the nearest ones that it can have.

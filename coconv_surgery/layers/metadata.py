@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from coconv_surgery.layers.arguments import shown
@@ -21,7 +22,9 @@ from coconv_surgery.layers.levels import Levels
 
 KEY = "coconv_levels"
 CONV = "coconv_conv"
+CALIBRATED = "coconv_calibrated"  # on how many images its kernels were calibrated, see mark_calibrated()
 PLACE = "coconv_place"  # the convolution's own name, and those of all contextual ones of its network
+_MARK = "_coconv_calibrated"
 _ARGUMENTS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 DIFFERENT = (
     "the network is not converted as the one that these weights come from was, and would compute something else with "
@@ -96,6 +99,49 @@ def write_levels(state_dict: Mapping[str, Any], prefix: str, levels: Levels, con
     own[KEY] = levels._asdict()
     if conv is not None:
         own[CONV] = {name: _in_numbers(getattr(conv, name)) for name in _ARGUMENTS}
+        if images := calibrated_on(conv):
+            own[CALIBRATED] = images
+
+
+def calibrated_on(conv: nn.Module) -> int:
+    """On how many images a convolution's kernels were calibrated; 0 if they were not."""
+    images: int = vars(conv).get(_MARK, 0)
+    return images
+
+
+def mark_calibrated(conv: nn.Module, images: int) -> None:
+    """Keep in mind on how many images a convolution's kernels were calibrated, until others are loaded.
+
+    The mark stays when the convolution becomes plain, for its kernels are no plain one's.
+
+    Args:
+        conv: The convolution.
+        images: How many; 0 for kernels that were not.
+    """
+    vars(conv)[_MARK] = images
+    if images and not any(
+        getattr(hook, "hook", hook) is _read_mark for hook in conv._load_state_dict_pre_hooks.values()
+    ):
+        conv._register_load_state_dict_pre_hook(_read_mark, with_module=True)  # type: ignore[no-untyped-call]
+
+
+def _read_mark(
+    conv: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
+) -> None:
+    kernels = state_dict.get(f"{prefix}weight")
+    levels = getattr(conv, "contextual_levels", None)
+    if kernels is None or (KEY in metadata and levels_differ(metadata, levels) is not None):
+        return  # none are loaded
+    told = metadata.get(CALIBRATED)
+    if isinstance(told, int):
+        mark_calibrated(conv, told)
+    elif "version" in metadata or not _same(kernels, vars(conv)["_parameters"].get("weight")):
+        mark_calibrated(conv, 0)
+
+
+def _same(one: Any, other: Any) -> bool:
+    alike = torch.is_tensor(one) and torch.is_tensor(other) and one.shape == other.shape
+    return alike and bool(torch.equal(one.to(other), other))
 
 
 def write_places(state_dict: Mapping[str, Any], prefix: str) -> None:

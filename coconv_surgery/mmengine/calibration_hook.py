@@ -10,12 +10,13 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from coconv_surgery.calibration import calibrate
+from coconv_surgery.calibration.batches import BATCH
+from coconv_surgery.calibration.calibrating import mark_calibrated
+from coconv_surgery.calibration.networks import tensors_of
 from coconv_surgery.mmengine.hooks import converted_network
 from coconv_surgery.mmengine.options import CalibrationOptions, wished_calibration
-from coconv_surgery.planning.decision import note_calibration
-from coconv_surgery.planning.notes import calibrated_on
-
-_BATCH = 16
+from coconv_surgery.surgery import get_plan
+from coconv_surgery.tracing.finding import find_sites
 
 
 class CoConvCalibrationHook(Hook):  # type: ignore[misc]
@@ -47,7 +48,7 @@ class CoConvCalibrationHook(Hook):  # type: ignore[misc]
     def before_train(self, runner: Any) -> None:
         """Calibrate, unless the training goes on."""
         network = converted_network(runner)
-        before = calibrated_on(network)
+        before = get_plan(network).calibrated
         if runner.iter > 0 or before:
             why = f"they were calibrated on {before:,} images" if before else "the training goes on"
             runner.logger.info(f"CoConv calibration: weights stay as they are, as {why}")
@@ -65,11 +66,10 @@ class CoConvCalibrationHook(Hook):  # type: ignore[misc]
             images = [report.images if report.solved else 0]
         if is_distributed():
             broadcast_object_list(images)
-            for tensor in network.state_dict().values():
-                if isinstance(tensor, torch.Tensor):
-                    broadcast(tensor)
+            for tensor in tensors_of(network).values():
+                broadcast(tensor.detach())
             with ExitStack() as undo:
-                note_calibration(network, images[0], undo)
+                mark_calibrated(find_sites(network), images[0], undo)
                 undo.pop_all()
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
@@ -97,7 +97,7 @@ def _register_hooks(self: Any, *args: Any, **kwargs: Any) -> None:
 def _training_batches(runner: Any, images: int) -> "DataLoader[Any]":
     """Training images at random, without a trace in the loader that trains."""
     loader = runner.train_dataloader
-    size = min(_BATCH, loader.batch_size or _BATCH)
+    size = min(BATCH, loader.batch_size or BATCH)
     generator = torch.Generator().manual_seed(runner.seed or 0)
     chosen = torch.randperm(len(loader.dataset), generator=generator)[:images].tolist()
     return DataLoader(loader.dataset, batch_size=size, sampler=chosen, collate_fn=loader.collate_fn)

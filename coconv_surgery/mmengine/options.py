@@ -48,8 +48,17 @@ class CalibrationOptions:
 
 
 def wished_calibration(network: nn.Module) -> CalibrationOptions | None:
-    """How a network, or the first part of it that is, is to be calibrated."""
-    return next((vars(module)[_WISH] for module in network.modules() if _WISH in vars(module)), None)
+    """How a network, or parts of it, are to be calibrated.
+
+    Raises:
+        ValueError: If parts are to be calibrated in different ways.
+    """
+    wishes = [vars(module)[_WISH] for module in network.modules() if _WISH in vars(module)]
+    if any(wish != wishes[0] for wish in wishes):
+        raise ValueError(
+            f"surgery: calibrate: a network is calibrated whole, and its parts want different things: {wishes}"
+        )
+    return wishes[0] if wishes else None
 
 
 @dataclass(frozen=True, kw_only=True)

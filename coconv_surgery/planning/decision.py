@@ -1,7 +1,6 @@
 """What is to become of each convolution that a trace found."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch.nn as nn
@@ -9,7 +8,7 @@ import torch.nn as nn
 from coconv_surgery.layers.arguments import mapping, shown
 from coconv_surgery.layers.levels import Levels, is_plain
 from coconv_surgery.planning.eligibility import obstacle, reason_to_leave
-from coconv_surgery.planning.notes import note_plan, noted_plan
+from coconv_surgery.planning.notes import noted_plan
 from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
 from coconv_surgery.planning.plan import Plan, PlanRow, count_parameters
 from coconv_surgery.planning.policies import Answer, Policy, get_policy, settle
@@ -107,25 +106,19 @@ def current_plan(model: nn.Module) -> Plan:
     Raises:
         ValueError: If a contextual convolution was pruned: its levels do not suit it.
     """
-    rows = tuple(map(found_row, find_intact_sites(model)))
-    found = Plan(rows, policy="as found", input="unknown", parameters=count_parameters(model))
+    sites = find_intact_sites(model)
+    found = Plan(
+        tuple(map(found_row, sites)),
+        policy="as found",
+        input="unknown",
+        parameters=count_parameters(model),
+        calibrated=max((site.calibrated for site in sites), default=0),
+    )
     remembered = noted_plan(model)
     if remembered is None or remembered.diff(found):
         return found
-    return replace(remembered, parameters=found.parameters)  # a new classifier may have come since
-
-
-def note_calibration(model: nn.Module, images: int, undo: ExitStack) -> None:
-    """Add to the plans that are kept with a network and its parts on how many images the weights were calibrated.
-
-    Args:
-        model: The network.
-        images: How many.
-        undo: Takes what puts everything back.
-    """
-    noted = [(module, plan) for module in model.modules() if (plan := noted_plan(module)) is not None]
-    for module, plan in noted or [(model, current_plan(model))]:
-        note_plan(module, replace(plan, calibrated=images), undo)
+    # A new classifier may have come since.
+    return replace(remembered, parameters=found.parameters, calibrated=found.calibrated)
 
 
 def _untouched(conv: TracedConv, why: Why) -> PlanRow:

@@ -5,7 +5,6 @@ levels of each convolution, see :mod:`coconv_surgery.layers.metadata`.
 """
 
 import hashlib
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
@@ -16,7 +15,7 @@ import torch.nn as nn
 
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.metadata import compare_places, write_places
-from coconv_surgery.planning.plan import Plan, PlanError, read_plan_text
+from coconv_surgery.planning.plan import Plan
 
 KEY = "coconv_plan"
 GUARD = "converted_by_coconv_surgery_"
@@ -27,11 +26,6 @@ def noted_plan(model: nn.Module) -> Plan | None:
     """The plan that is kept with a network, whether it still describes it or not."""
     plan = _attributes(model).get(_ATTRIBUTE)
     return plan if isinstance(plan, Plan) else None
-
-
-def calibrated_on(model: nn.Module) -> int:
-    """On how many images a network or a part of it was calibrated; 0 if none was."""
-    return max((plan.calibrated for module in model.modules() if (plan := noted_plan(module)) is not None), default=0)
 
 
 def note_plan(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
@@ -94,18 +88,12 @@ def guard_of(plan: Plan) -> tuple[str, torch.Tensor]:
 
 def _set_note(model: nn.Module, plan: Plan | None) -> None:
     attributes = _attributes(model)
-    hooks = (_write_plan, _read_provenance, compare_places)
-    tables: tuple[Any, ...] = (
-        model._state_dict_hooks,
-        model._load_state_dict_pre_hooks,
-        model._load_state_dict_post_hooks,
-    )
-    held = [(table, key) for table in tables for key, hook in table.items() if getattr(hook, "hook", hook) in hooks]
+    tables = ((model._state_dict_hooks, _write_plan), (model._load_state_dict_post_hooks, compare_places))
+    held = [(table, key) for table, ours in tables for key, hook in table.items() if hook is ours]
     if plan is not None:
         attributes[_ATTRIBUTE] = plan
         if not held:
             model._register_state_dict_hook(_write_plan)  # type: ignore[no-untyped-call]
-            model._register_load_state_dict_pre_hook(_read_provenance, with_module=True)  # type: ignore[no-untyped-call]
             model.register_load_state_dict_post_hook(compare_places)  # type: ignore[no-untyped-call]
         return
     attributes.pop(_ATTRIBUTE, None)
@@ -115,24 +103,8 @@ def _set_note(model: nn.Module, plan: Plan | None) -> None:
 
 def _write_plan(model: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
     write_places(state_dict, prefix)
-    plan = noted_plan(model)
-    if plan is not None and plan.converted and _still_holds(model, plan):
+    if (plan := noted_plan(model)) is not None and _still_holds(model, plan):
         metadata[KEY] = plan.to_json()
-
-
-def _read_provenance(
-    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *_: Any
-) -> None:
-    """Weights bring along whether they were calibrated."""
-    plan = noted_plan(model)
-    if plan is None or not any(name.startswith(prefix) for name in state_dict):
-        return
-    told = local_metadata.get(KEY)
-    try:
-        calibrated = read_plan_text(told, "the state dict").calibrated if isinstance(told, str) else 0
-    except PlanError:
-        calibrated = 0
-    _attributes(model)[_ATTRIBUTE] = replace(plan, calibrated=calibrated)
 
 
 def _still_holds(model: nn.Module, plan: Plan) -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import coconv2d
 from coconv_surgery.layers.levels import Levels, check_levels, scale_dilations
+from coconv_surgery.layers.metadata import calibrated_on, mark_calibrated
 from coconv_surgery.layers.switch import is_switchable, set_levels_, to_conv_
 from coconv_surgery.tracing.graph_convs import GraphConv
 from coconv_surgery.tracing.graph_weights import Weight, WeightSource
@@ -23,6 +24,7 @@ from coconv_surgery.tracing.rewriting import is_marked, levels_before, mark, res
 from coconv_surgery.tracing.signature import Signature
 
 _BEFORE = "_coconv_before"
+_CALIBRATED = "coconv_surgery.calibrated"
 
 
 class Site(abc.ABC):
@@ -96,6 +98,15 @@ class Site(abc.ABC):
     def revert(self) -> None:
         """Make it what it was when it was marked, or plain if it never was, and forget the mark."""
 
+    @property
+    @abc.abstractmethod
+    def calibrated(self) -> int:
+        """On how many images its kernels were calibrated; 0 if they were not."""
+
+    @abc.abstractmethod
+    def mark_calibrated(self, images: int) -> None:
+        """Keep in mind on how many images its kernels were calibrated."""
+
     @abc.abstractmethod
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
         """The modules that are called where it convolves, in a copy of the network; nodes are replaced by some."""
@@ -163,6 +174,15 @@ class ModuleSite(Site):
         """Make it what it was when it was marked, or plain."""
         self.switch(vars(self.conv).pop(_BEFORE, None))
 
+    @property
+    def calibrated(self) -> int:
+        """On how many images its kernels were calibrated."""
+        return calibrated_on(self.conv)
+
+    def mark_calibrated(self, images: int) -> None:
+        """Keep in mind on how many images its kernels were calibrated."""
+        mark_calibrated(self.conv, images)
+
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
         """The module of the same name."""
         return [twin.get_submodule(self.name)]
@@ -221,6 +241,16 @@ class NodeSite(Site):
         """Make its nodes what they were when they were marked, or plain."""
         self._convs = [restore(conv) for conv in self._convs]
 
+    @property
+    def calibrated(self) -> int:
+        """On how many images its kernels were calibrated, as far as its nodes know; loading does not tell them."""
+        return max(int(conv.node.meta.get(_CALIBRATED, 0)) for conv in self._convs)
+
+    def mark_calibrated(self, images: int) -> None:
+        """Keep in mind on how many images its kernels were calibrated."""
+        for conv in self._convs:
+            conv.node.meta[_CALIBRATED] = images
+
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
         """Replaces its nodes in a copy of the network, of which the graph is one that is called, by one module."""
         owner = twin.get_submodule(self._owner_name)
@@ -271,6 +301,11 @@ class WatchedConv(nn.Module):
             splits=cast(tuple[int, ...], levels.splits),
             padding_mode=kind.padding_mode,
         )
+
+
+def is_changed(site: Site) -> bool:
+    """Whether a site is contextual where it was something else before its conversion."""
+    return site.levels is not None and site.state != site.before
 
 
 def pass_mark_on(source: nn.Module, conv: nn.Module) -> None:

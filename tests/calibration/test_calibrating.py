@@ -1,6 +1,7 @@
 """Trained networks that were converted keep what they learnt."""
 
 import copy
+import pickle
 import sys
 import warnings
 
@@ -323,6 +324,96 @@ def test_a_network_of_timm_is_calibrated_with_depthwise_convolutions():
     assert report.arranged[1] > 0
 
 
+def test_sites_that_share_kernels_and_convolve_otherwise_are_left_with_the_reason():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1)).eval()
+    model[1].weight = model[0].weight
+    cs.to_coconv_(model[0], (1, 2), (4, 4))
+    before = weights(model)
+    (row,) = cs.calibrate(model, smooth(8, 8, 16, 16)).layers
+    assert row.skipped == "its kernels are also those of 1, which convolves otherwise"
+    assert same_weights(before, weights(model))
+
+
+def test_parameters_in_the_memory_of_others_are_left_with_the_reason():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1)).eval()
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    cs.convert(model, input_size=(8, 16, 16))
+    before = weights(model)
+    rows = cs.calibrate(model, smooth(8, 8, 16, 16)).layers
+    assert [row.skipped for row in rows] == [f"its kernels share memory with {i}.weight" for i in (1, 0)]
+    assert same_weights(before, weights(model))
+
+
+class Remembers(nn.Module):
+    """A network that keeps its features from one call to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out, self.kept = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1), None
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        self.kept = x if self.kept is None or self.kept.shape != x.shape else 0.5 * self.kept + x
+        return self.out(self.conv(self.kept).relu()) / self.count
+
+
+def test_a_network_that_keeps_something_is_solved_as_if_each_run_were_its_first():
+    torch.manual_seed(0)
+    plain = cs.convert(Remembers().eval(), input_size=32)
+    other, images = copy.deepcopy(plain), smooth(32, 3, 32, 32)
+    report = cs.calibrate(plain, images)
+    single = [cs.calibrate(other, images[:16], max_images=16), plain.count, plain.kept]
+    assert all(row.after < row.before for row in report.solved)
+    assert single[1:] == [0, None]
+
+
+def test_a_network_that_draws_numbers_draws_the_same_ones_each_time():
+    class Noisy(TinyNet):
+        def forward(self, x):
+            return super().forward(x + 0.1 * torch.randn_like(x))
+
+    torch.manual_seed(0)
+    model = cs.convert(Noisy().eval(), input_size=32)
+    rows = cs.calibrate(model, smooth(16, 3, 32, 32)).layers
+    assert all(row.after < row.before for row in rows)
+
+
+def test_a_network_that_does_not_compute_the_same_twice_is_refused():
+    class Clock(TinyNet):
+        def forward(self, x):
+            return super().forward(x) + next(numbers)
+
+    numbers = iter(range(10**6))
+    model = cs.convert(Clock().eval(), input_size=32)
+    with pytest.raises(cs.CalibrationError, match="does not compute the same twice"):
+        cs.calibrate(model, smooth(4, 3, 32, 32))
+
+
+def test_a_function_may_do_to_its_network_what_it_likes():
+    images = smooth(16, 3, 32, 32)
+
+    def evaluate_and_train_on(net):
+        net(images)
+        net.train()
+        with torch.no_grad():
+            net.stem.weight.mul_(2)
+
+    assert same_weights(calibrated_by(evaluate_and_train_on), calibrated_by(images))
+
+
+def test_labels_are_not_given_to_an_argument_that_need_not_be_there():
+    class Masked(TinyNet):
+        def forward(self, x, mask=None):
+            return super().forward(x if mask is None else x * mask[:, None, None, None])
+
+    images, rows = smooth(16, 3, 32, 32), []
+    for batch in (images, (images, torch.zeros(16))):
+        torch.manual_seed(0)
+        rows.append(cs.calibrate(cs.convert(Masked().eval(), input_size=32), [batch]).layers)
+    assert rows[0] == rows[1]
+
+
 # What is known of it afterwards.
 
 
@@ -360,6 +451,40 @@ def test_loaded_weights_bring_along_whether_they_were_calibrated():
     cs.calibrate(model, smooth(8, 3, 32, 32))
 
 
+def test_weights_that_bring_no_kernels_change_nothing_in_what_is_known():
+    model = converted_tiny()
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+    model.load_state_dict({"head.bias": torch.zeros(5)}, strict=False)
+    assert cs.get_plan(model).calibrated == 8
+    other = cs.convert(TinyNet(), "uniform", input_size=32)
+    with pytest.raises(RuntimeError, match="dilations"):
+        model.load_state_dict(other.state_dict())
+    assert cs.get_plan(model).calibrated == 8
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert cs.get_plan(model).calibrated == 8
+
+
+def test_a_part_knows_what_was_done_to_the_whole():
+    model = nn.Sequential(cs.convert(TinyNet().eval(), input_size=32))
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+    assert cs.plan_of(model[0].state_dict()).calibrated == 8
+    with pytest.raises(cs.CalibrationError, match="was calibrated on 8 images before"):
+        cs.calibrate(model[0], smooth(8, 3, 32, 32))
+    other = converted_tiny()
+    other.load_state_dict(model[0].state_dict())
+    assert cs.get_plan(other).calibrated == 8
+
+
+def test_copies_and_pickles_know_it_too():
+    model = converted_tiny()
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert cs.get_plan(other).calibrated == 8
+        other.load_state_dict(converted_tiny().state_dict())
+        assert cs.get_plan(other).calibrated == 0
+    assert cs.get_plan(model).calibrated == 8
+
+
 def test_kernels_are_not_solved_for_what_was_solved_before():
     model = converted_tiny()
     cs.calibrate(model, smooth(8, 3, 32, 32))
@@ -377,7 +502,8 @@ def test_other_levels_than_the_weights_were_calibrated_for_are_warned_of_and_not
         cs.convert(model, input_size=32, calibrate=smooth(8, 3, 32, 32))
     with pytest.raises(cs.CalibrationError, match="was calibrated on 8 images before"):
         cs.calibrate(model, smooth(8, 3, 32, 32))
-    with pytest.warns(cs.CalibratedWeightsWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cs.CalibratedWeightsWarning)
         cs.revert(model)
     model.load_state_dict(TinyNet().state_dict())
     with warnings.catch_warnings():

@@ -1,5 +1,7 @@
 """Channels that are said to be free can change places, and those that cannot are not said to be."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -10,18 +12,22 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from coconv_surgery.calibration.arranging import assign_levels
-from coconv_surgery.calibration.channels import find_orders
+from coconv_surgery.calibration.channels import Side, find_orders
+
+
+def orders_of(model, x):
+    return find_orders(model, lambda: [model(x)])
 
 
 def free_weights(model, x):
-    return {side.name for order in find_orders(model, lambda: model(x)) for side in order.sides if side.dim == 0}
+    return {side.name for order in orders_of(model, x) for side in order.sides if side.dim == 0}
 
 
 @torch.no_grad()
 def shuffle(model, x):
     """Let all free channels change places at random."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    orders = find_orders(model, lambda: model(x))
+    orders = orders_of(model, x)
     for order in orders:
         (count,) = {tensors[side.name].shape[side.dim] for side in order.sides}
         places = torch.randperm(count)
@@ -59,7 +65,7 @@ def test_a_network_computes_the_same_when_its_free_channels_change_places(name):
 
 def test_all_of_a_residual_path_is_one_order_and_what_is_within_a_block_another():
     model = timm.create_model("resnet18").eval()
-    orders = find_orders(model, lambda: model(torch.randn(1, 3, 64, 64)))
+    orders = orders_of(model, torch.randn(1, 3, 64, 64))
     by_side = {(side.name, side.dim): order for order in orders for side in order.sides}
     path = by_side["conv1.weight", 0]
     assert path is by_side["layer1.0.conv2.weight", 0] is by_side["layer1.1.conv2.weight", 0]
@@ -74,7 +80,7 @@ def test_a_scale_is_that_of_the_norm_behind():
     with torch.no_grad():
         model[1].running_var.uniform_(1, 2)
         model[1].weight.uniform_(1, 2)
-    (order,) = find_orders(model, lambda: model(torch.randn(1, 3, 8, 8)))
+    (order,) = orders_of(model, torch.randn(1, 3, 8, 8))
     torch.testing.assert_close(order.scales["0.weight"], model[1].weight / (model[1].running_var + 0.5).sqrt())
 
 
@@ -127,6 +133,109 @@ def test_channels_that_the_network_returns_stay_where_they_are():
             return {"features": [features], "out": self.third(self.second(features))}
 
     assert free_weights(Both().eval(), torch.randn(1, 4, 8, 8)) == {"second.weight", "second.bias"}
+
+
+class Block(nn.Module):
+    """Two convolutions, of which the channels between can change places if nobody else reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1)
+        self.out = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.out(self.second(self.read(self.first(x).relu())).relu())
+
+    def read(self, features):
+        return features
+
+
+class Trains(Block):
+    """An auxiliary head that training alone runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.aux = nn.Conv2d(4, 3, 1)
+
+
+class Large(Block):
+    """A branch that some images take."""
+
+    def __init__(self):
+        super().__init__()
+        self.big = nn.Conv2d(4, 4, 1)
+
+    def read(self, features):
+        return self.big(features) if features.shape[-1] > 8 else features
+
+
+class Average(Block):
+    """A slow copy of its own weights, as momentum contrast has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.slow = copy.deepcopy(self.first)
+
+
+class Keeps(Block):
+    """Features kept for a loss."""
+
+    def read(self, features):
+        self.kept = features
+        return features
+
+
+class Leaves(Block):
+    """Features that leave torch without an operation."""
+
+    def read(self, features):
+        features.numpy()
+        return features
+
+
+class Lists(Block):
+    """The same as a list."""
+
+    def read(self, features):
+        features.tolist()
+        return features
+
+
+class Filtered(Block):
+    """A filter that no file keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("filter", torch.randn(4, 1, 3, 3), persistent=False)
+
+    def read(self, features):
+        return F.conv2d(features, self.filter, padding=1, groups=4)
+
+
+class Masks(Block):
+    """A weight changed by a mask in the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.arange(4.0)[:, None, None, None])
+
+    def forward(self, x):
+        self.first.weight.data.mul_(self.mask)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("block", [Trains, Large, Average, Keeps, Leaves, Lists, Filtered, Masks])
+def test_channels_that_somebody_else_may_read_stay_where_they_are(block):
+    model = block().eval()
+    assert "first.weight" in free_weights(Block().eval(), torch.randn(1, 3, 8, 8))
+    assert "first.weight" not in free_weights(model, torch.randn(1, 3, 8, 8))
+
+
+def test_a_branch_that_some_images_take_is_seen_where_they_are_among_the_images():
+    model = Large().eval()
+    orders = find_orders(model, lambda: [model(torch.randn(1, 3, side, side)) for side in (8, 16)])
+    (order,) = [order for order in orders if Side("first.weight", 0) in order.sides]
+    assert {Side("big.weight", 0), Side("big.weight", 1)} <= order.sides
 
 
 def test_a_convolution_that_runs_on_several_maps_orders_all_of_them():

@@ -187,7 +187,9 @@ def photographs(tmp_path):
 
 def test_convert_calibrates_on_a_folder_of_images_and_the_file_says_so(coconv, tmp_path, photographs):
     output = tmp_path / "net.safetensors"
-    done = coconv("convert", "test_resnet", "--input-size", 64, "--calibrate", photographs, "--images", 5, "-o", output)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "plain.pth")
+    start = ("convert", "test_resnet", "--checkpoint", tmp_path / "plain.pth", "-o", output)
+    done = coconv(*start, "--input-size", 64, "--calibrate", photographs, "--images", 5)
     assert done.code == 0, done.err
     assert "convolutions solved on 5 images" in done.out
     assert "calibrated on 5 images" in done.out
@@ -204,6 +206,9 @@ def test_convert_calibrates_plain_weights_alone(coconv, tmp_path, photographs):
     refused = coconv(*start, "--checkpoint", file, "--calibrate", photographs)
     assert refused.code == 2
     assert "--calibrate needs plain ones" in refused.err
-    assert "has no images to calibrate on" in coconv(*start, "--calibrate", empty).err
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "plain.pth")
+    plain = ("--checkpoint", tmp_path / "plain.pth")
+    assert "has no images to calibrate on" in coconv(*start, *plain, "--calibrate", empty).err
+    assert "--calibrate needs trained weights" in coconv(*start, "--calibrate", photographs).err
     assert "give --calibrate FOLDER as well" in coconv(*start, "--images", 8).err
     assert not (tmp_path / "out.safetensors").exists()
