@@ -2,12 +2,12 @@
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import timm
 import torch
 
-from coconv_surgery.bench.heap import return_freed_memory
+from coconv_surgery.bench.heap import keep_freed_memory, return_freed_memory
 from coconv_surgery.bench.memory import high_water_mib
 from coconv_surgery.calibration import calibrate
 from coconv_surgery.surgery import convert
@@ -34,14 +34,18 @@ class Cost:
 
 
 def measure(name: str) -> Cost:
-    """Measure a network in a process of its own, because peak memory never falls."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(_measure, name, torch.get_num_threads()).result()
+    """Measure a network in two processes of its own: freed memory is kept for time, and returned for peak memory."""
+    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    costs = []
+    for keep in (True, False):
+        with ProcessPoolExecutor(1, context) as executor:
+            costs.append(executor.submit(_measure, name, threads, keep).result())
+    return replace(costs[0], peak_mib=costs[1].peak_mib)
 
 
-def _measure(name: str, threads: int) -> Cost:
+def _measure(name: str, threads: int, keep: bool) -> Cost:
     torch.set_num_threads(threads)
-    return_freed_memory()
+    (keep_freed_memory if keep else return_freed_memory)()
     model = convert(timm.create_model(name).eval(), input_size=_SIDE)
     # Neighbouring pixels of real images are alike.
     images = torch.nn.functional.avg_pool2d(torch.randn(_IMAGES, 3, _SIDE, _SIDE), 5, stride=1, padding=2)

@@ -4,7 +4,7 @@ import contextvars
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -34,7 +34,6 @@ from coconv_surgery.tracing.visit import Visit
 _MEMORY = 2**29  # bytes, for what is kept of several layers at a time
 _ROUNDING = 1e-3  # of what a network computes, as a share
 _FEW = 0.05  # of the numbers, which are small and differ by more than that
-_COMPARED = 4  # batches
 _SIZES_APART = 2  # times, by which maps may be larger or smaller than planned
 
 
@@ -264,7 +263,7 @@ class _Work:
                 f"{type(self._model).__name__} does not run on these images ({in_words(error)}): give them as it takes "
                 "them in evaluation"
             ) from error
-        if not _same(outputs, list(tensors_in(self._original.run(self._batches[0])))):
+        if not _same(outputs, self._outputs()):
             raise CalibrationError(
                 f"{type(self._model).__name__} does not compute the same twice from the same images: there is nothing "
                 "to solve its kernels for"
@@ -289,8 +288,9 @@ class _Work:
         """What is kept of a layer's output takes."""
         return 4 * self._positions * layer.sites[0].signature.out_channels
 
-    def _outputs(self) -> Iterator[list[torch.Tensor]]:
-        return (list(tensors_in(self._original.run(batch))) for batch in self._batches[:_COMPARED])
+    def _outputs(self) -> list[torch.Tensor]:
+        """What the original network returns for the first batch."""
+        return list(tensors_in(self._original.run(self._batches[0])))
 
     def _arrange(self, stay: Mapping[str, str]) -> None:
         """Let channels change places in both networks, if that changes nothing in what the original computes."""
@@ -298,19 +298,15 @@ class _Work:
         arrangement, channels = find_arrangement(
             self._original, contextual, self._batches, self._positions, _MEMORY, stay
         )
-        before = list(self._outputs())
+        before = self._outputs()
         rearrange(self._original, arrangement)
-        if not all(map(_same, before, self._outputs())) or not any(map(_numbers, before)):
+        if not _same(before, self._outputs()) or not any(output.is_floating_point() for output in before):
             rearrange(self._original, [(order, places.argsort()) for order, places in arrangement])
             self.note = "no channels changed places: the network returns something else then, or no numbers to tell by"
             return
         rearrange(self._network, arrangement)
         moved = sum(int((places != torch.arange(len(places))).sum()) for _, places in arrangement)
         self.arranged = (moved, channels)
-
-
-def _numbers(outputs: Sequence[torch.Tensor]) -> int:
-    return sum(output.numel() for output in outputs if output.is_floating_point())
 
 
 def _same(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> bool:

@@ -174,7 +174,7 @@ def test_linear_growth_is_one_and_takes_both_networks():
 def test_calibration_is_measured_in_seconds_and_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "MODELS", ("test_resnet",))
     monkeypatch.setattr(calibration, "_SIDE", 64)
-    cost = calibration._measure("test_resnet", torch.get_num_threads())
+    cost = calibration._measure("test_resnet", torch.get_num_threads(), keep=True)
     assert cost.convs > 0
     page = save(tmp_path, "calibration", CPU, "coconv bench calibration", calibrations=[cost]).page.read_text()
     assert f"| test_resnet | {cost.convs} |" in page
