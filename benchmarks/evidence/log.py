@@ -34,7 +34,7 @@ def once(name: str, run: Callable[[], dict[str, Any]]) -> None:
     passing.rename(path)
 
 
-def logged(part: str) -> dict[str, dict[str, Any]]:
-    """What the runs of a part of the study have measured, by name."""
-    files = sorted(RUNS.glob(f"{part}-*.json"))
+def logged(beginning: str) -> dict[str, dict[str, Any]]:
+    """The logs of runs whose names begin so, by name."""
+    files = sorted(RUNS.glob(f"{beginning}*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}

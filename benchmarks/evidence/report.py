@@ -39,7 +39,7 @@ def write_report() -> None:
 def _runs(part: str) -> dict[str, list[dict[str, Any]]]:
     """What the runs of a part have measured, seed by seed, by what was run."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for name, run in logged(part).items():
+    for name, run in logged(f"{part}-").items():
         what = name.removeprefix(f"{part}-").rpartition("-")[0]
         found[what].append(run["measured"])
     return found
@@ -119,7 +119,7 @@ def _detectors_from_scratch() -> str:
 
 
 def _detectors_converted() -> str:
-    runs = [run["measured"] for run in logged("d").values()]
+    runs = [run["measured"] for run in logged("d-").values()]
     rows = []
     for way in ("plain", "cold", "calibrated, channels in place", "calibrated", "calibrated on 256 images"):
         if runs:
@@ -130,7 +130,7 @@ def _detectors_converted() -> str:
 
 
 def _tries() -> str:
-    runs = {name.removeprefix("tries-"): run["measured"] for name, run in logged("tries").items()}
+    runs = {name.removeprefix("tries-"): run["measured"] for name, run in logged("tries-").items()}
     rows = [
         (name, f"{run['mAP']:.3f}", f"{run['AP50']:.3f}", str(run.get("seconds", "")))
         for name, run in runs.items()
@@ -145,7 +145,7 @@ def _tries() -> str:
 
 
 def _machines() -> str:
-    runs = [run for part in "abcd" for run in logged(part).values()] + [*logged("tries").values()]
+    runs = [*logged("").values()]
     machines = {", ".join(" ".join(item) for item in run["machine"].items()) for run in runs}
     minutes = sum(run["seconds"] for run in runs) / 60
     return f"{len(runs)} runs, {minutes:.0f} minutes of one thread, on " + "; ".join(sorted(machines)) + "."
@@ -187,7 +187,7 @@ def _draw_classifiers() -> None:
 
 
 def _draw_detectors() -> None:
-    runs = [run["measured"] for run in logged("d").values()]
+    runs = [run["measured"] for run in logged("d-").values()]
     if not runs:
         return
     ways = ("plain", "cold", "calibrated, channels in place", "calibrated")

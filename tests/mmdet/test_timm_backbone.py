@@ -8,6 +8,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from coconv_surgery import CoConv2d, get_plan
+from coconv_surgery.mmengine.options import CalibrationOptions, wished_calibration
 
 
 def build(name: str = "resnet18", **options) -> nn.Module:
@@ -93,3 +94,12 @@ def test_a_detector_trains_on_it(configs):
 def test_bad_input_is_one_clear_error(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         build(**options)
+
+
+def test_a_backbone_asks_for_calibration_of_the_detector_that_has_it():
+    surgery = {"input_size": 64, "calibrate": {"images": 8, "also": "layer4"}}
+    backbone = build("test_resnet", surgery=surgery)
+    assert wished_calibration(nn.Sequential(backbone)) == CalibrationOptions(images=8, also=["layer4"])
+    other = build("test_resnet", surgery={**surgery, "calibrate": {"images": 9}})
+    with pytest.raises(ValueError, match="its parts differ"):
+        wished_calibration(nn.Sequential(backbone, other))
