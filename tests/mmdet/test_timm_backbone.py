@@ -101,5 +101,5 @@ def test_a_backbone_asks_for_calibration_of_the_detector_that_has_it():
     backbone = build("test_resnet", surgery=surgery)
     assert wished_calibration(nn.Sequential(backbone)) == CalibrationOptions(images=8, also=["layer4"])
     other = build("test_resnet", surgery={**surgery, "calibrate": {"images": 9}})
-    with pytest.raises(ValueError, match="its parts differ"):
+    with pytest.raises(ValueError, match="its parts want different things"):
         wished_calibration(nn.Sequential(backbone, other))
