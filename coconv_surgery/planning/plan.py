@@ -206,6 +206,8 @@ class Plan:
     @functools.cached_property
     def _json(self) -> str:
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        if not self.calibrated:
+            del content["calibrated"]  # as in plans of earlier releases, from which guards have their names
         return json.dumps(content, indent=1, ensure_ascii=False, default=_reason_name)
 
     @classmethod

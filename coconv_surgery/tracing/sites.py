@@ -249,7 +249,9 @@ class NodeSite(Site):
     def mark_calibrated(self, images: int) -> None:
         """Keep in mind on how many images its kernels were calibrated."""
         for conv in self._convs:
-            conv.node.meta[_CALIBRATED] = images
+            conv.node.meta.pop(_CALIBRATED, None)
+            if images:
+                conv.node.meta[_CALIBRATED] = images
 
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
         """Replaces its nodes in a copy of the network, of which the graph is one that is called, by one module."""
