@@ -118,10 +118,12 @@ def mark_calibrated(conv: nn.Module, images: int) -> None:
         conv: The convolution.
         images: How many; 0 for kernels that were not.
     """
+    vars(conv).pop(_MARK, None)
+    if not images:
+        return
     vars(conv)[_MARK] = images
-    if images and not any(
-        getattr(hook, "hook", hook) is _read_mark for hook in conv._load_state_dict_pre_hooks.values()
-    ):
+    held = [getattr(hook, "hook", None) for hook in conv._load_state_dict_pre_hooks.values()]
+    if _read_mark not in held:
         conv._register_load_state_dict_pre_hook(_read_mark, with_module=True)  # type: ignore[no-untyped-call]
 
 
