@@ -169,7 +169,7 @@ def _draw_classifiers() -> None:
     figure, axes = plt.subplots(1, len(networks), figsize=(4 * len(networks), 3.6), sharey=True, squeeze=False)
     for axis, (network, runs) in zip(axes[0], networks.items(), strict=True):
         for way in _WAYS:
-            values = [[run[way][i] for run in runs] for i in range(3)]
+            values = [[100 - run[way][i] for run in runs] for i in range(3)]
             means = [statistics.mean(each) for each in values]
             axis.errorbar(
                 _EPOCHS,
@@ -180,9 +180,12 @@ def _draw_classifiers() -> None:
                 capsize=3,
                 label=way,
             )
-        axis.set(title=f"{network}, {len(runs)} seeds", xlabel="epochs of fine-tuning", xticks=_EPOCHS)
-    axes[0][0].set_ylabel("accuracy on digits, %")
-    axes[0][-1].legend(loc="lower right", frameon=False)
+        axis.set(title=f"{network}, {len(runs)} seeds", xlabel="epochs of fine-tuning", xticks=_EPOCHS, yscale="log")
+        ticks = (2, 5, 10, 20, 50, 100)
+        axis.set_yticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("error on digits, %")
+    axes[0][-1].legend(loc="upper right", frameon=False)
     _save(figure, "classifiers")
 
 
@@ -199,9 +202,9 @@ def _draw_detectors() -> None:
         axis.barh(places, means, 0.38, xerr=spreads, color=colour, label=key, capsize=3)
         for place, mean, spread in zip(places, means, spreads, strict=True):
             axis.text(mean + spread + 0.01, place, f"{mean:.3f}", va="center", fontsize=8)
-    axis.set(yticks=range(len(ways)), yticklabels=ways, xlim=(0, 1.1), title=f"Detection of shapes, {len(runs)} seeds")
+    axis.set(yticks=range(len(ways)), yticklabels=ways, xlim=(0, 1.15), title=f"Detection of shapes, {len(runs)} seeds")
     axis.invert_yaxis()
-    axis.legend(loc="lower right", frameon=False)
+    axis.legend(loc="center right", bbox_to_anchor=(1, 0.64), frameon=False)
     _save(figure, "detectors")
 
 
