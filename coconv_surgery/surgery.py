@@ -24,7 +24,7 @@ from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.copying import separate_copy
 from coconv_surgery.tracing.finding import find_intact_sites, find_sites
 from coconv_surgery.tracing.inputs import InputSize, infer_inputs
-from coconv_surgery.tracing.sites import Site
+from coconv_surgery.tracing.sites import Site, calibrated_images
 from coconv_surgery.tracing.switching import revert_sites, switch_sites
 from coconv_surgery.tracing.trace import trace_network
 from coconv_surgery.tracing.unseen import unseen
@@ -210,7 +210,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{_shorten(unknown)}: what it was before the conversion cannot be told; revert before the export"
         )
-    calibrated = max((site.calibrated for site in sites), default=0)
+    calibrated = calibrated_images(sites)
     with ExitStack() as undo:
         revert_sites(sites, undo)
         keep_levels_in_merges(model, undo)
@@ -276,7 +276,7 @@ def _plan(
 
 
 def _apply(model: nn.Module, sites: Sequence[Site], plan: Plan, images: Any = None) -> None:
-    calibrated = max((site.calibrated for site in sites), default=0)
+    calibrated = calibrated_images(sites)
     with ExitStack() as undo:
         changed = switch_to_plan(model, sites, plan, undo)
         if images is not None:

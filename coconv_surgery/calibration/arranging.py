@@ -14,7 +14,7 @@ import torch
 
 from coconv_surgery.calibration.batches import Batch
 from coconv_surgery.calibration.channels import Order, find_orders
-from coconv_surgery.calibration.moments import Moments
+from coconv_surgery.calibration.moments import Moments, add_to
 from coconv_surgery.calibration.networks import Call, Layer, WatchedNetwork, in_parts, tensors_of
 from coconv_surgery.calibration.patches import Level, patches_at, sample_positions, values_at
 
@@ -30,7 +30,7 @@ def find_arrangement(
     batches: Sequence[Batch],
     positions: int,
     memory: int,
-    stay: Container[str] = (),
+    stay: Container[str],
 ) -> tuple[list[tuple[Order, torch.Tensor]], int]:
     """Decide which channels change places.
 
@@ -156,7 +156,7 @@ def _movable(original: WatchedNetwork, layers: Sequence[Layer], batch: Batch, na
 
 def _bytes(layer: Layer) -> int:
     """What the moments of a layer take."""
-    conv = layer.sites[0].signature
+    conv = layer.signature
     width = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
     return 8 * conv.groups * width * (width + conv.out_channels // conv.groups) * len(layer.levels.dilations)
 
@@ -179,8 +179,7 @@ def _costs(original: WatchedNetwork, layers: dict[Layer, str], batches: Sequence
         everything = slice(0, conv.groups)
         for index, level in enumerate(call.layer.each_level()):
             patches = patches_at(call.input, conv, Level(level.dilation, level.channels, everything), at)
-            new, held = Moments.of(patches, wanted), moments[call.layer].get(index)
-            moments[call.layer][index] = new if held is None else held + new
+            add_to(moments[call.layer], index, Moments.of(patches, wanted))
 
     for number, batch in enumerate(batches):
         original.run(batch, functools.partial(see, number=number))

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from coconv_surgery.calibration.report import CalibrationError
-from coconv_surgery.layers.arguments import kind
+from coconv_surgery.layers.arguments import is_instance_of, kind
 from coconv_surgery.tracing.inputs import Inputs
 
 BATCH = 16
@@ -117,7 +116,7 @@ def _batch(model: nn.Module, item: Any) -> Batch:
     call = None
     if isinstance(item, Inputs):
         args, kwargs, call = tuple(item.args), dict(item.kwargs), item.call
-    elif _is_of_mmengine(model):
+    elif is_instance_of(model, "mmengine.model.base_model.base_model", "BaseModel"):
         args, kwargs, call = (item,), {}, _call_of_mmengine
     elif isinstance(item, Mapping):
         args, kwargs = (), dict(item)
@@ -152,11 +151,6 @@ def _as_many_as_it_needs(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, 
 def _apart(value: Any) -> Any:
     """A tensor without the graph that it comes from."""
     return value.detach() if isinstance(value, torch.Tensor) else value
-
-
-def _is_of_mmengine(model: nn.Module) -> bool:
-    base = getattr(sys.modules.get("mmengine.model.base_model.base_model"), "BaseModel", None)
-    return base is not None and isinstance(model, base)
 
 
 def _call_of_mmengine(model: Any, item: Any) -> Any:

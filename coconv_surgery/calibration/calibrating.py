@@ -4,7 +4,7 @@ import contextvars
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,8 @@ from coconv_surgery.tracing.convertible import check_convertible, check_unsharde
 from coconv_surgery.tracing.finding import find_intact_sites
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.objects import in_words, tensors_in
-from coconv_surgery.tracing.sites import Site, is_changed
+from coconv_surgery.tracing.sites import calibrated_images
+from coconv_surgery.tracing.switching import mark_calibrated
 from coconv_surgery.tracing.unseen import unseen
 from coconv_surgery.tracing.visit import Visit
 
@@ -139,7 +140,7 @@ def calibrate_within(
     arrange, frozen, progress = flag(arrange, "arrange"), flag(frozen, "frozen"), flag(progress, "progress")
     _check_weights(model)
     sites = find_intact_sites(model)
-    if before := max((site.calibrated for site in sites), default=0):
+    if before := calibrated_images(sites):
         raise CalibrationError(
             f"the network was calibrated on {before:,} images before, and its kernels are not the trained ones any "
             "more: load those, and calibrate then"
@@ -157,19 +158,6 @@ def calibrate_within(
     if report.solved:
         mark_calibrated(sites, report.images, undo)
     return replace(report, seconds=time.perf_counter() - start)
-
-
-def mark_calibrated(sites: Iterable[Site], images: int, undo: ExitStack) -> None:
-    """Let the sites that a conversion changed keep in mind on how many images they were calibrated.
-
-    Args:
-        sites: The sites of a network.
-        images: How many.
-        undo: Takes what puts everything back.
-    """
-    for site in filter(is_changed, sites):
-        undo.callback(site.mark_calibrated, site.calibrated)
-        site.mark_calibrated(images)
 
 
 def _calibrate_copies(*arguments: Any, **choices: Any) -> tuple[dict[str, torch.Tensor], Calibration]:
@@ -286,7 +274,7 @@ class _Work:
 
     def _bytes(self, layer: Layer) -> int:
         """What is kept of a layer's output takes."""
-        return 4 * self._positions * layer.sites[0].signature.out_channels
+        return 4 * self._positions * layer.signature.out_channels
 
     def _outputs(self) -> list[torch.Tensor]:
         """What the original network returns for the first batch."""
@@ -352,7 +340,7 @@ def _sharing_memory(model: nn.Module) -> dict[str, str]:
 def _give(model: nn.Module, changed: Mapping[str, torch.Tensor], undo: ExitStack) -> None:
     """Put numbers into a network's parameters and buffers."""
     own = tensors_of(model)
-    undo.callback(tensor_restorer(model))
+    undo.callback(tensor_restorer(own[name] for name in changed))
     with torch.no_grad():
         for name, numbers in changed.items():
             own[name].copy_(numbers)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from coconv_surgery.calibration.networks import tensors_of
 from coconv_surgery.tracing.objects import tensors_in
 
 aten: Any = torch.ops.aten
@@ -93,7 +94,7 @@ class _Watch(TorchDispatchMode):
         self._names: Any = _WeakDict()
         self._sizes: dict[str, torch.Size] = {}
         persistent = model.state_dict().keys()  # another buffer would not find its way into a file
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in tensors_of(model).items():
             self._sizes[name] = tensor.shape
             if name in persistent:
                 self._names[tensor] = name
@@ -168,11 +169,11 @@ class _Watch(TorchDispatchMode):
             self._names[outputs[0]] = self._names[inputs[0]]
             return
         maps = [tensor for tensor in inputs if tensor.numel() > 1]
-        if _keeps_channels(operation, args, kwargs, maps, outputs) and all(tensor in self._maps for tensor in maps):
+        if _keeps_channels(operation, args, maps, outputs) and all(tensor in self._maps for tensor in maps):
             groups = [self._maps[tensor] for tensor in maps]
             for group in groups[1:]:
                 self._join(group, groups[0])
-            for tensor in outputs if groups else ():
+            for tensor in outputs:
                 self._maps[tensor] = groups[0]
             return
         # Whatever is not known to treat all channels alike.
@@ -277,9 +278,7 @@ def _is_whole(view: Any, tensor: Any) -> bool:
     return bool(same)
 
 
-def _keeps_channels(
-    operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], maps: list[Any], outputs: list[Any]
-) -> bool:
+def _keeps_channels(operation: Any, args: tuple[Any, ...], maps: list[Any], outputs: list[Any]) -> bool:
     """Whether an operation treats all channels of its maps alike, and gives them in the order of its input."""
     if not maps or not outputs or any(tensor.dim() < 2 for tensor in (*maps, *outputs)):
         return False

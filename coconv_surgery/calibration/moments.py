@@ -6,11 +6,12 @@ A = Σ x xᵀ, b = Σ x y and c = Σ y². They take the same memory however many
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 _ROWS = 8192
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,11 @@ class Moments:
         change = self.cross - self.gram @ kernels.mT  # the gradient where they are
         solved: torch.Tensor = kernels + torch.cholesky_solve(change, factor).mT
         return torch.where((failed == 0)[:, None, None] & solved.isfinite().all(-1, keepdim=True), solved, kernels)
+
+
+def add_to(sums: dict[Key, Moments], key: Key, new: Moments) -> None:
+    """Add moments to those that are kept under a key, if there are any."""
+    sums[key] = sums[key] + new if key in sums else new
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from coconv_surgery.layers.levels import Levels
 from coconv_surgery.layers.rollback import restorer
 from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
 from coconv_surgery.tracing.finding import find_sites
+from coconv_surgery.tracing.signature import Signature
 from coconv_surgery.tracing.sites import Site, is_changed
 from coconv_surgery.tracing.visit import Visit
 
@@ -47,6 +48,11 @@ class Layer:
         return self.sites[0].name
 
     @property
+    def signature(self) -> Signature:
+        """The plain convolution."""
+        return self.sites[0].signature
+
+    @property
     def levels(self) -> Levels:
         """Their levels."""
         return self.sites[0].state
@@ -58,7 +64,7 @@ class Layer:
 
     def each_level(self) -> list[Level]:
         """Its levels, one by one."""
-        return each_level(self.sites[0].signature, self.levels.dilations, self.splits)
+        return each_level(self.signature, self.levels.dilations, self.splits)
 
     @property
     def is_contextual(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from coconv_surgery.calibration.batches import Batch, Stop
-from coconv_surgery.calibration.moments import Moments
+from coconv_surgery.calibration.moments import Moments, add_to
 from coconv_surgery.calibration.networks import Call, Layer, WatchedNetwork
 from coconv_surgery.calibration.patches import Positions, patches_at, sample_positions, values_at, wide
 from coconv_surgery.calibration.report import CalibratedLayer, CalibrationError
@@ -152,8 +152,7 @@ class _Seen:
             of_level = wanted[:, level.channels].reshape(len(wanted), len(patches), -1).transpose(0, 1)
             for is_held in (False, True):
                 chosen = (held_out == is_held).nonzero().flatten()
-                new, sums = Moments.of(patches[:, chosen], of_level[:, chosen]), self._sums.get((index, is_held))
-                self._sums[index, is_held] = new if sums is None else sums + new
+                add_to(self._sums, (index, is_held), Moments.of(patches[:, chosen], of_level[:, chosen]))
         self._positions += len(wanted)
         if call.index == self._last.get(number):
             raise Stop

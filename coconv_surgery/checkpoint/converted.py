@@ -21,7 +21,7 @@ from coconv_surgery.planning.notes import GUARD, guard_of, is_guard, is_guarded
 from coconv_surgery.surgery import complete_plan, get_plan, switch_to_plan
 from coconv_surgery.tracing.convertible import check_convertible, check_unsharded, path_of
 from coconv_surgery.tracing.finding import find_intact_sites
-from coconv_surgery.tracing.sites import is_changed
+from coconv_surgery.tracing.switching import mark_calibrated
 
 
 def save_converted(model: nn.Module, path: str | Path, *, guard: bool = False) -> None:
@@ -112,7 +112,6 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
             model.load_state_dict(weights, strict=False)
             for tensor, values in expanded.values():
                 held_once(tensor, tensor).copy_(held_once(tensor, values))
-        for site in filter(is_changed, find_intact_sites(model)):
-            site.mark_calibrated(plan.calibrated)
+        mark_calibrated(find_intact_sites(model), plan.calibrated, undo)
         undo.pop_all()
     return model

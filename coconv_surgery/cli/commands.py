@@ -154,18 +154,17 @@ def convert(
         raise click.UsageError(f"--plan already decides everything: leave out --{given[0].replace('_', '-')}")
     if folder is None and (also or context.get_parameter_source("images") is ParameterSource.COMMANDLINE):
         raise click.UsageError("--images and --also say how to calibrate: give --calibrate FOLDER as well")
-    told = contextual = False
+    told = False
     with console.status(f"creating {model}"):
         network = _create(model, pretrained=pretrained)
-        if checkpoint is not None and is_authors_checkpoint(checkpoint):
+        authors = checkpoint is not None and is_authors_checkpoint(checkpoint)
+        if checkpoint is not None and authors:
             load_authors_checkpoint(network, checkpoint)
-            contextual = True
         elif checkpoint is not None and (told := _tells_plan(checkpoint)):
             load_converted(network, checkpoint)
-            contextual = True
         elif checkpoint is not None:
             load_checkpoint(network, str(checkpoint), weights_only=True)
-    if folder is not None and contextual:
+    if folder is not None and (authors or told):
         raise click.UsageError(f"{checkpoint} holds the weights of a converted network: --calibrate needs plain ones")
     with console.status(f"converting {model}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NoChangeWarning)  # the summary says so

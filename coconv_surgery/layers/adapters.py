@@ -7,11 +7,10 @@ stay plain when the copy is converted. What is an adapter, its base class tells,
 another one takes in.
 """
 
-import sys
-
 import torch.nn as nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from coconv_surgery.layers.arguments import is_instance_of
 from coconv_surgery.layers.conv import CoConv2d
 
 _MERGES = ("peft.tuners.tuners_utils", "BaseTunerLayer")
@@ -20,17 +19,12 @@ _COPIES = ("peft.utils.other", "AuxiliaryTrainingWrapper")
 
 def is_adapter(module: nn.Module) -> bool:
     """Whether a module is an adapter of peft, which is not imported for that."""
-    return _is_a(module, *_MERGES) or _is_a(module, *_COPIES)
-
-
-def _is_a(module: nn.Module, place: str, name: str) -> bool:
-    base = getattr(sys.modules.get(place), name, None)
-    return base is not None and isinstance(module, base)
+    return is_instance_of(module, *_MERGES) or is_instance_of(module, *_COPIES)
 
 
 def _refuse_contextual(owner: nn.Module, name: str, module: nn.Module | None) -> None:
     contextual = isinstance(module, CoConv2d) and module.contextual_levels is not None
-    if contextual and _is_a(owner, *_MERGES):
+    if contextual and is_instance_of(owner, *_MERGES):
         raise TypeError(
             f"peft's {type(owner).__module__}.{type(owner).__name__} would adapt a contextual convolution as if it "
             "were a plain one, and compute something else once merged: revert() the network, adapt it, and convert() "

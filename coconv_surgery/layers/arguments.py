@@ -7,6 +7,7 @@ A value of a wrong kind altogether is a :class:`TypeError`, what is not the numb
 import difflib
 import operator
 import os
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path
@@ -148,6 +149,12 @@ def instance(value: Any, name: str, kinds: type[T] | tuple[type[T], ...], what: 
     if not isinstance(value, kinds):
         raise TypeError(f"{name} must be {what}, not {kind(value)}{advice and f': {advice}'}")
     return value
+
+
+def is_instance_of(value: Any, module: str, name: str) -> bool:
+    """Whether an object is of a class of a package that need not be there, and is not imported for that."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls is not None and isinstance(value, cls)
 
 
 def text(value: Any, name: str) -> str:

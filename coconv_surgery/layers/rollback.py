@@ -11,9 +11,10 @@ The stack of what to put back is :class:`contextlib.ExitStack`: what is remember
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 
@@ -51,7 +52,7 @@ def deep_restorer(model: nn.Module) -> Callable[[], None]:
         if isinstance(value, dict | list | set)
     ]
     refills = [functools.partial(_refill, *pair) for pair in containers]
-    restorers: list[Callable[[], None]] = [*modules, *refills, tensor_restorer(model)]
+    restorers: list[Callable[[], None]] = [*modules, *refills, tensor_restorer((*model.parameters(), *model.buffers()))]
 
     def restore() -> None:
         for put_back in restorers:
@@ -60,14 +61,14 @@ def deep_restorer(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def tensor_restorer(model: nn.Module) -> Callable[[], None]:
-    """Remember a network's parameters and buffers: the objects, their numbers, and whether they require gradients.
+def tensor_restorer(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
+    """Remember parameters and buffers: the objects, their numbers, and whether they require gradients.
 
     Returns:
         A function that puts the numbers back, into the same objects.
     """
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
-    kept = [(tensor, tensor.data, tensor.detach().clone(), tensor.requires_grad) for tensor in tensors]
+    each = {id(tensor): tensor for tensor in tensors}.values()
+    kept = [(tensor, tensor.data, tensor.detach().clone(), tensor.requires_grad) for tensor in each]
 
     def restore() -> None:
         for tensor, storage, numbers, requires_grad in kept:

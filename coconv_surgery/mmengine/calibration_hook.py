@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 
 from coconv_surgery.calibration import calibrate
 from coconv_surgery.calibration.batches import BATCH
-from coconv_surgery.calibration.calibrating import mark_calibrated
 from coconv_surgery.calibration.networks import tensors_of
 from coconv_surgery.mmengine.hooks import converted_network
 from coconv_surgery.mmengine.options import CalibrationOptions, wished_calibration
 from coconv_surgery.surgery import get_plan
 from coconv_surgery.tracing.finding import find_sites
+from coconv_surgery.tracing.switching import mark_calibrated
 
 
 class CoConvCalibrationHook(Hook):  # type: ignore[misc]

@@ -150,8 +150,8 @@ class SurgeryOptions:
         """Convert a network by a plan, in place, and note how it is to be calibrated."""
         apply_plan(network, plan)
         vars(network).pop(_WISH, None)
-        if self.calibration is not None:
-            vars(network)[_WISH] = self.calibration
+        if (wish := self.calibration) is not None:
+            vars(network)[_WISH] = wish
         return network
 
     def choices(self) -> dict[str, Any]:

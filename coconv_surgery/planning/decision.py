@@ -14,7 +14,7 @@ from coconv_surgery.planning.plan import Plan, PlanRow, count_parameters
 from coconv_surgery.planning.policies import Answer, Policy, get_policy, settle
 from coconv_surgery.planning.reasons import Reason, Why
 from coconv_surgery.tracing.finding import find_intact_sites
-from coconv_surgery.tracing.sites import Site
+from coconv_surgery.tracing.sites import Site, calibrated_images
 from coconv_surgery.tracing.trace import TracedConv
 
 
@@ -112,7 +112,7 @@ def current_plan(model: nn.Module) -> Plan:
         policy="as found",
         input="unknown",
         parameters=count_parameters(model),
-        calibrated=max((site.calibrated for site in sites), default=0),
+        calibrated=calibrated_images(sites),
     )
     remembered = noted_plan(model)
     if remembered is None or remembered.diff(found):

@@ -5,6 +5,7 @@ Whoever plans, applies, reverts or reads back works on sites, and never asks whi
 
 import abc
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -308,6 +309,11 @@ class WatchedConv(nn.Module):
 def is_changed(site: Site) -> bool:
     """Whether a site is contextual where it was something else before its conversion."""
     return site.levels is not None and site.state != site.before
+
+
+def calibrated_images(sites: Iterable[Site]) -> int:
+    """On how many images the kernels of some sites were calibrated; 0 if none were."""
+    return max((site.calibrated for site in sites), default=0)
 
 
 def pass_mark_on(source: nn.Module, conv: nn.Module) -> None:

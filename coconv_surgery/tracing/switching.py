@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from coconv_surgery.layers.levels import Levels
 from coconv_surgery.layers.rollback import restorer
-from coconv_surgery.tracing.sites import Site, graphs_of
+from coconv_surgery.tracing.sites import Site, graphs_of, is_changed
 
 
 def switch_sites(sites: Iterable[Site], changes: Iterable[tuple[Site, Levels | None]], undo: ExitStack) -> None:
@@ -45,6 +45,19 @@ def revert_sites(sites: Iterable[Site], undo: ExitStack) -> None:
     for site in sites:
         site.revert()
     _recompile(sites)
+
+
+def mark_calibrated(sites: Iterable[Site], images: int, undo: ExitStack) -> None:
+    """Let the sites that a conversion changed keep in mind on how many images they were calibrated.
+
+    Args:
+        sites: The sites of a network.
+        images: How many; 0 for kernels that were not.
+        undo: Takes what puts everything back.
+    """
+    for site in filter(is_changed, sites):
+        undo.callback(site.mark_calibrated, site.calibrated)
+        site.mark_calibrated(images)
 
 
 def _remember(sites: Iterable[Site], undo: ExitStack) -> None:
