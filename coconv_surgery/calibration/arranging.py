@@ -8,7 +8,7 @@ change in what the network computes, each goes to the level that costs it least,
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 
@@ -26,7 +26,7 @@ Costs = dict[str, tuple[Layer, torch.Tensor]]
 
 def find_arrangement(
     original: WatchedNetwork,
-    layers: Sequence[Layer],
+    layers: Mapping[Layer, str],
     batches: Sequence[Batch],
     positions: int,
     memory: int,
@@ -36,7 +36,7 @@ def find_arrangement(
 
     Args:
         original: The network before its conversion.
-        layers: The layers.
+        layers: The layers, with the names of their weights.
         batches: What to look at.
         positions: How many positions of each layer's output to look at.
         memory: Bytes for moments at a time.
@@ -50,7 +50,7 @@ def find_arrangement(
     orders = [order for order in orders if not any(side.name in stay for side in order.sides)]
     names = {side.name for order in orders for side in order.sides if side.dim == 0}
     costs: Costs = {}
-    movable = _movable(original, layers, batches[0], names)
+    movable = {layer: name for layer, name in layers.items() if name in names}
     for some in in_parts(movable, _bytes, memory):
         weights = {layer: movable[layer] for layer in some}
         costs |= _costs(original, weights, batches, max(1, positions // _FEWER))
@@ -139,19 +139,6 @@ def _simple(around: list[int]) -> list[int]:
     for kind in around[1:-1]:
         way = way[: way.index(kind) + 1] if kind in way else [*way, kind]
     return [*way, around[-1]]
-
-
-def _movable(original: WatchedNetwork, layers: Sequence[Layer], batch: Batch, names: set[str]) -> dict[Layer, str]:
-    """The layers whose output channels can change places, with the names of their weights."""
-    found: dict[Layer, str] = {}
-
-    def see(call: Call) -> None:
-        name = original.parameters.get(id(call.weight))
-        if name in names:
-            found[call.layer] = name
-
-    original.run(batch, see)
-    return {layer: found[layer] for layer in layers if layer in found}
 
 
 def _bytes(layer: Layer) -> int:

@@ -3,8 +3,8 @@
 import contextvars
 import functools
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -206,6 +206,10 @@ class _Work:
         self.images = sum(batch.images for batch in self._batches)
         self._network = WatchedNetwork(visit, layers, original=False)
         self._layers, self._sizes = layers, sizes
+        # What the first run of the original network shows.
+        self._outputs: list[torch.Tensor] = []
+        self._calls: Counter[Layer] = Counter()
+        self._weights: dict[Layer, str] = {}
 
     def do(self, *, arrange: bool, stay: Mapping[str, str], progress: bool) -> None:
         """Do it all.
@@ -223,7 +227,7 @@ class _Work:
             self._arrange(stay)
         with tqdm(total=len(self._layers), disable=not progress, desc="calibrating", unit="conv") as bar:
             for some in in_parts(self._layers, self._bytes, _MEMORY):
-                targets = record_targets(self._original, some, self._batches, self._positions)
+                targets = record_targets(self._original, some, self._calls, self._batches, self._positions)
                 for layer in some:
                     row = solve_layer(self._network, layer, targets.pop(layer), self._batches, stay)
                     self.rows.append(row)
@@ -236,14 +240,15 @@ class _Work:
 
     def _in_order(self) -> list[Layer]:
         """The layers in the order of the forward pass; those that do not run come last."""
-        seen: dict[Layer, None] = {}
 
         def see(call: Call) -> None:
-            seen.setdefault(call.layer)
+            self._calls[call.layer] += 1
+            if (name := self._original.parameters.get(id(call.weight))) is not None:
+                self._weights[call.layer] = name
             self._check_size(call)
 
         try:
-            outputs = list(tensors_in(self._original.run(self._batches[0], see)))
+            self._outputs = self._run_original(see)
         except CalibrationError:
             raise
         except Exception as error:  # whatever the network's own code raises
@@ -251,12 +256,12 @@ class _Work:
                 f"{type(self._model).__name__} does not run on these images ({in_words(error)}): give them as it takes "
                 "them in evaluation"
             ) from error
-        if not _same(outputs, self._outputs()):
+        if not _same(self._outputs, self._run_original()):
             raise CalibrationError(
                 f"{type(self._model).__name__} does not compute the same twice from the same images: there is nothing "
                 "to solve its kernels for"
             )
-        return [*seen, *(layer for layer in self._layers if layer not in seen)]
+        return [*self._calls, *(layer for layer in self._layers if layer not in self._calls)]
 
     def _check_size(self, call: Call) -> None:
         planned = self._sizes.get(call.site.name)
@@ -276,19 +281,17 @@ class _Work:
         """What is kept of a layer's output takes."""
         return 4 * self._positions * layer.signature.out_channels
 
-    def _outputs(self) -> list[torch.Tensor]:
+    def _run_original(self, see: Callable[[Call], None] | None = None) -> list[torch.Tensor]:
         """What the original network returns for the first batch."""
-        return list(tensors_in(self._original.run(self._batches[0])))
+        return list(tensors_in(self._original.run(self._batches[0], see)))
 
     def _arrange(self, stay: Mapping[str, str]) -> None:
         """Let channels change places in both networks, if that changes nothing in what the original computes."""
-        contextual = [layer for layer in self._layers if layer.is_contextual]
-        arrangement, channels = find_arrangement(
-            self._original, contextual, self._batches, self._positions, _MEMORY, stay
-        )
-        before = self._outputs()
+        weights = {layer: name for layer, name in self._weights.items() if layer.is_contextual}
+        arrangement, channels = find_arrangement(self._original, weights, self._batches, self._positions, _MEMORY, stay)
         rearrange(self._original, arrangement)
-        if not _same(before, self._outputs()) or not any(output.is_floating_point() for output in before):
+        numbers = any(output.is_floating_point() for output in self._outputs)
+        if not numbers or not _same(self._outputs, self._run_original()):
             rearrange(self._original, [(order, places.argsort()) for order, places in arrangement])
             self.note = "no channels changed places: the network returns something else then, or no numbers to tell by"
             return

@@ -1,7 +1,6 @@
 """One layer: what it sees, what it should give, and the kernels that come closest to that."""
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -43,29 +42,29 @@ Targets = dict[Layer, dict[tuple[int, int], Target]]  # by the batch, and the ca
 
 
 def record_targets(
-    original: WatchedNetwork, layers: Sequence[Layer], batches: Sequence[Batch], positions: int
+    original: WatchedNetwork,
+    layers: Sequence[Layer],
+    calls: Mapping[Layer, int],
+    batches: Sequence[Batch],
+    positions: int,
 ) -> Targets:
     """What layers gave before the conversion.
 
     Args:
         original: The network before its conversion.
         layers: The layers.
+        calls: How often each runs in the first batch, if it does.
         batches: What it is run on.
         positions: How many positions of each layer's output are kept, at most.
     """
     targets: Targets = {layer: {} for layer in layers}
-    calls: dict[Layer, int] = defaultdict(lambda: 1)
-
-    def count(call: Call) -> None:
-        calls[call.layer] = call.index + 1
 
     def see(call: Call, number: int) -> None:
         if call.layer in targets:
-            limit = max(1, positions // (len(batches) * calls[call.layer]))
+            limit = max(1, positions // (len(batches) * calls.get(call.layer, 1)))
             at = sample_positions(call.output.shape, limit, number * 1009 + call.index, call.output.device)
             targets[call.layer][number, call.index] = Target(call.output.shape, at, values_at(call.output, at))
 
-    original.run(batches[0], count)
     for number, batch in enumerate(batches):
         original.run(batch, functools.partial(see, number=number))
     return targets
