@@ -6,7 +6,7 @@ the first 64 are looked at, without their labels, to calibrate.
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import timm
@@ -67,7 +67,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def train(model: nn.Module, epochs: int, lr: float, seed: int, frozen_norms: bool = False) -> nn.Module:
+def train(model: nn.Module, epochs: int, lr: float, seed: int) -> nn.Module:
     """Train on the digits: SGD with momentum, one cycle of the learning rate, batches of 32."""
     split = digits()["train"]
     generator = torch.Generator().manual_seed(seed)
@@ -76,10 +76,6 @@ def train(model: nn.Module, epochs: int, lr: float, seed: int, frozen_norms: boo
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     for _ in range(epochs):
         model.train()
-        if frozen_norms:
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
         for chosen in torch.randperm(len(split.labels), generator=generator).split(32):
             optimizer.zero_grad()
             F.cross_entropy(model(split.images[chosen]), split.labels[chosen]).backward()
@@ -98,7 +94,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 @torch.no_grad()
-def recalibrate_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:
+def recalibrate_norms(model: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:
     """Estimate the statistics of batch norms anew."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -106,7 +102,7 @@ def recalibrate_norms(model: nn.Module, images: torch.Tensor) -> nn.Module:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average
     model.train()
-    for batch in images.split(64):
+    for batch in batches:
         model(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -129,7 +125,7 @@ def converted_after_training(network: str, seed: int) -> dict[str, Any]:
     images = digits()["other"].images
     cold = cs.convert(copy.deepcopy(plain), input_size=(1, SIDE, SIDE))
     ways = {"plain": copy.deepcopy(plain), "cold": copy.deepcopy(cold)}
-    ways["norms recalibrated"] = recalibrate_norms(copy.deepcopy(cold), images[:256])
+    ways["norms recalibrated"] = recalibrate_norms(copy.deepcopy(cold), images[:256].split(64))
     ways["calibrated"] = copy.deepcopy(cold)
     report = cs.calibrate(ways["calibrated"], images[:64])
     others = {"calibrated, channels in place": {"arrange": False}, "calibrated, plain ones too": {"also": "*"}}

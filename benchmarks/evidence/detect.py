@@ -22,11 +22,12 @@ import coconv_surgery as cs
 from coconv_surgery.demo.shapes import write_shapes
 from coconv_surgery.mmdet import example_inputs
 from coconv_surgery.mmdet.building import build_detector
+from coconv_surgery.mmdet.paths import config_path
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
 SEEDS = range(3)
-_CONFIG = HERE.parents[1] / "configs" / "shapes" / "ssd_coresnet18_shapes.py"
+_CONFIGS = {"ResNet": "ssd_r18_shapes.py", "CoResNet": "ssd_coresnet18_shapes.py"}
 
 
 def from_scratch(backbone: str, seed: int) -> dict[str, Any]:
@@ -114,10 +115,7 @@ def _batches(loader: Any) -> list[Any]:
 
 
 def _config(backbone: str, seed: int) -> Config:
-    config = Config.fromfile(_CONFIG)
+    config = Config.fromfile(config_path(f"shapes/{_CONFIGS[backbone]}"))
     config.randomness = {"seed": seed}
     config.default_hooks.checkpoint = {"type": "CheckpointHook", "interval": 1, "max_keep_ckpts": 1}
-    if backbone == "ResNet":
-        config.model.backbone.type = "ResNet"
-        del config.model.backbone["levels"]
     return config

@@ -66,15 +66,7 @@ def _norms_recalibrated() -> dict[str, Any]:
     _, detector, config = _detectors()
     batches = detect.training_images(config)
     cs.calibrate(detector, batches, max_images=_IMAGES)
-    images = [detector.data_preprocessor(batch, False)["inputs"] for batch in batches[:16]]
-    norms = [module for module in detector.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    detector.train()
-    with torch.no_grad():
-        for batch in images:
-            detector(batch, mode="tensor")
+    classify.recalibrate_norms(detector, [detector.data_preprocessor(batch, False)["inputs"] for batch in batches[:16]])
     return _evaluated(detector, config)
 
 
