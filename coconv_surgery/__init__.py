@@ -11,6 +11,7 @@ from coconv_surgery.checkpoint import (
     read_plan,
     save_converted,
 )
+from coconv_surgery.deployment import Deployment, DeploymentError, deploy, get_deployment
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import coconv2d
 from coconv_surgery.layers.levels import Levels, split_channels
@@ -39,6 +40,8 @@ __all__ = [
     "CheckpointError",
     "CoConv2d",
     "CoResNet",
+    "Deployment",
+    "DeploymentError",
     "Inputs",
     "Levels",
     "NoChangeWarning",
@@ -56,7 +59,9 @@ __all__ = [
     "calibrate",
     "coconv2d",
     "convert",
+    "deploy",
     "export_authors_state_dict",
+    "get_deployment",
     "get_plan",
     "guard",
     "hub_arguments",

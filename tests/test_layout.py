@@ -10,7 +10,7 @@ import coconv_surgery
 
 PACKAGE = Path(coconv_surgery.__file__).parent
 ROOMS = [
-    *("layers", "tracing", "planning", "merging", "calibration", "surgery", "checkpoint", "zoo"),
+    *("layers", "tracing", "planning", "merging", "calibration", "surgery", "deployment", "checkpoint", "zoo"),
     *("mmengine", "classification", "mmdet", "viz", "sweep", "bench", "paper", "demo", "cli"),
 ]
 # Files of a room, in order.
@@ -28,6 +28,7 @@ FILES = {
     "calibration": [
         *("report", "patches", "moments", "batches", "networks", "channels", "arranging", "solving", "calibrating"),
     ],
+    "deployment": ["report", "forms", "kernels", "norms", "graphs", "watching", "deploying"],
     "checkpoint": ["pickles", "reading", "tensors", "header", "origin", "converted", "guard", "hub", "timm_loading"],
 }
 

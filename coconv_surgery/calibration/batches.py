@@ -39,8 +39,7 @@ class Batch:
 
     def run(self, model: nn.Module) -> Any:
         """Run a network on a copy of it."""
-        args, kwargs = copy.deepcopy((self.args, dict(self.kwargs)))
-        return model(*args, **kwargs) if self.call is None else self.call(model, *args, **kwargs)
+        return Inputs(self.args, self.kwargs, self.call).run(model)
 
 
 def read_batches(model: nn.Module, images: Any, limit: int) -> list[Batch]:

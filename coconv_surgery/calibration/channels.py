@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from coconv_surgery.calibration.networks import tensors_of
-from coconv_surgery.tracing.objects import tensors_in
+from coconv_surgery.tracing.objects import LEAVES, tensors_in
 
 aten: Any = torch.ops.aten
 _WeakDict: Any = WeakIdKeyDictionary  # torch has no types for it
@@ -81,7 +81,7 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _LEAVES:
+        if func in LEAVES:
             self._watch.pin(args[:1])
         return func(*args, **(kwargs or {}))
 
@@ -241,11 +241,6 @@ class _Watch(TorchDispatchMode):
         self._parents[high] = low
 
 
-# How numbers leave torch without an operation.
-_LEAVES = {
-    *(torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.data_ptr),
-    *(torch.Tensor.untyped_storage, torch.Tensor.__dlpack__),
-}
 # What reads no numbers.
 _NOT_READ = (aten.sym_size, aten.size, aten.numel, aten.is_pinned)
 _NORMS = (

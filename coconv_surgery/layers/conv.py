@@ -8,7 +8,7 @@ convolution (Eqs. 1 to 3).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 import torch.fx
@@ -211,6 +211,13 @@ class CoConv2d(nn.Conv2d):
             New values by name; None if that is not known.
         """
         return None
+
+    # Called by torch.jit.script(), which would compile attributes that it cannot.
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TypeError(
+            "torch.jit.script() does not know contextual convolutions: script what coconv_surgery.deploy() makes of "
+            "the network, which computes the same in evaluation mode, or use torch.jit.trace()"
+        )
 
     @property
     def contextual_levels(self) -> Levels | None:

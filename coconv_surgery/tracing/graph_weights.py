@@ -113,13 +113,14 @@ def _shape(node: fx.Node, steps: Sequence[fx.Node], tensors: Mapping[fx.Node, An
                 values[step] = mode.from_tensor(tensor) if isinstance(tensor, torch.Tensor) else tensor
                 continue
             try:
-                values[step] = _compute(step, values)
+                values[step] = compute(step, values)
             except Exception:  # the graph's own code, which may not compute without numbers
                 return None
     return tuple(values[node].shape) if isinstance(values[node], torch.Tensor) else None
 
 
-def _compute(step: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+def compute(step: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Compute a node that calls a function or a method, from the values of those before it."""
     arguments: Any = (step.args, dict(step.kwargs))
     args, kwargs = map_aggregate(arguments, lambda value: values[value] if isinstance(value, fx.Node) else value)
     if step.op == "call_method":

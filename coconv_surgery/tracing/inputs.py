@@ -1,5 +1,6 @@
 """What a network is called with while it is traced."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,11 @@ class Inputs:
         """Height and width of the first image batch among the inputs."""
         images = (tensor for tensor in tensors_in(self.args, self.kwargs) if tensor.dim() in (3, 4))
         return next(((image.shape[-2], image.shape[-1]) for image in images), None)
+
+    def run(self, model: nn.Module) -> Any:
+        """Run a network on a copy of them."""
+        args, kwargs = copy.deepcopy((tuple(self.args), dict(self.kwargs)))
+        return model(*args, **kwargs) if self.call is None else self.call(model, *args, **kwargs)
 
     def __str__(self) -> str:
         tensors = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from torch.nn.modules.batchnorm import _BatchNorm
+from randomising import randomise_norms
 
 import coconv_surgery.mmdet  # noqa: F401
 from coconv_surgery.demo.shapes import write_shapes
@@ -31,14 +31,8 @@ def lively():
     """Give a network's norms statistics that make a mistake in folding them show."""
 
     def enliven(network: nn.Module) -> nn.Module:
-        for module in network.modules():
-            if isinstance(module, _BatchNorm):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias)
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 1.5)
-        network.eval()
-        return network
+        randomise_norms(network)
+        return network.eval()
 
     return enliven
 

@@ -1,0 +1,58 @@
+"""The modules that a deployed network is made of besides torch's own: they hold nothing but plain convolutions."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from timm.layers import pad_same
+
+
+class ConvLevels(nn.Module):
+    """A contextual convolution written out: a plain convolution for each level, and a concatenation.
+
+    Args:
+        levels: The convolutions.
+    """
+
+    def __init__(self, levels: Sequence[nn.Conv2d]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(levels)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Convolve ``(N, C, H, W)`` or ``(C, H, W)``."""
+        return torch.cat([level(input) for level in self.levels], dim=-3)
+
+
+class GroupedConvLevels(ConvLevels):
+    """The same for a grouped convolution, of whose input channels each level takes its own."""
+
+    def __init__(self, levels: Sequence[nn.Conv2d]) -> None:
+        super().__init__(levels)
+        self.channels = [level.in_channels for level in levels]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Convolve ``(N, C, H, W)`` or ``(C, H, W)``."""
+        pieces = input.split_with_sizes(self.channels, dim=-3)
+        outputs = []
+        for index, level in enumerate(self.levels):
+            outputs.append(level(pieces[index]))
+        return torch.cat(outputs, dim=-3)
+
+
+class SamePadding(nn.Module):
+    """Dynamic "same" padding, as in TensorFlow, before a convolution that does not pad.
+
+    Args:
+        kernel_size: Of the convolution, as all that follow.
+        stride: Height and width.
+        dilation: Height and width.
+    """
+
+    def __init__(self, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.dilation = list(kernel_size), list(stride), list(dilation)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Pad ``(N, C, H, W)``."""
+        padded: torch.Tensor = pad_same(input, self.kernel_size, self.stride, self.dilation)
+        return padded

@@ -1,0 +1,162 @@
+"""Which norm reads the output of which layer, and what else does: seen in one forward pass, operation by operation."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from coconv_surgery.deployment.kernels import is_layer
+from coconv_surgery.deployment.norms import is_norm
+from coconv_surgery.tracing.inputs import Inputs
+from coconv_surgery.tracing.objects import LEAVES, tensors_in
+
+_WeakDict: Any = WeakIdKeyDictionary  # torch has no types for it
+
+
+@dataclass
+class Seen:
+    """A layer or a norm that was called.
+
+    Attributes:
+        module: It.
+        image: What it was called with, on the meta device; None if that was more than a tensor.
+        device: The device of that.
+        others: Of a layer, the norms that read its output; of a norm, the layers whose output it reads.
+        otherwise: Whether a layer's output is read by something else, or a norm reads something else.
+    """
+
+    module: nn.Module
+    image: torch.Tensor | None = None
+    device: torch.device | None = None
+    others: set[str] = field(default_factory=set)
+    otherwise: bool = False
+
+    def images(self) -> torch.Tensor | None:
+        """Random numbers like what it was called with, in double precision."""
+        return None if self.image is None else torch.randn_like(self.image, dtype=torch.float64, device=self.device)
+
+
+class Watch:
+    """Watches a network run.
+
+    Args:
+        model: A copy of a network, in evaluation mode.
+
+    Attributes:
+        layers (dict[str, Seen]): The layers that were called, by name.
+        norms (dict[str, Seen]): The norms that were called.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: dict[str, Seen] = {}
+        self.norms: dict[str, Seen] = {}
+        self._model = model
+        self._outputs: Any = _WeakDict()  # by name of the layer
+        self._in_norms: list[Any] = []  # what the norms that are running were called with
+
+    def run(self, inputs: Inputs) -> Any:
+        """Run the network.
+
+        Returns:
+            What it returns.
+        """
+        with self._hooks(), torch.no_grad(), _Operations(self), _Functions(self):
+            outputs = inputs.run(self._model)
+        self.read(tensors_in(outputs))
+        self.read(list(self._outputs.keys()))  # whoever keeps them may read them
+        return outputs
+
+    def read(self, values: Iterable[Any]) -> None:
+        """Note that something that is not a norm reads tensors."""
+        for value in values:
+            by_norm = any(value is image for image in self._in_norms)
+            if isinstance(value, torch.Tensor) and value in self._outputs and not by_norm:
+                self.layers[self._outputs[value]].otherwise = True
+
+    @contextlib.contextmanager
+    def _hooks(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name, module in self._model.named_modules():
+                if is_norm(module):
+                    handles = [
+                        module.register_forward_pre_hook(self._enter_norm(name), with_kwargs=True),
+                        module.register_forward_hook(self._leave_norm, always_call=True),
+                    ]
+                elif is_layer(module):
+                    handles = [module.register_forward_hook(self._leave_layer(name), with_kwargs=True)]
+                else:
+                    continue
+                for handle in handles:
+                    stack.callback(handle.remove)
+            yield
+
+    def _leave_layer(self, name: str) -> Any:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen = self.layers.setdefault(name, _seen(module, args, kwargs))
+            if isinstance(output, torch.Tensor):
+                seen.otherwise |= output in self._outputs
+                self._outputs[output] = name
+
+        return leave
+
+    def _enter_norm(self, name: str) -> Any:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen = self.norms.setdefault(name, _seen(module, args, kwargs))
+            image = args[0] if args else None
+            layer = self._outputs.get(image) if isinstance(image, torch.Tensor) else None
+            if layer is None:
+                seen.otherwise = True
+            else:
+                seen.others.add(layer)
+                self.layers[layer].others.add(name)
+            self._in_norms.append(image)
+
+        return enter
+
+    def _leave_norm(self, *_: Any) -> None:
+        self._in_norms.pop()
+
+
+def _seen(module: nn.Module, args: Any, kwargs: Any) -> Seen:
+    alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
+    # Hooks of the network's own see what it is called with and what it returns.
+    if not alone or len(module._forward_hooks) > 1:
+        return Seen(module)
+    shape, dtype = args[0].shape, args[0].dtype
+    return Seen(module, torch.empty(shape, dtype=dtype, device="meta"), args[0].device)
+
+
+class _Operations(TorchDispatchMode):
+    """Tells a watch what operations read."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watch = watch
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self._watch.read(tree_leaves((args, kwargs)))
+        return func(*args, **(kwargs or {}))
+
+
+class _Functions(TorchFunctionMode):
+    """Tells a watch what leaves torch, of which no operation tells."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in LEAVES:
+            self._watch.read(args[:1])
+        return func(*args, **(kwargs or {}))

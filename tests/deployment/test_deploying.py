@@ -1,0 +1,420 @@
+"""``deploy`` makes plain layers of a network, and they compute the same."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.fx as fx
+import torch.nn as nn
+import torch.nn.functional as F
+from cases import assert_close, cases
+from hypothesis import given
+from randomising import randomise_norms
+from timm.layers import FrozenBatchNormAct2d, ScaledStdConv2dSame, StdConv2dSame
+from torch.nn.utils.parametrizations import weight_norm
+
+from coconv_surgery import (
+    CoConv2d,
+    DeploymentError,
+    coconv2d,
+    convert,
+    deploy,
+    get_deployment,
+    get_plan,
+    guard,
+    register_coconv,
+    to_coconv_,
+)
+from coconv_surgery.deployment.forms import ConvLevels, GroupedConvLevels
+
+
+def relative(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9)).item()
+
+
+def check(net, image, **options):
+    """Deploy a network; it must compute the same as in evaluation mode, and stay as it was."""
+    before, modules = copy.deepcopy(net.state_dict()), list(net.modules())
+    deployed = deploy(net, **({"example_inputs": image} | options))
+    assert list(net.modules()) == modules
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+    assert not any(isinstance(module, CoConv2d) for module in deployed.modules())
+    with torch.no_grad():
+        assert relative(deployed(image), copy.deepcopy(net).eval()(image)) < 1e-5
+    return deployed
+
+
+def norms(net):
+    return [name for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def conv(inputs=8, outputs=8, dilations=(1, 2), **arguments):
+    made = nn.Conv2d(inputs, outputs, 3, **{"padding": 1, "bias": False} | arguments)
+    to_coconv_(made, dilations)
+    return made
+
+
+class Net(nn.Module):
+    """Modules by name, and a forward given as a function of them and the image."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+        randomise_norms(self)
+
+    def forward(self, image):
+        return self.run(self, image)
+
+
+fx.wrap("coconv2d")
+IMAGE = torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+@given(cases())
+def test_any_contextual_convolution_written_out_computes_the_same(case):
+    coconv, image = case.build()
+    deployed = deploy(coconv, example_inputs=image)
+    with torch.no_grad():
+        assert_close(deployed(image), coconv(image), torch.float64)
+    assert all(
+        type(module) in (nn.Conv2d, nn.ModuleList, ConvLevels, GroupedConvLevels) for module in deployed.modules()
+    )
+
+
+def test_a_norm_behind_a_convolution_is_folded():
+    net = nn.Sequential(conv(), nn.BatchNorm2d(8), nn.ReLU())
+    randomise_norms(net)
+    deployed = check(net, IMAGE)
+    assert [type(module) for module in deployed] == [ConvLevels, nn.Identity, nn.ReLU]
+    assert get_deployment(deployed).folded == {"1": ("0",)}
+    assert get_deployment(deployed).written_out == {"0": 2}
+
+
+def test_what_reads_a_map_decides_and_not_where_modules_are_registered():
+    net = Net(
+        lambda self, x: self.norm1(self.conv2(self.norm2(self.conv1(x)))),
+        conv1=conv(),
+        norm1=nn.BatchNorm2d(8),
+        conv2=conv(),
+        norm2=nn.BatchNorm2d(8),
+    )
+    assert get_deployment(check(net, IMAGE)).folded == {"norm1": ("conv2",), "norm2": ("conv1",)}
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (lambda self, x: self.norm(y := self.conv(x)) + y, "conv gives is read by others"),
+        (lambda self, x: self.norm(self.conv(x).relu()), "is not what a convolution"),
+        (lambda self, x: self.norm(self.conv(x) + x), "is not what a convolution"),
+        (lambda self, x: self.norm(self.conv(x)) + self.norm(x), "is not what a convolution"),
+        (lambda self, x: self.norm(self.conv(x)[:, :8]), "is not what a convolution"),
+        (lambda self, x: torch.cat([self.norm(y := self.conv(x)), torch.from_numpy(y.numpy())]), "read by others"),
+        (lambda self, x: self.norm(setattr(self, "kept", self.conv(x)) or self.kept), "read by others"),
+        (lambda self, x: torch.cat([self.other(y := self.conv(x)), self.norm(y)]), "read by other norms"),
+        (lambda self, x: self.conv(x), "does not run"),
+    ],
+    ids=["shortcut", "activation", "sum", "also the image", "slice", "numpy", "kept", "two norms", "unused"],
+)
+def test_a_norm_that_cannot_be_folded_is_left_with_the_reason(run, why):
+    net = Net(run, conv=conv(), norm=nn.BatchNorm2d(8), other=nn.BatchNorm2d(8))
+    deployed = check(net, IMAGE)
+    assert "norm" in norms(deployed)
+    assert why in get_deployment(deployed).left["norm"]
+    assert why in str(get_deployment(deployed))
+
+
+def test_a_norm_of_two_convolutions_is_folded_into_both():
+    net = Net(lambda self, x: self.norm(self.a(x)) + self.norm(self.b(x)), a=conv(), b=conv(), norm=nn.BatchNorm2d(8))
+    deployed = check(net, IMAGE)
+    assert norms(deployed) == []
+    assert get_deployment(deployed).folded == {"norm": ("a", "b")}
+
+
+def test_a_convolution_called_twice_with_one_norm_is_folded():
+    net = Net(lambda self, x: self.norm(self.conv(self.norm(self.conv(x)))), conv=conv(), norm=nn.BatchNorm2d(8))
+    assert norms(check(net, IMAGE)) == []
+
+
+def test_a_module_under_two_names_stays_one():
+    shared = conv()
+    net = nn.Sequential(shared, nn.ReLU(), shared)
+    deployed = check(net, IMAGE)
+    assert deployed[0] is deployed[2]
+
+
+def test_weights_that_convolutions_share_may_get_norms_of_their_own():
+    first, second = conv(), conv()
+    second.weight = first.weight
+    net = nn.Sequential(first, nn.BatchNorm2d(8), second, nn.BatchNorm2d(8))
+    randomise_norms(net)
+    assert norms(check(net, IMAGE)) == []
+
+
+def test_returned_maps_stay_what_they_are():
+    net = Net(lambda self, x: (self.norm(self.conv(x)), self.conv(x)), conv=conv(), norm=nn.BatchNorm2d(8))
+    deployed = deploy(net, example_inputs=IMAGE)
+    with torch.no_grad():
+        for found, expected in zip(deployed(IMAGE), net.eval()(IMAGE), strict=True):
+            assert relative(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(8, affine=False),
+        nn.BatchNorm2d(8, eps=0.1),
+        nn.SyncBatchNorm(8),
+        FrozenBatchNormAct2d(8, act_layer=nn.SiLU),
+        timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU),
+        nn.InstanceNorm2d(8, track_running_stats=True, affine=True),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_norms_of_many_kinds_are_folded(norm):
+    net = nn.Sequential(conv(), norm)
+    randomise_norms(net)
+    deployed = check(net, IMAGE)
+    assert list(get_deployment(deployed).folded) == ["1"]
+    assert type(deployed[1]) in (nn.Identity, nn.SiLU)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8, track_running_stats=False), nn.GroupNorm(2, 8)])
+def test_norms_that_compute_statistics_are_left(norm):
+    net = nn.Sequential(conv(), norm)
+    assert check(net, IMAGE)[1].__class__ is type(norm)
+
+
+@pytest.mark.parametrize(
+    ("layer", "image"),
+    [
+        (nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1, output_padding=1), IMAGE),
+        (nn.ConvTranspose2d(8, 8, 2, stride=2, groups=4, bias=False), IMAGE),
+        (nn.Conv2d(8, 8, 3, groups=8), IMAGE),
+        (nn.Linear(12, 8), torch.randn(3, 12)),
+        (nn.Conv1d(8, 8, 3), torch.randn(2, 8, 20)),
+    ],
+    ids=["transposed", "transposed in groups", "depthwise", "linear", "1d"],
+)
+def test_other_layers_take_up_their_norm(layer, image):
+    norm = nn.BatchNorm2d(8) if image.dim() == 4 else nn.BatchNorm1d(8)
+    net = nn.Sequential(layer, norm)
+    randomise_norms(net)
+    assert isinstance(check(net, image)[1], nn.Identity)
+
+
+@pytest.mark.parametrize("kind", [StdConv2dSame, ScaledStdConv2dSame])
+@pytest.mark.parametrize("side", [12, 13])
+def test_standardised_weights_become_constant(kind, side):
+    image = torch.randn(2, 8, side, side)
+    net = nn.Sequential(kind(8, 8, 3, stride=2), nn.ReLU(), kind(8, 8, 1))
+    to_coconv_(net[0], (1, 2))
+    deployed = check(net, image)
+    assert {type(m) for m in deployed.modules() if list(m.parameters(recurse=False))} == {nn.Conv2d}
+    assert get_deployment(deployed).constant == ("2",)
+    larger = torch.randn(1, 8, 2 * side + 1, side)
+    torch.testing.assert_close(deployed(larger), net(larger), rtol=0, atol=1e-5)
+
+
+def test_parametrized_weights_become_constant():
+    net = nn.Sequential(weight_norm(nn.Conv2d(8, 8, 3, padding=1)), nn.BatchNorm2d(8))
+    to_coconv_(net[0], (1, 2))
+    randomise_norms(net)
+    assert get_deployment(check(net, IMAGE)).folded == {"1": ("0",)}
+
+
+class Halved(nn.Conv2d):
+    def forward(self, input):
+        return F.conv2d(input, self.weight / 2, self.bias, self.stride, self.padding)
+
+
+@register_coconv
+class CoHalved(CoConv2d, Halved):
+    def forward(self, input):
+        return self._conv_forward(input, self.weight / 2, self.bias)
+
+
+class Steered(nn.Conv2d):
+    """Its kernels depend on what it sees."""
+
+    def forward(self, input):
+        return F.conv2d(input, self.weight * input.mean(), self.bias, self.stride, self.padding)
+
+
+@register_coconv
+class CoSteered(CoConv2d, Steered):
+    def forward(self, input):
+        return self._conv_forward(input, self.weight * input.mean(), self.bias)
+
+
+def test_classes_that_users_register_are_written_out():
+    net = nn.Sequential(Halved(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+    to_coconv_(net[0], (1, 2))
+    randomise_norms(net)
+    assert type(check(net, IMAGE)[0]) is ConvLevels
+
+
+def test_kernels_that_depend_on_the_image_are_left_with_the_reason():
+    net = nn.Sequential(Steered(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+    to_coconv_(net[0], (1, 2))
+    deployed = deploy(net, example_inputs=IMAGE)
+    report = get_deployment(deployed)
+    assert "more than to convolve" in report.left["0"]
+    assert "does more than to multiply" in report.left["1"]
+    assert report.written_out == {}
+    with torch.no_grad():
+        assert relative(deployed(IMAGE), net.eval()(IMAGE)) < 1e-5
+
+
+def test_a_hook_of_the_network_on_a_convolution_keeps_its_norm():
+    def double(module, args, output):
+        return 2 * output
+
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    net[0].register_forward_hook(double)
+    randomise_norms(net)
+    deployed = deploy(net, example_inputs=IMAGE)
+    with torch.no_grad():
+        assert relative(deployed(IMAGE), net.eval()(IMAGE)) < 1e-5
+
+
+def test_a_network_that_reads_the_statistics_of_its_norm_is_refused():
+    net = Net(
+        lambda self, x: self.norm(self.conv(x)) + self.norm.running_mean[:, None, None],
+        conv=conv(),
+        norm=nn.BatchNorm2d(8),
+    )
+    with pytest.raises(DeploymentError, match=r"does not run on the inputs.*'Identity' object has no attribute"):
+        deploy(net, example_inputs=IMAGE)
+
+
+def test_a_network_that_takes_another_way_later_is_refused():
+    net = Net(
+        lambda self, x: self.norm(self.conv(x)) if hasattr(self.norm, "momentum") else self.conv(x) + 1,
+        conv=conv(),
+        norm=nn.BatchNorm2d(8),
+    )
+    with pytest.raises(DeploymentError, match=r"would compute something else, by .* of the largest number"):
+        deploy(net, example_inputs=IMAGE)
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        fx.symbolic_trace,
+        lambda net: torch.export.export(net, (IMAGE,)).module(),
+        lambda net: torch.export.export(net, (IMAGE,)).run_decompositions().module(),
+    ],
+    ids=["symbolic_trace", "export", "decomposed"],
+)
+@pytest.mark.parametrize("before", [True, False], ids=["converted before", "converted after"])
+def test_graphs_are_deployed(trace, before):
+    net = nn.Sequential(
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, stride=2, groups=2),
+        nn.BatchNorm2d(8),
+    ).eval()
+    randomise_norms(net)
+    if before:
+        to_coconv_(net[0], (1, 2)), to_coconv_(net[3], (1, 2))
+    graph = trace(net)
+    if not before:
+        convert(graph, "uniform(2)", example_inputs=IMAGE, overrides={"*": 2})
+    deployed = deploy(graph, example_inputs=IMAGE)
+    with torch.no_grad():
+        assert relative(deployed(IMAGE), graph(IMAGE)) < 1e-5
+    functions = {str(node.target) for node in deployed.graph.nodes if node.op == "call_function"}
+    assert not any("conv" in name or "norm" in name for name in functions)
+    assert norms(deployed) == []
+    assert len([m for m in deployed.modules() if isinstance(m, nn.Conv2d)]) == 4
+
+
+def test_a_weight_of_a_graph_that_is_an_input_stays_one():
+    class Steering(nn.Module):
+        def forward(self, image, weight):
+            return coconv2d(image, weight, padding=1, dilations=(1, 2), splits=(4, 4))
+
+    graph, weight = fx.symbolic_trace(Steering()), torch.randn(8, 8, 3, 3)
+    deployed = deploy(graph, example_inputs=(IMAGE, weight))
+    torch.testing.assert_close(deployed(IMAGE, -weight), graph(IMAGE, -weight))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet", "test_nfnet", "repvgg_a0", "densenet121"])
+def test_a_converted_network_is_scripted_after_it_was_deployed(name):
+    net = convert(timm.create_model(name), input_size=64)
+    randomise_norms(net)
+    image = torch.rand(1, 3, 64, 64)
+    deployed = check(net, image)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(deployed)(image), deployed(image))
+
+
+def test_scripting_a_converted_network_names_deploy_and_changes_nothing(net, image):
+    modules = list(convert(net, input_size=32).modules())
+    with pytest.raises(TypeError, match=r"script what coconv_surgery.deploy\(\) makes of the network"):
+        torch.jit.script(net)
+    assert list(net.modules()) == modules
+
+
+def test_the_authors_form_is_deployed():
+    net = timm.create_model("coresnet50.iduta")
+    randomise_norms(net)
+    deployed = check(net, torch.rand(1, 3, 64, 64))
+    assert len(get_deployment(deployed).folded) == 49
+    assert set(get_deployment(deployed).left) == {"layer1.2.bn3", "layer2.3.bn3", "layer3.5.bn3", "layer4.2.bn3"}
+
+
+def test_nothing_of_a_conversion_stays(net, image):
+    convert(net, input_size=32)
+    guard(net)
+    deployed = deploy(net, example_inputs=image)
+    assert get_plan(deployed).converted == ()
+    assert not any("coconv" in key for key in deployed.state_dict())
+    assert not any(parameter.requires_grad for parameter in deployed.parameters())
+    assert not deployed.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_types_stay(dtype):
+    net = nn.Sequential(conv(), nn.BatchNorm2d(8)).to(dtype)
+    deployed = deploy(net, example_inputs=IMAGE.to(dtype))
+    assert {parameter.dtype for parameter in deployed.parameters()} == {dtype}
+
+
+def test_a_plain_network_is_deployed_too(net, image):
+    assert get_deployment(check(net, image)).folded == {"norm": ("stem",)}
+
+
+def test_a_deployed_network_is_deployed_again(net, image):
+    deployed = check(convert(net, input_size=32), image)
+    again = check(deployed, image)
+    assert get_deployment(again).folded == {}
+
+
+def test_random_numbers_stay_in_order(net, image):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    deploy(net, example_inputs=image)
+    assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: deploy("resnet18"), TypeError, "model must be a torch.nn.Module, not str"),
+        (lambda: deploy(nn.Conv2d(3, 8, 3)), ValueError, "does not say how large its input is"),
+        (lambda: deploy(nn.Conv2d(3, 8, 3), input_size=2), DeploymentError, "does not run on the inputs to deploy it"),
+        (lambda: deploy(nn.Conv2d(3, 8, 3), input_size=8000), ValueError, "too large to run the network on"),
+        (lambda: get_deployment(nn.ReLU()), ValueError, r"was not deployed: deploy\(\) returns"),
+        (lambda: deploy(torch.jit.script(nn.ReLU())), TypeError, "is scripted"),
+    ],
+)
+def test_bad_input_gets_one_message(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
