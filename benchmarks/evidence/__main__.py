@@ -20,8 +20,11 @@ def main() -> None:
     # One thread each: in a subprocess, which some runs start, as well.
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as executor:
-        list(executor.map(make, wanted))
+        made = {name: executor.submit(make, name) for name in wanted}
     write_report()
+    for name, run in made.items():
+        if (error := run.exception()) is not None:
+            raise RuntimeError(f"the run {name} has failed; the others are there") from error
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def _solve(
     for found, level in zip(patches, levels, strict=True):
         x, y = torch.cat(found), goal[:, level.channels]
         gram = (x.T @ x).double()
-        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
         factor, trained = torch.linalg.cholesky(gram + ridge), conv.weight[level.channels].flatten(1)
 
         def solved(
