@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from coconv_surgery.calibration.batches import Batch, Stop
 from coconv_surgery.calibration.patches import Level, each_level
+from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import Levels
 from coconv_surgery.layers.rollback import restorer
 from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
@@ -133,7 +134,7 @@ def _is_plain(site: Site) -> bool:
     """Whether a site is a plain convolution, which is watched where a contextual one is."""
     conv = site.signature
     even_same = conv.padding == "same" and any(side % 2 == 0 for side in conv.kernel_size)
-    known = isinstance(site.conv, nn.Conv2d) and type(site.conv).forward is nn.Conv2d.forward
+    known = isinstance(site.conv, nn.Conv2d) and type(site.conv).forward in (nn.Conv2d.forward, CoConv2d.forward)
     return known and site.state == site.plain and not even_same and not site.no_plain_form
 
 

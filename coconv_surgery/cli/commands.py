@@ -21,12 +21,14 @@ from coconv_surgery.calibration import calibrate
 from coconv_surgery.checkpoint import load_converted, plan_of, save_converted
 from coconv_surgery.cli.images import image_batches
 from coconv_surgery.demo.shapes import write_shapes
+from coconv_surgery.deployment import deploy, get_deployment
 from coconv_surgery.layers.arguments import near_miss
 from coconv_surgery.layers.levels import SplitRule
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.planning.policies import POLICIES, LevelPolicy, get_policy
 from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan, plan_conversion
 from coconv_surgery.sweep.collections import COLLECTIONS
+from coconv_surgery.tracing.inputs import infer_inputs
 from coconv_surgery.zoo.authors import is_authors_checkpoint, load_authors_checkpoint
 
 try:
@@ -154,17 +156,11 @@ def convert(
         raise click.UsageError(f"--plan already decides everything: leave out --{given[0].replace('_', '-')}")
     if folder is None and (also or context.get_parameter_source("images") is ParameterSource.COMMANDLINE):
         raise click.UsageError("--images and --also say how to calibrate: give --calibrate FOLDER as well")
-    told = False
     with console.status(f"creating {model}"):
         network = _create(model, pretrained=pretrained)
-        authors = checkpoint is not None and is_authors_checkpoint(checkpoint)
-        if checkpoint is not None and authors:
-            load_authors_checkpoint(network, checkpoint)
-        elif checkpoint is not None and (told := _tells_plan(checkpoint)):
-            load_converted(network, checkpoint)
-        elif checkpoint is not None:
-            load_checkpoint(network, str(checkpoint), weights_only=True)
-    if folder is not None and (authors or told):
+        kind = _load(network, checkpoint)
+    told = kind == "converted"
+    if folder is not None and (told or kind == "authors"):
         raise click.UsageError(f"{checkpoint} holds the weights of a converted network: --calibrate needs plain ones")
     with console.status(f"converting {model}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NoChangeWarning)  # the summary says so
@@ -179,6 +175,63 @@ def convert(
         save_converted(network, output)
     click.echo(get_plan(network).summary())
     click.echo(f"weights and plan: {output}")
+
+
+@app.command()
+@click.argument("model")
+@click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Weights to load.")
+@click.option("--pretrained", is_flag=True, help="Load timm's pretrained weights.")
+@click.option("--input-size", type=_input_size, metavar="SIDE|H,W", help="Input size. Default: what timm says.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Images in a batch.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A file .onnx, .pt2 or .xml (OpenVINO).",
+)
+def export(
+    model: str,
+    checkpoint: Path | None,
+    pretrained: bool,
+    input_size: int | tuple[int, ...] | None,
+    batch: int,
+    output: Path,
+) -> None:
+    """Write a timm MODEL, or the detector of an MMDetection config, in the form for inference (extra: export).
+
+    It is converted if its checkpoint says so, or if the model is one of ours. Norms are folded, contextual convolutions
+    are plain ones, and what was written is compared with what the network computes. Of a detector its backbone, neck
+    and, where it has one stage, its head's raw outputs are written (extra: mmdet).
+
+    \b
+    coconv export resnet50 --checkpoint converted.safetensors -o model.onnx
+    coconv export coresnet50 --input-size 288 -o model.pt2
+    coconv export configs/ssd/ssd300_coresnet50_coco.py --input-size 300 -o ssd.xml
+    """
+    from coconv_surgery.deployment.exporting import FORMATS, export
+
+    if checkpoint is not None and pretrained:
+        raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
+    if output.suffix not in FORMATS:
+        raise click.UsageError(f"{output} must end with one of {', '.join(FORMATS)}, which tells the format")
+    with console.status(f"creating {model}"):
+        if model.endswith(".py"):
+            from coconv_surgery.mmdet.exporting import maps_of_config
+
+            network: nn.Module = maps_of_config(Path(model), checkpoint)
+            click.echo(f"of {model}: {network.part}")
+        else:
+            network = _create(model, pretrained=pretrained)
+            _load(network, checkpoint)
+    (image,) = infer_inputs(network, input_size).args
+    images = image.expand(batch, *image.shape[1:]).contiguous()
+    with console.status(f"deploying {model}"):
+        deployed = deploy(network, example_inputs=images)
+    click.echo(get_deployment(deployed))
+    with console.status(f"writing {output}"):
+        written = export(deployed, output, images, like=network.eval())
+    click.echo(written)
 
 
 @app.command()
@@ -339,6 +392,20 @@ def _create(name: str, *, pretrained: bool = False) -> nn.Module:
         raise ValueError(f"timm has no model {name!r}: {hint}")
     model: nn.Module = timm.create_model(name, pretrained=pretrained)
     return model
+
+
+def _load(network: nn.Module, checkpoint: Path | None) -> str:
+    """Load weights, and say of what kind of network they are."""
+    if checkpoint is None:
+        return "none"
+    if is_authors_checkpoint(checkpoint):
+        load_authors_checkpoint(network, checkpoint)
+        return "authors"
+    if _tells_plan(checkpoint):
+        load_converted(network, checkpoint)
+        return "converted"
+    load_checkpoint(network, str(checkpoint), weights_only=True)
+    return "plain"
 
 
 def _tells_plan(checkpoint: Path) -> bool:

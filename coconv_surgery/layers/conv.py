@@ -158,6 +158,13 @@ class CoConv2d(nn.Conv2d):
         """Output channels of each level."""
         return cast(tuple[int, ...], self._coconv_levels.splits)  # numbers: complete_levels() saw to it
 
+    # What it inherits does the same, but with that a strict export does not say of the levels that they are
+    # convolutions, which is what some quantisers go by.
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Convolve ``(N, C, H, W)`` or ``(C, H, W)``."""
+        output: torch.Tensor = super().forward(input)
+        return output
+
     # mmcv's and mmengine's conv-BN evaluation call this method with weights of their own, so it is the one to override.
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if is_plain(self, self.dilations):

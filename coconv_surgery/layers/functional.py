@@ -229,7 +229,9 @@ def _conv_level(
 def is_recorded() -> bool:
     """Whether what is computed is written down, to be exported or read later: there its form is always the same."""
     if torch.compiler.is_dynamo_compiling():
-        return False
+        # Not is_exporting(), which is true for torch.compile as well.
+        exporting: bool = getattr(torch.compiler, "_is_exporting_flag", False)
+        return exporting
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     key = torch._C._TorchDispatchModeKey.PROXY
     before_dispatch = torch._ops._get_dispatch_mode_pre_dispatch(key)  # type: ignore[no-untyped-call]

@@ -112,7 +112,7 @@ class _CoConvTracer(fx.Tracer):
 
 
 # What the joint evaluation takes a convolution and a norm to compute.
-_CONVOLVES = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_CONVOLVES = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, CoConv2d.forward)
 _NORMALISES = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 

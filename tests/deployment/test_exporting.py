@@ -1,0 +1,75 @@
+"""What is written for another program computes there what the network computes here."""
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+
+from coconv_surgery import DeploymentError, convert, deploy, save_converted
+from coconv_surgery.deployment.exporting import FORMATS, export
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A converted network in a file."""
+    network = convert(timm.create_model("test_resnet"), input_size=64)
+    save_converted(network, tmp_path / "converted.safetensors")
+    return tmp_path / "converted.safetensors"
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_converted_checkpoint_is_exported(coconv, file, suffix):
+    output = file.with_suffix(suffix)
+    done = coconv("export", "test_resnet", "--checkpoint", file, "--input-size", "64", "-o", output)
+    assert done.code == 0, done.err
+    report, written = done.out.splitlines()
+    assert "contextual convolutions written out as" in report
+    assert "0 batch norms" in written
+    assert "largest difference" in written
+    assert sum(path.stat().st_size for path in file.parent.iterdir() if path != file) > 1e5
+    beside = {".xml": {".bin"}}.get(suffix, set())
+    assert {path.suffix for path in file.parent.iterdir()} == {".safetensors", suffix, *beside}
+
+
+def test_a_detector_of_a_config_is_exported(coconv, tmp_path):
+    config = "configs/shapes/ssd_coresnet18_shapes.py"
+    done = coconv("export", config, "--input-size", "96", "-o", tmp_path / "ssd.onnx")
+    assert done.code == 0, done.err
+    assert "backbone, neck and the head's raw outputs" in done.out
+    assert "0 batch norms" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-o", "net.tflite"), "net.tflite must end with one of .onnx, .pt2, .xml"),
+        (("--pretrained", "--checkpoint", __file__, "-o", "net.onnx"), "both give the weights"),
+        (("--input-size", "1", "-o", "net.onnx"), "the network does not run on the inputs to deploy it for"),
+        (("-o", "missing/net.pt2"), "missing"),
+    ],
+)
+def test_a_wrong_call_gets_one_message_and_writes_nothing(coconv, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    done = coconv("export", "test_vit" if "1" in arguments else "test_resnet", *arguments)
+    assert done.code not in (0, None)
+    assert message in done.err + str(done.code)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_would_compute_something_else_is_not_written(tmp_path):
+    class Drawing(nn.Module):
+        """Random, as a network is not in evaluation mode."""
+
+        def forward(self, x):
+            return x + torch.rand_like(x)
+
+    with pytest.raises(DeploymentError, match=r"net.pt2 would compute something else, by .* of the largest number"):
+        export(Drawing(), tmp_path / "net.pt2", torch.rand(1, 3, 8, 8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_outputs_are_compared(tmp_path):
+    network = timm.create_model("test_resnet", features_only=True).eval()
+    written = export(deploy(network, input_size=64), tmp_path / "net.onnx", torch.rand(1, 3, 64, 64), like=network)
+    assert written.difference < 1e-5
+    assert written.norms == 0
