@@ -50,6 +50,7 @@ fuzz-files: setup
 bench: setup
 	$(BIN)/coconv bench surgery
 	$(BIN)/coconv bench calibration
+	$(BIN)/coconv bench deploy
 	$(BIN)/coconv bench layers --engine eager
 	$(BIN)/coconv bench layers --engine compile
 	$(BIN)/coconv bench networks --engine eager

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from coconv_surgery.bench import calibration
+from coconv_surgery.bench.deployment import Deployed
 from coconv_surgery.bench.memory import Peak
 from coconv_surgery.bench.speed import Timing
 from coconv_surgery.bench.surgery import Cost, growth
@@ -53,6 +54,7 @@ def save(
     memory: Sequence[Peak] = (),
     costs: Sequence[Cost] = (),
     calibrations: Sequence[calibration.Cost] = (),
+    deployed: Sequence[Deployed] = (),
 ) -> Files:
     """Write what a target measured.
 
@@ -65,6 +67,7 @@ def save(
         memory: Peak memory of a training step.
         costs: What surgery costs.
         calibrations: What calibration costs.
+        deployed: Networks in the programs that run them.
 
     Returns:
         The files.
@@ -89,11 +92,17 @@ def save(
         data["calibrations"] = [asdict(cost) for cost in calibrations]
         cells = [(c.model, str(c.convs), f"{c.seconds:.0f}", f"{c.peak_mib / 1024:.2f}") for c in calibrations]
         lines += ["64 images of 224×224; memory of the whole process.\n", markdown_table(_CALIBRATIONS, cells)]
-    files = Files(folder / f"{name}.json", folder / f"{name}.md", folder / f"{name}.png" if timings else None)
+    if deployed:
+        data["deployed"] = [asdict(row) for row in deployed]
+        lines += [f"{_DEPLOYED_LEGEND}\n", markdown_table(_DEPLOYED, list(map(_deployed, deployed)))]
+    panels = _panels(timings) + _deployed_panels(deployed)
+    files = Files(folder / f"{name}.json", folder / f"{name}.md", folder / f"{name}.png" if panels else None)
     files.data.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     files.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if files.picture is not None:
-        _draw(timings, files.picture, header["device"])
+        from coconv_surgery.viz.timings import Panel, draw_timings
+
+        draw_timings([Panel(*panel) for panel in panels], files.picture, header["device"])
     return files
 
 
@@ -103,6 +112,14 @@ _LEGEND = (
 )
 _ALONE = " *levels alone* is the levels' convolutions without anything around them."
 _TIMINGS = ("", "mode", "layout", "precision", "engine", "plain ms", "CoConv", "authors")
+_DEPLOYED_LEGEND = (
+    "Times over those of the plain network as it is, medians of paired ratios with their quartiles; single precision. "
+    "The last column is contextual, deployed over plain, deployed."
+)
+_DEPLOYED = (
+    *("network", "program", "plain ms", "plain, deployed", "contextual", "contextual, deployed"),
+    "deployed over deployed",
+)
 _MEMORY = ("network", "CoConv", "authors")
 _CALIBRATIONS = ("network", "convs solved", "seconds", "peak GiB")
 _COSTS = ("network", "convs", "plan s", "convert s", "weights MiB", "peak memory / weights")
@@ -119,14 +136,16 @@ def _timings(timings: Sequence[Timing]) -> list[str]:
     return [f"{_LEGEND}{_ALONE}\n", markdown_table((*_TIMINGS, "levels alone"), rows)]
 
 
-def _draw(timings: Sequence[Timing], path: Path, title: str) -> None:
-    from coconv_surgery.viz.timings import Panel, draw_timings
+# What a viz.timings.Panel is made of, without what draws it.
+_PanelParts = tuple[str, list[str], dict[str, Sequence[Ratio | None]]]
 
+
+def _panels(timings: Sequence[Timing]) -> list[_PanelParts]:
     subjects: dict[str, list[Timing]] = defaultdict(list)
     for timing in timings:
         subjects[timing.case.subject].append(timing)
-    panels = [
-        Panel(
+    return [
+        (
             subject,
             [" · ".join(timing.case.settings) for timing in members],
             {
@@ -137,7 +156,29 @@ def _draw(timings: Sequence[Timing], path: Path, title: str) -> None:
         )
         for subject, members in subjects.items()
     ]
-    draw_timings(panels, path, title)
+
+
+def _deployed_panels(deployed: Sequence[Deployed]) -> list[_PanelParts]:
+    networks: dict[str, list[Deployed]] = defaultdict(list)
+    for row in deployed:
+        networks[row.network].append(row)
+    return [
+        (
+            network,
+            [row.runtime for row in members],
+            {
+                "plain, deployed": [row.plain_deployed for row in members],
+                "contextual": [row.contextual for row in members],
+                "contextual, deployed": [row.contextual_deployed for row in members],
+            },
+        )
+        for network, members in networks.items()
+    ]
+
+
+def _deployed(row: Deployed) -> tuple[str, ...]:
+    ratios = (row.plain_deployed, row.contextual, row.contextual_deployed, row.over_deployed)
+    return (row.network, row.runtime, f"{row.plain_ms:.2f}", *map(_ratio, ratios))
 
 
 def _ratio(ratio: Ratio | None) -> str:

@@ -7,19 +7,20 @@ from typing import Any, Literal
 
 import torch
 
-from coconv_surgery.bench import calibration
+from coconv_surgery.bench import calibration, deployment
 from coconv_surgery.bench.memory import measure_memory
 from coconv_surgery.bench.report import Files, save
 from coconv_surgery.bench.speed import ENGINES, LAYERS, NETWORKS, Engine, cases, measure
 from coconv_surgery.bench.surgery import MODELS
 from coconv_surgery.bench.surgery import measure as measure_surgery
 
-Target = Literal["layers", "networks", "surgery", "calibration"]
+Target = Literal["layers", "networks", "surgery", "calibration", "deploy"]
 _SUBJECTS: dict[Target, Iterable[str]] = {
     "layers": LAYERS,
     "networks": NETWORKS,
     "surgery": MODELS,
     "calibration": calibration.MODELS,
+    "deploy": deployment.NETWORKS,
 }
 
 
@@ -37,7 +38,7 @@ def run(
     For networks in eager mode these include the peak memory of a training step.
 
     Args:
-        target: Layers or networks, contextual beside plain, or what surgery or calibration costs.
+        target: Layers or networks, contextual beside plain; what surgery or calibration costs; networks deployed.
         output: Folder of the files.
         only: A glob that chooses layers or networks by name.
         engines: Engines to run in; both if empty. They are part of the files' names.
@@ -62,6 +63,9 @@ def run(
     if target == "surgery":
         costs = [measure_surgery(model, rounds) for model in track(chosen)]
         return save(output, name, device, command, costs=costs)
+    if target == "deploy":
+        deployed = [row for network in track(chosen) for row in deployment.measure(network, rounds)]
+        return save(output, name, device, command, deployed=deployed)
     engines = engines or ENGINES
     timings = [measure(case, device, rounds) for case in track(list(cases(chosen, engines)))]
     memory = measure_memory(chosen, device) if target == "networks" and "eager" in engines else []

@@ -334,6 +334,8 @@ def sweep(collection: str, only: tuple[str, ...], jobs: int, timeout: float, fre
 def bench(target: Target, only: str, engines: tuple[Engine, ...], rounds: int, output: Path) -> None:
     """Time contextual beside plain LAYERS or NETWORKS, or what SURGERY or CALIBRATION costs, on a GPU if there is one.
 
+    DEPLOY times networks in ONNX Runtime, OpenVINO and frozen by torch.compile (extras: export, openvino, mmdet).
+
     \b
     coconv bench layers --engine eager
     coconv bench networks --only 'resnet50*'

@@ -71,7 +71,7 @@ def export(network: nn.Module, path: Path, images: torch.Tensor, like: nn.Module
         expected = [tensor for tensor in tree_leaves((like or network)(other)) if isinstance(tensor, torch.Tensor)]
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, path.name)
-        with _quietly():
+        with quietly():
             kinds, found = write(network, written, images, other)
         apart = max((difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
         if not apart <= _ALLOWED:
@@ -131,7 +131,7 @@ FORMATS: dict[str, tuple[_Write, tuple[str, ...]]] = {
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without what exporters say while they work."""
     before: Any = logging.root.manager.disable
     logging.disable(logging.WARNING)

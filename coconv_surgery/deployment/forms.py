@@ -12,31 +12,34 @@ class ConvLevels(nn.Module):
 
     Args:
         levels: The convolutions.
+        dim: The dimension of the channels: 1 for ``(N, C, H, W)``, 0 for ``(C, H, W)``. A number from the front,
+            because runtimes do not all look for one from behind.
     """
 
-    def __init__(self, levels: Sequence[nn.Conv2d]) -> None:
+    def __init__(self, levels: Sequence[nn.Conv2d], dim: int = 1) -> None:
         super().__init__()
         self.levels = nn.ModuleList(levels)
+        self.dim = dim
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Convolve ``(N, C, H, W)`` or ``(C, H, W)``."""
-        return torch.cat([level(input) for level in self.levels], dim=-3)
+        """Convolve ``(N, C, H, W)``, or ``(C, H, W)`` where it was made for that."""
+        return torch.cat([level(input) for level in self.levels], dim=self.dim)
 
 
 class GroupedConvLevels(ConvLevels):
     """The same for a grouped convolution, of whose input channels each level takes its own."""
 
-    def __init__(self, levels: Sequence[nn.Conv2d]) -> None:
-        super().__init__(levels)
+    def __init__(self, levels: Sequence[nn.Conv2d], dim: int = 1) -> None:
+        super().__init__(levels, dim)
         self.channels = [level.in_channels for level in levels]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Convolve ``(N, C, H, W)`` or ``(C, H, W)``."""
-        pieces = input.split_with_sizes(self.channels, dim=-3)
+        """Convolve ``(N, C, H, W)``, or ``(C, H, W)`` where it was made for that."""
+        pieces = input.split_with_sizes(self.channels, dim=self.dim)
         outputs = []
         for index, level in enumerate(self.levels):
             outputs.append(level(pieces[index]))
-        return torch.cat(outputs, dim=-3)
+        return torch.cat(outputs, dim=self.dim)
 
 
 class SamePadding(nn.Module):

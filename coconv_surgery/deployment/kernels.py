@@ -119,7 +119,7 @@ def _read_conv(conv: nn.Conv2d, input: torch.Tensor) -> Kernels | None:
     call = _convolution_of(conv, input)
     if call is None:
         return None
-    build: Build = functools.partial(_convs, call.without_tensors())
+    build: Build = functools.partial(_convs, call.without_numbers())
     if not torch.equal(call.input, input):
         same = SamePadding(conv.kernel_size, conv.stride, conv.dilation)
         padded = same(input)
@@ -141,9 +141,13 @@ class _Convolution:
     mode: str = "zeros"
     levels: Levels | None = None
 
-    def without_tensors(self) -> "_Convolution":
-        nothing = torch.empty(0)
-        return replace(self, input=nothing, weight=nothing, bias=None)
+    @property
+    def channel_dim(self) -> int:
+        return self.input.dim() - 3
+
+    def without_numbers(self) -> "_Convolution":
+        nothing = torch.empty(0, device="meta")
+        return replace(self, input=self.input.to("meta"), weight=nothing, bias=None)
 
 
 def _convolution_of(conv: nn.Conv2d, input: torch.Tensor) -> _Convolution | None:
@@ -210,7 +214,7 @@ def _convs(call: _Convolution, layer: nn.Module, weight: torch.Tensor, bias: tor
     ]
     if len(levels) == 1:
         return levels[0]
-    return ConvLevels(levels) if call.groups == 1 else GroupedConvLevels(levels)
+    return (ConvLevels if call.groups == 1 else GroupedConvLevels)(levels, call.channel_dim)
 
 
 def _conv(

@@ -97,6 +97,8 @@ def _coconv2d(
     weights = weight.split_with_sizes(sizes, 0 if pair(dilations[0]) == dilation else DIM_IF_NOT_PLAIN)
     biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
     input = _autocast(input)
+    # Counted from the front, as exported programs know it best.
+    channel_dim = 1 if input.dim() == 4 else -3
     if groups == 1:
         level_groups = [1] * len(sizes)
         reordered = _is_faster_in_channels_last(input, sizes, stride)
@@ -104,7 +106,7 @@ def _coconv2d(
     else:
         level_groups = [channels * groups // weight.shape[0] for channels in sizes]
         reordered = False
-        inputs = input.split_with_sizes([count * weight.shape[1] for count in level_groups], dim=-3)
+        inputs = input.split_with_sizes([count * weight.shape[1] for count in level_groups], dim=channel_dim)
     outputs = []
     for level_input, level_weight, level_bias, level_dilation, count in zip(
         inputs, weights, biases, map(pair, dilations), level_groups, strict=True
@@ -117,11 +119,11 @@ def _coconv2d(
             _conv_level(level_input, level_weight, level_bias, stride, (pad_h, pad_w), level_dilation, count)
         )
     if not reordered:
-        return torch.cat(outputs, dim=-3)
+        return torch.cat(outputs, dim=channel_dim)
     # With one of them in NCHW, torch.cat writes the others into an NCHW result without a reorder before. A level of one
     # channel has both layouts.
     outputs[0] = outputs[0].contiguous()
-    return torch.cat(outputs, dim=-3).contiguous()
+    return torch.cat(outputs, dim=channel_dim).contiguous()
 
 
 def _check_arguments(arguments: tuple[Any, ...]) -> None:
