@@ -46,11 +46,15 @@ PROMISES = {
     "A trained network that is calibrated keeps what it learnt, or stays as it was": [
         *("calibration.test_calibrating", "mmdet.test_calibration"),
     ],
+    "A deployed network is of plain layers, and computes what the network computes": [
+        *("deployment.test_deploying", "deployment.test_exporting", "mmdet.test_deployment"),
+    ],
+    "Exporters, scripters, quantisers and counters take it": ["deployment.test_exporters", "deployment.test_quantisers"],
 }
 LONG = {
     "make fuzz": "random networks, random operations",
     "make fuzz-files": "damaged and hostile files",
-    "make test-long": "training under twenty kills",
+    "make test-long": "training under twenty kills, two hundred networks deployed and traced",
     "coconv sweep timm, mmdet, torchvision, transformers": "every network: [coverage](coverage/index.md)",
 }
 
