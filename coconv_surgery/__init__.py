@@ -13,6 +13,7 @@ from coconv_surgery.checkpoint import (
 )
 from coconv_surgery.deployment import Deployment, DeploymentError, deploy, get_deployment
 from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.depthwise import build_depthwise
 from coconv_surgery.layers.functional import coconv2d
 from coconv_surgery.layers.levels import Levels, split_channels
 from coconv_surgery.layers.metadata import PlainWeightsWarning, unchecked_levels
@@ -56,6 +57,7 @@ __all__ = [
     "TopPolicy",
     "UniformPolicy",
     "apply_plan",
+    "build_depthwise",
     "calibrate",
     "coconv2d",
     "convert",

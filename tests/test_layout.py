@@ -16,7 +16,7 @@ ROOMS = [
 # Files of a room, in order.
 FILES = {
     "layers": [
-        *("arguments", "files", "functional", "levels", "metadata", "conv", "adapters"),
+        *("arguments", "files", "depthwise", "functional", "levels", "metadata", "conv", "adapters"),
         *("rollback", "switch", "timm_convs"),
     ],
     "tracing": [

@@ -18,7 +18,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 # A promise, and the files, or files and beginnings of test names, that keep it.
 PROMISES = {
-    "A conversion computes what Eqs. 1 to 3 say, in every mode of torch": ["layers.test_conv", "layers.test_modes"],
+    "A conversion computes what Eqs. 1 to 3 say, in every mode of torch": [
+        "layers.test_conv",
+        "layers.test_modes",
+        "layers.test_depthwise",
+    ],
     "Weights, names, optimizer state, hooks and flags survive a conversion": ["test_surgery", "layers.test_conv_torch"],
     "What is interrupted leaves no trace": ["test_all_or_nothing"],
     "Planning touches nothing: no weight, hook, mode, cache, random number or other thread": [
@@ -49,7 +53,10 @@ PROMISES = {
     "A deployed network is of plain layers, and computes what the network computes": [
         *("deployment.test_deploying", "deployment.test_exporting", "mmdet.test_deployment"),
     ],
-    "Exporters, scripters, quantisers and counters take it": ["deployment.test_exporters", "deployment.test_quantisers"],
+    "Exporters, scripters, quantisers and counters take it": [
+        "deployment.test_exporters",
+        "deployment.test_quantisers",
+    ],
 }
 LONG = {
     "make fuzz": "random networks, random operations",

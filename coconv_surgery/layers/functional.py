@@ -1,5 +1,6 @@
 """Contextual convolution as a function of tensors, and how it is computed."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from coconv_surgery.layers.arguments import (
     sequence,
     whole_number,
 )
+from coconv_surgery.layers.depthwise import depthwise, suits_operator
 
 Pair = tuple[int, int]
 Dilation = int | Pair
@@ -92,11 +94,58 @@ def _coconv2d(
     stride, dilation = pair(stride), pair(dilation)
     if min(dilation) < 1 or (isinstance(padding, str) and padding not in NAMED_PADDING):
         raise ValueError(f"there is no convolution of {dilation=} and {padding=}")  # torch would not see it
+    levels = [pair(level) for level in dilations]
+    paddings = [level_padding(kernel, padding, dilation, level) for level in levels]
+    input = _autocast(input)
+    convolve = functools.partial(
+        _one_by_one,
+        stride=stride,
+        groups=groups,
+        sizes=sizes,
+        dilations=levels,
+        paddings=paddings,
+        padding_mode=padding_mode,
+        is_plain=levels[0] == dilation,
+    )
+    is_depthwise = groups > 1 and groups == weight.shape[0] and padding_mode == "zeros"
+    is_run = not (torch.compiler.is_compiling() or is_recorded())
+    if is_depthwise and is_run and suits_operator(input, weight, bias, stride, groups):
+        output = depthwise(input, weight, bias, stride[0], sizes, levels, paddings, convolve)
+        if output is not None:
+            return output
+    return convolve(input, weight, bias)
+
+
+def _one_by_one(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Pair,
+    groups: int,
+    sizes: list[int],
+    dilations: Sequence[Pair],
+    paddings: Sequence[Pair],
+    padding_mode: str,
+    is_plain: bool,
+) -> torch.Tensor:
+    """Convolve level by level.
+
+    Args:
+        input: As of :func:`coconv2d`, like the others.
+        weight: As above.
+        bias: As above.
+        stride: Height and width.
+        groups: As above.
+        sizes: Output channels of each level.
+        dilations: Height and width of each level's.
+        paddings: The same.
+        padding_mode: As above.
+        is_plain: Whether the first level is dilated as the plain convolution is.
+    """
     # Splitting has one gradient, where as many slices would each fill a tensor of the whole size. An exported graph has
     # lost the plain convolution's dilation: how the dimension is written says whether it is the first level's.
-    weights = weight.split_with_sizes(sizes, 0 if pair(dilations[0]) == dilation else DIM_IF_NOT_PLAIN)
+    weights = weight.split_with_sizes(sizes, 0 if is_plain else DIM_IF_NOT_PLAIN)
     biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
-    input = _autocast(input)
     # Counted from the front, as exported programs know it best.
     channel_dim = 1 if input.dim() == 4 else -3
     if groups == 1:
@@ -108,10 +157,9 @@ def _coconv2d(
         reordered = False
         inputs = input.split_with_sizes([count * weight.shape[1] for count in level_groups], dim=channel_dim)
     outputs = []
-    for level_input, level_weight, level_bias, level_dilation, count in zip(
-        inputs, weights, biases, map(pair, dilations), level_groups, strict=True
+    for level_input, level_weight, level_bias, level_dilation, (pad_h, pad_w), count in zip(
+        inputs, weights, biases, dilations, paddings, level_groups, strict=True
     ):
-        pad_h, pad_w = level_padding(kernel, padding, dilation, level_dilation)
         if padding_mode != "zeros":
             level_input = F.pad(level_input, (pad_w, pad_w, pad_h, pad_h), mode=padding_mode)
             pad_h = pad_w = 0
