@@ -28,7 +28,7 @@ FILES = {
     "calibration": [
         *("report", "patches", "moments", "batches", "networks", "channels", "arranging", "solving", "calibrating"),
     ],
-    "deployment": ["report", "forms", "kernels", "norms", "graphs", "watching", "deploying", "exporting"],
+    "deployment": ["report", "forms", "comparing", "kernels", "norms", "graphs", "watching", "deploying", "exporting"],
     "checkpoint": ["pickles", "reading", "tensors", "header", "origin", "converted", "guard", "hub", "timm_loading"],
 }
 

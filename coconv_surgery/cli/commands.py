@@ -209,12 +209,15 @@ def export(
     coconv export coresnet50 --input-size 288 -o model.pt2
     coconv export configs/ssd/ssd300_coresnet50_coco.py --input-size 300 -o ssd.xml
     """
-    from coconv_surgery.deployment.exporting import FORMATS, export
+    from coconv_surgery.deployment.exporting import export, files_of
 
     if checkpoint is not None and pretrained:
         raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
-    if output.suffix not in FORMATS:
-        raise click.UsageError(f"{output} must end with one of {', '.join(FORMATS)}, which tells the format")
+    if pretrained and model.endswith(".py"):
+        raise click.UsageError("--pretrained is for timm's models: give the weights of a detector by --checkpoint")
+    if checkpoint is not None and checkpoint.resolve() in [file.resolve() for file in files_of(output)]:
+        raise click.UsageError(f"{output} would be written over {checkpoint}: choose another name")
+    files_of(output)
     with console.status(f"creating {model}"):
         if model.endswith(".py"):
             from coconv_surgery.mmdet.exporting import maps_of_config
@@ -224,10 +227,10 @@ def export(
         else:
             network = _create(model, pretrained=pretrained)
             _load(network, checkpoint)
-    (image,) = infer_inputs(network, input_size).args
-    images = image.expand(batch, *image.shape[1:]).contiguous()
+    inputs = infer_inputs(network, input_size)
+    images = inputs.args[0].expand(batch, -1, -1, -1)
     with console.status(f"deploying {model}"):
-        deployed = deploy(network, example_inputs=images)
+        deployed = deploy(network, example_inputs=replace(inputs, args=(images,)))
     click.echo(get_deployment(deployed))
     with console.status(f"writing {output}"):
         written = export(deployed, output, images, like=network.eval())

@@ -1,25 +1,31 @@
 """Make a copy of a network that is fit for inference and export."""
 
 import contextvars
+import copy
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
+from timm.layers import Conv2dSame
 from torch.utils._pytree import tree_map_only
 
+from coconv_surgery.deployment.comparing import difference
 from coconv_surgery.deployment.graphs import nodes_to_modules
-from coconv_surgery.deployment.kernels import Kernels, difference, is_layer, read_kernels
+from coconv_surgery.deployment.kernels import Kernels, is_as_it_is, is_layer, read_kernels
 from coconv_surgery.deployment.norms import Norm, is_norm, read_norm
 from coconv_surgery.deployment.report import Deployment, DeploymentError
-from coconv_surgery.deployment.watching import Seen, Watch
+from coconv_surgery.deployment.watching import Watch
 from coconv_surgery.layers.arguments import instance
 from coconv_surgery.layers.conv import CoConv2d
+from coconv_surgery.layers.rollback import deep_restorer
 from coconv_surgery.merging import keep_levels_in_merges
-from coconv_surgery.planning.notes import is_guarded, note_plan, set_guard
+from coconv_surgery.planning.notes import attributes_kept_by, is_guarded, note_plan, set_guard
 from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.copying import separate_copy
 from coconv_surgery.tracing.inputs import BlankInputs, Inputs, InputSize, infer_inputs
@@ -28,8 +34,8 @@ from coconv_surgery.tracing.unseen import unseen
 from coconv_surgery.tracing.visit import Visit
 
 _ATTRIBUTE = "_coconv_deployment"
-_SIDE = 32
-_ROUNDING = 100  # times what the rounding of weights changes
+_HIDDEN = "its code may use convolutions or norms in a way that one forward pass does not show"
+_ROUNDED = 100  # times what the rounding of weights changes
 
 
 def deploy(model: nn.Module, *, input_size: InputSize | None = None, example_inputs: Any = None) -> nn.Module:
@@ -65,19 +71,22 @@ def deploy(model: nn.Module, *, input_size: InputSize | None = None, example_inp
     """
     check_convertible(model)
     inputs = _with_numbers(infer_inputs(model, input_size, example_inputs))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise DeploymentError("the network is on the meta device, without numbers: load its weights first")
     deployed = separate_copy(model).eval()
     with unseen(model):
-        expected, rounded = _run(model, inputs), _run(model, inputs, _round_weights)
-        merged, refused = _merge_blocks(deployed)
-        nodes_to_modules(deployed)
+        deployed, merged, refused = _merge_blocks(deployed)
+        refused |= nodes_to_modules(deployed)
         decision = _watch(deployed, inputs)
+        names = decision.names & {name for name, _ in model.named_modules()}
+        expected, rounded = _run(model, inputs, names), _run(model, inputs, names, _round_weights)
         deployed = _replace(deployed, decision)
         with ExitStack() as undo:
             _forget_conversion(deployed, undo)
             undo.pop_all()
-        apart = _compare(_run(deployed, inputs), expected, rounded)
-    report = replace(decision.report, merged=tuple(merged), left={**refused, **decision.report.left})
-    vars(deployed)[_ATTRIBUTE] = replace(report, difference=apart)
+        apart = _compare(_run(deployed, inputs, names), expected, rounded)
+    report = replace(decision.report, merged=tuple(merged), left={**refused, **decision.report.left}, difference=apart)
+    attributes_kept_by(deployed)[_ATTRIBUTE] = report
     return deployed.requires_grad_(False)
 
 
@@ -90,7 +99,7 @@ def get_deployment(model: nn.Module) -> Deployment:
     Raises:
         ValueError: If it was not returned by :func:`deploy`.
     """
-    found = vars(instance(model, "model", nn.Module, "a torch.nn.Module")).get(_ATTRIBUTE)
+    found = attributes_kept_by(instance(model, "model", nn.Module, "a torch.nn.Module")).get(_ATTRIBUTE)
     if not isinstance(found, Deployment):
         raise ValueError(f"this {type(model).__name__} was not deployed: deploy() returns a copy that was")
     return found
@@ -100,9 +109,21 @@ def get_deployment(model: nn.Module) -> Deployment:
 class _Decision:
     """What is to become of a network's modules, by name."""
 
-    kernels: dict[str, Kernels] = field(default_factory=dict)
+    kernels: dict[str, tuple[Kernels, torch.dtype]] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
     report: Deployment = field(default_factory=Deployment)
+
+    @property
+    def names(self) -> set[str]:
+        """Modules that give the same as before."""
+        folded = {layer for layers in self.report.folded.values() for layer in layers}
+        return {*self.norms, *self.kernels} - folded
+
+
+# What a network computes: the tensors that it returns by the name "outputs", samples of those of its modules by theirs.
+_Computed = dict[str, list[torch.Tensor]]
+_OUTPUTS = "outputs"
+_SAMPLE = 256
 
 
 def _with_numbers(inputs: Inputs) -> Inputs:
@@ -112,7 +133,7 @@ def _with_numbers(inputs: Inputs) -> Inputs:
     generator = torch.Generator("cpu").manual_seed(0)
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() < 3 or not tensor.is_floating_point() or tensor.is_meta or tensor.any():
+        if not tensor.is_floating_point() or tensor.is_meta or tensor.any():
             return tensor
         return torch.rand(tensor.shape, generator=generator).to(tensor)
 
@@ -120,16 +141,35 @@ def _with_numbers(inputs: Inputs) -> Inputs:
     return replace(inputs, args=args, kwargs=kwargs)
 
 
-def _run(model: nn.Module, inputs: Inputs, change: Callable[[nn.Module], object] | None = None) -> list[torch.Tensor]:
-    """What a copy of a network computes in evaluation mode, if need be after a change."""
+def _run(
+    model: nn.Module, inputs: Inputs, names: Collection[str], change: Callable[[nn.Module], object] | None = None
+) -> _Computed:
+    """What a copy of a network computes in evaluation mode, if need be after a change.
 
-    def run(twin: nn.Module) -> list[torch.Tensor]:
+    Args:
+        model: The network.
+        inputs: What to run it on.
+        names: Modules whose outputs to sample.
+        change: A change.
+    """
+
+    def run(twin: nn.Module) -> _Computed:
         if change is not None:
             change(twin)
-        return _outputs(inputs.run, twin)
+        computed: _Computed = {}
+        for name, module in twin.named_modules():
+            if name in names:
+                module.register_forward_hook(functools.partial(_sample, computed.setdefault(name, [])))
+        computed[_OUTPUTS] = _outputs(inputs.run, twin)
+        return computed
 
     with Visit(model, inputs) as visit:
         return contextvars.copy_context().run(run, visit.twin(fake=False).model)
+
+
+def _sample(samples: list[torch.Tensor], module: nn.Module, args: Any, output: Any) -> None:
+    for tensor in tensors_in(output):
+        samples.append(tensor.detach().flatten()[:: max(1, tensor.numel() // _SAMPLE)].clone())
 
 
 def _round_weights(model: nn.Module) -> None:
@@ -137,7 +177,7 @@ def _round_weights(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             noise = torch.rand(tensor.shape, dtype=torch.float32) - 0.5
-            tensor.data.mul_(1 + 2 * torch.finfo(tensor.dtype).eps * noise.to(tensor.device))
+            tensor.data = tensor.data * (1 + 2 * torch.finfo(tensor.dtype).eps * noise).to(tensor)
 
 
 def _outputs(run: Callable[..., Any], *args: Any) -> list[torch.Tensor]:
@@ -149,30 +189,38 @@ def _outputs(run: Callable[..., Any], *args: Any) -> list[torch.Tensor]:
         raise DeploymentError(f"the network does not run on the inputs to deploy it for: {in_short(error)}") from error
 
 
-def _merge_blocks(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+def _merge_blocks(model: nn.Module) -> tuple[nn.Module, list[str], dict[str, str]]:
     """Let the blocks of a network that can merge their branches do so, in the way of timm's ``reparameterize_model``.
 
     Returns:
-        The names of those that did, and why others did not.
+        The network, the names of those that did, and why others did not.
     """
-    merged, refused = [], {}
-    stack = [("", model)]
-    while stack:
-        prefix, module = stack.pop()
-        for name, child in list(module.named_children()):
-            path = f"{prefix}{name}"
-            if (merge := _merge_of(child)) is None:
-                stack.append((f"{path}.", child))
-                continue
-            try:
-                result = merge()
-            except ValueError as error:  # of levels that do not agree
-                refused[path] = str(error)
-                continue
-            if isinstance(result, nn.Module):
-                setattr(module, name, result.eval())
-            merged.append(path)
-    return merged, refused
+    names: dict[str, None] = {}
+    refused: dict[str, str] = {}
+    became: dict[nn.Module, nn.Module] = {}
+
+    def visit(module: nn.Module, path: str) -> nn.Module:
+        if module in became:
+            return became[module]
+        became[module] = module
+        if (merge := _merge_of(module)) is not None:
+            with ExitStack() as undo:
+                undo.callback(deep_restorer(module))
+                try:
+                    result = merge()
+                except Exception as error:  # the block's own code, or levels that do not agree
+                    refused[path] = in_short(error)
+                else:
+                    undo.pop_all()
+                    names[path] = None
+                    became[module] = result.eval() if isinstance(result, nn.Module) else module
+                    return became[module]
+        for name, child in list(module._modules.items()):
+            if child is not None:
+                module._modules[name] = visit(child, f"{path}.{name}".lstrip("."))
+        return module
+
+    return visit(model, ""), list(names), refused
 
 
 def _merge_of(module: nn.Module) -> Callable[[], Any] | None:
@@ -194,9 +242,11 @@ def _watch(model: nn.Module, inputs: Inputs) -> _Decision:
 def _decide(twin: nn.Module, inputs: Inputs) -> _Decision:
     watch = Watch(twin)
     _outputs(watch.run, inputs)
-    twin.double()
     modules = dict(twin.named_modules())
-    kernels = {name: _kernels(module, watch.layers.get(name)) for name, module in modules.items() if is_layer(module)}
+    layers = {name: module for name, module in modules.items() if is_layer(module)}
+    dtypes = {name: _dtype_of(module) for name, module in layers.items()}
+    twin.double()
+    kernels = _KernelsOf(layers, watch)
     folded: dict[str, tuple[str, ...]] = {}
     decision, left = _Decision(), {}
     for name, module in modules.items():
@@ -208,38 +258,53 @@ def _decide(twin: nn.Module, inputs: Inputs) -> _Decision:
             continue
         decision.norms[name], folded[name] = norm, tuple(sorted(watch.norms[name].others))
         for layer in folded[name]:
-            decision.kernels[layer] = cast(Kernels, kernels[layer]).scaled(norm.scale, norm.shift)
+            changed = cast(Kernels, kernels[layer]).scaled(norm.scale, norm.shift)
+            decision.kernels[layer] = changed, dtypes[layer]
     written_out, constant = {}, []
-    for name, found in kernels.items():
-        module = modules[name]
+    for name, module in layers.items():
         contextual = isinstance(module, CoConv2d)
-        if found is None:
-            if contextual:
-                left[name] = f"its class, {type(module).__name__}, does more than to convolve with constant kernels"
-        elif contextual or _computes_weight(module, found):
-            decision.kernels.setdefault(name, found)
-            if contextual:
-                written_out[name] = cast(CoConv2d, module).levels
-            else:
-                constant.append(name)
+        if not contextual and not _computes_weight(module):
+            continue
+        if (found := kernels[name]) is None:
+            left[name] = f"its class, {type(module).__name__}, does more than to convolve with constant kernels"
+            continue
+        decision.kernels.setdefault(name, (found, dtypes[name]))
+        if contextual:
+            written_out[name] = cast(CoConv2d, module).levels
+        else:
+            constant.append(name)
     decision.report = Deployment(written_out, tuple(constant), folded, left=left)
     return decision
 
 
-def _kernels(module: nn.Module, seen: Seen | None) -> Kernels | None:
-    if seen is not None:
-        return None if (image := seen.images()) is None else read_kernels(module, image)
-    if not isinstance(module, nn.Conv2d) or (weight := next(module.parameters(), None)) is None:
-        return None
-    return read_kernels(module, torch.randn(1, module.in_channels, _SIDE, _SIDE).to(weight))
+class _KernelsOf(dict[str, Kernels | None]):
+    """Kernels of layers by name, read when they are asked for."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], watch: Watch) -> None:
+        super().__init__()
+        self._layers, self._watch = layers, watch
+
+    def __missing__(self, name: str) -> Kernels | None:
+        layer, seen = self._layers[name], self._watch.layers.get(name)
+        # One that has not run is written out for batched images.
+        rank = 4 if seen is None and isinstance(layer, nn.Conv2d) else None if seen is None else seen.rank
+        self[name] = None if rank is None else read_kernels(layer, rank)
+        return self[name]
 
 
-def _computes_weight(module: nn.Module, kernels: Kernels) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is None or weight.data_ptr() != kernels.weight.data_ptr()
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    tensors = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
+    return next((tensor.dtype for tensor in tensors), torch.get_default_dtype())
 
 
-def _foldable(watch: Watch, name: str, kernels: Mapping[str, Kernels | None]) -> tuple[Norm | None, str]:
+def _computes_weight(module: nn.Module) -> bool:
+    """Whether a layer may compute its weight, or convolve with something else than it."""
+    inherits = isinstance(module, nn.Conv2d) and type(module)._conv_forward is nn.Conv2d._conv_forward
+    plain = inherits and type(module).forward in (nn.Conv2d.forward, Conv2dSame.forward)
+    return not is_as_it_is(module) and not (plain and "weight" in module._parameters and not module._forward_pre_hooks)
+
+
+def _foldable(watch: Watch, name: str, kernels: _KernelsOf) -> tuple[Norm | None, str]:
     """What a norm does if it can be folded into the layers before it, or why it cannot."""
     seen = watch.norms.get(name)
     if seen is None:
@@ -251,27 +316,25 @@ def _foldable(watch: Watch, name: str, kernels: Mapping[str, Kernels | None]) ->
             return None, f"what {layer} gives is read by others as well"
         if watch.layers[layer].others != {name}:
             return None, f"what {layer} gives is read by other norms as well"
-        if kernels[layer] is None:
+        if (found := kernels[layer]) is None:
             return None, f"{layer} does more than to multiply with constant numbers"
-    image = seen.images()
-    norm = None if image is None else read_norm(seen.module, image)
+        # As many dimensions as batched maps of the layer have: others would be normalised along another one.
+        if seen.rank is not None and seen.rank != found.weight.dim():
+            return None, f"it does not norm what {layer} gives by output channel"
+    norm = None if seen.rank is None else read_norm(seen.module, seen.rank)
     return norm, "it does more than to scale, shift and activate with constant numbers"
 
 
 def _replace(model: nn.Module, decision: _Decision) -> nn.Module:
-    """Put plain modules in the place of others, wherever a network holds them."""
-    made: dict[nn.Module, nn.Module] = {}
-    for name, kernels in decision.kernels.items():
-        layer = model.get_submodule(name)
-        made[layer] = kernels.module(layer)
+    """Put plain modules in the place of others, wherever a network holds them: in lists and attributes as well."""
+    made: dict[int, Any] = {}
+    for name, (kernels, dtype) in decision.kernels.items():
+        made[id(model.get_submodule(name))] = kernels.module(dtype)
     for name, norm in decision.norms.items():
         module = model.get_submodule(name)
-        made[module] = nn.Identity() if norm.act is None else module.get_submodule(norm.act)
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child in made:
-                module._modules[name] = made[child]
-    return made.get(model, model)
+        made[id(module)] = nn.Identity() if norm.act is None else module.get_submodule(norm.act)
+    replaced: nn.Module = copy.deepcopy(model, made)
+    return replaced
 
 
 def _forget_conversion(model: nn.Module, undo: ExitStack) -> None:
@@ -283,8 +346,8 @@ def _forget_conversion(model: nn.Module, undo: ExitStack) -> None:
     keep_levels_in_merges(model, undo)
 
 
-def _compare(found: list[torch.Tensor], expected: list[torch.Tensor], rounded: list[torch.Tensor]) -> float:
-    """By how much what is computed differs, relative to the largest number.
+def _compare(found: _Computed, expected: _Computed, rounded: _Computed) -> float:
+    """By how much what is computed differs, relative to the largest number of a tensor.
 
     Args:
         found: What the deployed network computes.
@@ -292,16 +355,32 @@ def _compare(found: list[torch.Tensor], expected: list[torch.Tensor], rounded: l
         rounded: What it computes with other weights that differ by rounding.
 
     Raises:
-        DeploymentError: If it differs by more than rounding.
+        DeploymentError: If it differs by more than rounding, or there is nothing to compare.
     """
-    if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
-        raise DeploymentError("the deployed network would not return what the network returns")
-    apart = max((difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
-    least = max((_ROUNDING * torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
-    allowed = max(_ROUNDING * difference(a, b) for a, b in zip(rounded, expected, strict=True)) if rounded else 0.0
-    if not apart <= max(least, allowed):
-        raise DeploymentError(
-            f"the deployed network would compute something else, by {apart:.1e} of the largest number: its code may "
-            "use convolutions or norms in a way that one forward pass does not show"
-        )
-    return apart
+    apart: dict[str, list[float]] = {}
+    for name, tensors in expected.items():
+        if _shapes(found[name]) != _shapes(tensors):
+            if _shapes(rounded[name]) != _shapes(tensors):
+                continue  # rounding alone decides how many there are
+            what = "return what the network returns" if name == _OUTPUTS else f"run {name} as the network does"
+            raise DeploymentError(f"the deployed network would not {what}: {_HIDDEN}")
+        alike = _shapes(rounded[name]) == _shapes(tensors)
+        for number, (mine, theirs) in enumerate(zip(found[name], tensors, strict=True)):
+            differs = difference(mine, theirs)
+            least = torch.finfo(theirs.dtype).eps if theirs.is_floating_point() else 0.0
+            allowed = _ROUNDED * max(least, difference(rounded[name][number], theirs) if alike else least)
+            if differs > allowed:
+                what = "its outputs" if name == _OUTPUTS else name
+                raise DeploymentError(
+                    f"the deployed network would compute something else, by {differs:.1e} of the largest number in "
+                    f"{what}: {_HIDDEN}"
+                )
+            if not math.isnan(differs):
+                apart.setdefault(name, []).append(differs)
+    if not apart and len(expected) > 1:
+        raise DeploymentError("what the network computes on these inputs holds no numbers to compare: give others")
+    return max(apart.get(_OUTPUTS) or [number for numbers in apart.values() for number in numbers] or [0.0])
+
+
+def _shapes(tensors: list[torch.Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]

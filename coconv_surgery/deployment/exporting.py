@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import shutil
 import tempfile
 import warnings
@@ -15,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from coconv_surgery.deployment.kernels import difference
+from coconv_surgery.deployment.comparing import difference
 from coconv_surgery.deployment.report import DeploymentError
 from coconv_surgery.layers.files import whole_file
 
@@ -63,9 +64,8 @@ def export(network: nn.Module, path: Path, images: torch.Tensor, like: nn.Module
         ModuleNotFoundError: If what writes the format is not installed.
         DeploymentError: If what was written computes something else.
     """
-    if path.suffix not in FORMATS:
-        raise ValueError(f"{path} must end with one of {', '.join(FORMATS)}, which tells the format")
-    write, weights = FORMATS[path.suffix]
+    files = files_of(path)
+    write = FORMATS[path.suffix].write
     other = torch.rand_like(images)  # what it was not traced with
     with torch.no_grad():
         expected = [tensor for tensor in tree_leaves((like or network)(other)) if isinstance(tensor, torch.Tensor)]
@@ -73,15 +73,28 @@ def export(network: nn.Module, path: Path, images: torch.Tensor, like: nn.Module
         written = Path(folder, path.name)
         with quietly():
             kinds, found = write(network, written, images, other)
-        apart = max((difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+        apart = max((difference(a, b) for a, b in zip(found, expected, strict=True)), default=math.nan)
         if not apart <= _ALLOWED:
             raise DeploymentError(f"{path} would compute something else, by {apart:.1e} of the largest number")
-        files = [(written, path), *((written.with_suffix(suffix), path.with_suffix(suffix)) for suffix in weights)]
-        for source, target in files:
-            with whole_file(target, "output") as passing:
-                shutil.copyfile(source, passing)
-    convolutions, norms = (sum(name in kind.lower() for kind in kinds) for name in ("conv", "norm"))
-    return ExportedFile(path, len(kinds), convolutions, norms, apart, sum(target.stat().st_size for _, target in files))
+        with contextlib.ExitStack() as stack:
+            # All are there before the first takes its place.
+            passing = [stack.enter_context(whole_file(file, "output")) for file in files]
+            for file, target in zip(files, passing, strict=True):
+                shutil.copyfile(written.with_suffix(file.suffix), target)
+    form = FORMATS[path.suffix]
+    convolutions, norms = (sum(kind in names for kind in kinds) for names in (form.convolutions, form.norms))
+    return ExportedFile(path, len(kinds), convolutions, norms, apart, sum(file.stat().st_size for file in files))
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that an export to a path writes.
+
+    Raises:
+        ValueError: If its suffix tells no format.
+    """
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{path} must end with one of {', '.join(FORMATS)}, which tells the format")
+    return [path, *(path.with_suffix(suffix) for suffix in FORMATS[path.suffix].beside)]
 
 
 def _onnx(
@@ -121,12 +134,36 @@ def _openvino(
     return computed, [torch.from_numpy(value) for value in compiled(other.numpy()).values()]
 
 
-_Write = Callable[[nn.Module, Path, torch.Tensor, torch.Tensor], tuple[list[str], list[torch.Tensor]]]
-# How each format is written and read back, and what lies beside such a file.
-FORMATS: dict[str, tuple[_Write, tuple[str, ...]]] = {
-    ".onnx": (_onnx, ()),
-    ".pt2": (_pt2, ()),
-    ".xml": (_openvino, (".bin",)),
+@dataclass(frozen=True)
+class Format:
+    """A format of files.
+
+    Attributes:
+        write: Writes a network and reads it back: the kinds of its operations, and what it computes of other images.
+        convolutions: Kinds of operations that convolve.
+        norms: Kinds that norm by running statistics.
+        beside: Suffixes of files beside the one that is named.
+    """
+
+    write: Callable[[nn.Module, Path, torch.Tensor, torch.Tensor], tuple[list[str], list[torch.Tensor]]]
+    convolutions: frozenset[str]
+    norms: frozenset[str]
+    beside: tuple[str, ...] = ()
+
+
+FORMATS = {
+    ".onnx": Format(_onnx, frozenset({"Conv"}), frozenset({"BatchNormalization"})),
+    ".pt2": Format(
+        _pt2,
+        frozenset({"aten.conv2d.default", "aten.conv2d.padding", "aten.convolution.default"}),
+        frozenset({"aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default"}),
+    ),
+    ".xml": Format(
+        _openvino,
+        frozenset({"Convolution", "GroupConvolution"}),
+        frozenset({"BatchNormInference"}),
+        (".bin",),
+    ),
 }
 
 

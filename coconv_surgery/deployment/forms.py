@@ -1,6 +1,7 @@
 """The modules that a deployed network is made of besides torch's own: they hold nothing but plain convolutions."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -16,10 +17,21 @@ class ConvLevels(nn.Module):
             because runtimes do not all look for one from behind.
     """
 
+    __jit_unused_properties__ = ("weight",)
+
     def __init__(self, levels: Sequence[nn.Conv2d], dim: int = 1) -> None:
         super().__init__()
         self.levels = nn.ModuleList(levels)
         self.dim = dim
+        # What code may ask a convolution for.
+        self.in_channels, self.groups = levels[0].in_channels, levels[0].groups
+        self.out_channels = sum(level.out_channels for level in levels)
+        self.kernel_size, self.stride = levels[0].kernel_size, levels[0].stride
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The kernels of all levels."""
+        return torch.cat([cast(torch.Tensor, level.weight) for level in self.levels])
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve ``(N, C, H, W)``, or ``(C, H, W)`` where it was made for that."""
@@ -32,6 +44,7 @@ class GroupedConvLevels(ConvLevels):
     def __init__(self, levels: Sequence[nn.Conv2d], dim: int = 1) -> None:
         super().__init__(levels, dim)
         self.channels = [level.in_channels for level in levels]
+        self.in_channels, self.groups = sum(self.channels), sum(level.groups for level in levels)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve ``(N, C, H, W)``, or ``(C, H, W)`` where it was made for that."""

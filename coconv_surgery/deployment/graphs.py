@@ -1,5 +1,6 @@
 """Convolutions and norms that are nodes of a graph, made modules of it where their numbers are constant."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -24,32 +25,33 @@ _NORMS: dict[Any, tuple[str, ...]] = {
 }
 
 
-def nodes_to_modules(model: nn.Module) -> None:
+def nodes_to_modules(model: nn.Module) -> dict[str, str]:
     """Replace nodes of a network's graphs by calls of modules that compute the same.
 
     Args:
         model: The network, changed in place.
+
+    Returns:
+        Norms that stay nodes, and why.
     """
-    for owner in list(model.modules()):
+    left = {}
+    for prefix, owner in list(model.named_modules()):
         for graph in graphs_of(owner).values():
             for conv in find_graph_convs(graph):
                 if (module := _conv_module(owner, conv)) is not None:
-                    _replace(owner, conv.node, module, conv.input, conv.parts)
+                    sources = [*conv.parts, *upstream(conv.weight), *(upstream(conv.bias) if conv.bias else ())]
+                    _replace_node(owner, conv.node, module, conv.input, sources)
             for node in list(graph.nodes):
-                if node.op == "call_function" and node.target in _NORMS:
-                    _replace_norm(owner, node)
+                if node.op == "call_function" and node.target in _NORMS and not _replace_norm(owner, node):
+                    left[f"{prefix}.{node.name}".lstrip(".")] = "a graph does not tell its numbers, or its kind"
         if isinstance(owner, fx.GraphModule):
-            owner.graph.eliminate_dead_code(_has_effect)
             owner.recompile()
-
-
-def _has_effect(node: fx.Node) -> bool:
-    return node.is_impure() or node.op == "call_module"
+    return left
 
 
 def _conv_module(owner: nn.Module, conv: GraphConv) -> nn.Module | None:
-    weight = _constant(owner, conv.weight)
-    bias = None if conv.bias is None else _constant(owner, conv.bias)
+    weight = _numbers_of(owner, conv.weight)
+    bias = None if conv.bias is None else _numbers_of(owner, conv.bias)
     if (
         weight is None
         or weight.dim() != 4
@@ -78,39 +80,56 @@ def _conv_module(owner: nn.Module, conv: GraphConv) -> nn.Module | None:
     return made.eval()
 
 
-def _replace_norm(owner: nn.Module, node: fx.Node) -> None:
+def _replace_norm(owner: nn.Module, node: fx.Node) -> bool:
+    """Replace a norm by a module, if its numbers and its kind are known."""
     named: dict[str, Any] = {**dict(zip(_NORMS[node.target], node.args, strict=False)), **node.kwargs}
     first = node
     if node.target is aten._native_batch_norm_legit_no_training.default:
         if [user.args[1:] for user in node.users] != [(0,)]:
-            return
+            return False
         (first,) = node.users
-    tensors = {name: _constant(owner, named.get(name)) for name in ("running_mean", "running_var", "weight", "bias")}
+    names = ("running_mean", "running_var", "weight", "bias")
+    tensors = {name: _numbers_of(owner, named.get(name)) for name in names}
     known = all(tensors[name] is not None or named.get(name) is None for name in tensors)
     mean, variance = tensors["running_mean"], tensors["running_var"]
-    if named.get("training") or mean is None or variance is None or not known:
-        return
-    norm: Any = nn.BatchNorm2d(len(mean), eps=named.get("eps", 1e-5), affine=False, device="meta")
+    kind = _kind_of_norm(owner, named["input"])
+    if named.get("training") or mean is None or variance is None or not known or kind is None:
+        return False
+    norm: Any = kind(len(mean), eps=named.get("eps", 1e-5), affine=False, device="meta")
     norm.running_mean, norm.running_var = mean.clone(), variance.clone()
     norm.num_batches_tracked = torch.tensor(0)
     for name in ("weight", "bias"):
         if (tensor := tensors[name]) is not None:
             setattr(norm, name, _parameter(tensor))
-    _replace(owner, first, norm.eval(), named["input"], (node,) if first is not node else ())
+    sources = [step for name in names if isinstance(named.get(name), fx.Node) for step in upstream(named[name])]
+    _replace_node(owner, first, norm.eval(), named["input"], [*([node] if first is not node else []), *sources])
+    return True
 
 
-def _replace(owner: nn.Module, node: fx.Node, module: nn.Module, source: fx.Node, parts: tuple[fx.Node, ...]) -> None:
+def _kind_of_norm(owner: nn.Module, source: fx.Node) -> Any:
+    """The norm for maps of as many dimensions as a node's, if that is known."""
+    shape = getattr(source.meta.get("val"), "shape", None)
+    if shape is not None:
+        return {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(len(shape))
+    behind_conv = source.op == "call_module" and isinstance(owner.get_submodule(str(source.target)), nn.Conv2d)
+    return nn.BatchNorm2d if behind_conv else None
+
+
+def _replace_node(
+    owner: nn.Module, node: fx.Node, module: nn.Module, source: fx.Node, parts: Sequence[fx.Node]
+) -> None:
+    """Let a node call a module on a source; what it took besides goes, where nothing else takes it."""
     name = node.name
     while hasattr(owner, name):
         name += "_"
     owner.add_module(name, module)
     node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
     for part in reversed(list(node.graph.nodes)):
-        if part in parts and not part.users:
+        if part in parts and not part.users and part.op != "placeholder":
             node.graph.erase_node(part)
 
 
-def _constant(owner: nn.Module, node: Any) -> torch.Tensor | None:
+def _numbers_of(owner: nn.Module, node: Any) -> torch.Tensor | None:
     """The numbers of a node that depends on nothing but tensors of the module."""
     if not isinstance(node, fx.Node):
         return None

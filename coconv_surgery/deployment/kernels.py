@@ -1,24 +1,26 @@
-"""The constant kernels of a convolution, whatever it computes them from, and the plain convolutions made of them."""
+"""The constant kernels of a layer, whatever it computes them from, and the plain layers made of them."""
 
-import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from coconv_surgery.deployment.comparing import SCALES, is_close
 from coconv_surgery.deployment.forms import ConvLevels, GroupedConvLevels, SamePadding
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import Pair, level_padding, pair
 from coconv_surgery.layers.levels import Levels
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_ROUNDING = 1e-6
-_OTHERS = (nn.Linear, nn.Conv1d, nn.Conv3d, *_TRANSPOSED)
+# What convolves with its weight as it is, and is known in every runtime.
+_KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_SIZES = 4  # one after another, of images to try a layer on: a stride may leave nothing to pad at some
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Kernels:
     Attributes:
         weight: ``(out_channels, ...)``; of a transposed convolution ``(in_channels, out_channels / groups, ...)``.
         bias: ``(out_channels,)``, or None.
-        build: Makes a module in place of the layer, of a weight and a bias.
+        build: Makes a module of a weight and a bias.
         transposed: Groups of a transposed convolution; 0 for any other layer.
     """
 
@@ -52,81 +54,101 @@ class Kernels:
             weight = self.weight * scale.view(-1, 1, *kernel)
         return replace(self, weight=weight, bias=shift if self.bias is None else self.bias * scale + shift)
 
-    def module(self, layer: nn.Module) -> nn.Module:
-        """A module of plain layers in place of the layer, with numbers of the same type."""
-        dtype = next(layer.parameters()).dtype
-        return self.build(layer, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+    def module(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A module of plain layers, with numbers of a type."""
+        weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (self.weight, self.bias))
+        return self.build(cast(torch.Tensor, weight), bias).eval()
 
 
-Build = Callable[[Any, torch.Tensor, torch.Tensor | None], nn.Module]
+Build = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
 
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is of a kind whose kernels can be read."""
-    return isinstance(module, nn.Conv2d) or type(module) in _OTHERS
+    return isinstance(module, nn.Conv2d) or type_before_parametrizations(module) in _KNOWN
 
 
-def read_kernels(module: nn.Module, image: torch.Tensor) -> Kernels | None:
+def is_as_it_is(layer: nn.Module) -> bool:
+    """Whether a layer is one of torch's own, whose weight is a parameter."""
+    computes = is_parametrized(layer) or layer._forward_pre_hooks or "weight" not in layer._parameters
+    return type(layer) in _KNOWN and not computes
+
+
+def read_kernels(layer: nn.Module, rank: int) -> Kernels | None:
     """Read the kernels that a layer convolves with.
 
+    What is not one of torch's own layers is tried on images of several sizes and magnitudes.
+
     Args:
-        module: A layer in evaluation mode, in double precision.
-        image: Random numbers to call it with.
+        layer: A layer in evaluation mode, in double precision.
+        rank: How many dimensions the maps have that it is called with.
 
     Returns:
         None where it does more than to convolve with the same kernels whatever its input is.
     """
+    if is_as_it_is(layer):
+        return _read_known(layer)
     with _disable_current_modes(), torch.no_grad():
-        kernels = _read_conv(module, image) if isinstance(module, nn.Conv2d) else _read_other(module)
-        if kernels is None:
+        try:
+            images = list(_images(layer, rank))
+            candidates = _candidates(layer, images[0])
+            expected = [layer(image.clone()) for image in images]
+            for kernels in candidates:
+                made = kernels.module()
+                if all(is_close(made(image), output) for image, output in zip(images, expected, strict=True)):
+                    return kernels
+        except Exception:  # the layer's own code, which may want something else
             return None
-        another = torch.randn_like(image)
-        return kernels if is_close(kernels.module(module)(another), module(another.clone())) else None
+    return None
 
 
-def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two tensors that were computed in double precision differ by no more than rounding."""
-    return found.shape == expected.shape and difference(found, expected) <= _ROUNDING
+def _images(layer: Any, rank: int) -> Iterator[torch.Tensor]:
+    weight = layer.weight
+    options = {"dtype": torch.float64, "device": weight.device}
+    if isinstance(layer, nn.Linear):
+        shapes = [(*[8] * (rank - 1), layer.in_features)]
+    else:
+        sides = weight.shape[2:]
+        dilation = max(max(pair(d)) for d in layer.dilations) if isinstance(layer, CoConv2d) else max(layer.dilation)
+        least = 2 * dilation * max(sides) + 1
+        batch = [2] * (rank - len(sides) - 1)
+        shapes = [(*batch, layer.in_channels, *[least + more] * len(sides)) for more in range(_SIZES)]
+    for shape in shapes:
+        for scale in SCALES:
+            yield scale * torch.randn(shape, **options)
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference between two tensors, relative to the largest number; infinite where one is not finite."""
-    if not expected.numel():
-        return 0.0
-    found, expected = found.to(torch.complex128), expected.to(torch.complex128)
-    finite = torch.isfinite(expected)
-    if not torch.equal(torch.isfinite(found), finite):
-        return torch.inf
-    if not finite.any():
-        return 0.0
-    largest = expected[finite].abs().max()
-    return float((found - expected)[finite].abs().max() / largest.clamp(min=torch.finfo(torch.float32).tiny))
+def _candidates(layer: Any, image: torch.Tensor) -> Iterator[Kernels]:
+    if type_before_parametrizations(layer) in _KNOWN and not isinstance(layer, nn.Conv2d):
+        layer(image)  # hooks compute its weight
+        yield _read_known(layer)
+    elif (call := _convolution_of(layer, image)) is not None:
+        build: Build = functools.partial(_convs, call.without_numbers())
+        same = SamePadding(layer.kernel_size, layer.stride, layer.dilation)
+        for each in (build, functools.partial(_after, same, build)):
+            yield Kernels(call.weight.detach(), _detached(call.bias), each)
 
 
-def _read_other(layer: Any) -> Kernels:
-    transposed = layer.groups if isinstance(layer, _TRANSPOSED) else 0
-    return Kernels(layer.weight.detach(), _detached(layer.bias), _with_weights, transposed)
+def _read_known(layer: Any) -> Kernels:
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+    arguments: dict[str, Any] = {}
+    if isinstance(layer, nn.Linear):
+        sizes = layer.in_features, layer.out_features
+    else:
+        sizes = layer.in_channels, layer.out_channels
+        transposed = isinstance(layer, _TRANSPOSED)
+        arguments = {name: getattr(layer, name) for name in names if transposed or name != "output_padding"}
+    make = functools.partial(type_before_parametrizations(layer), *sizes, device="meta", **arguments)
+    groups = layer.groups if isinstance(layer, _TRANSPOSED) else 0
+    return Kernels(layer.weight.detach(), _detached(layer.bias), functools.partial(_with_numbers, make), groups)
 
 
-def _with_weights(layer: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    memo = {id(parameter): None for parameter in (layer.weight, layer.bias)}
-    made = copy.deepcopy(layer, memo)
-    made.weight, made.bias = _constant(weight), None if bias is None else _constant(bias)
+def _with_numbers(make: Callable[..., Any], weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    made = make(bias=bias is not None)
+    made.weight = _parameter(weight)
+    if bias is not None:
+        made.bias = _parameter(bias)
     return cast(nn.Module, made)
-
-
-def _read_conv(conv: nn.Conv2d, input: torch.Tensor) -> Kernels | None:
-    call = _convolution_of(conv, input)
-    if call is None:
-        return None
-    build: Build = functools.partial(_convs, call.without_numbers())
-    if not torch.equal(call.input, input):
-        same = SamePadding(conv.kernel_size, conv.stride, conv.dilation)
-        padded = same(input)
-        if padded.shape != call.input.shape or not torch.equal(padded, call.input):
-            return None
-        build = functools.partial(_after, same, build)
-    return Kernels(call.weight.detach(), _detached(call.bias), build)
 
 
 @dataclass(frozen=True)
@@ -150,8 +172,8 @@ class _Convolution:
         return replace(self, input=self.input.to("meta"), weight=nothing, bias=None)
 
 
-def _convolution_of(conv: nn.Conv2d, input: torch.Tensor) -> _Convolution | None:
-    """The one convolution that a module makes of an input, with the weights that it computes for it."""
+def _convolution_of(conv: nn.Conv2d, image: torch.Tensor) -> _Convolution | None:
+    """The one convolution that a module makes of an image, with the weights that it computes for it."""
     seen: list[_Convolution] = []
 
     def convolve(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -167,7 +189,7 @@ def _convolution_of(conv: nn.Conv2d, input: torch.Tensor) -> _Convolution | None
     vars(conv)["_conv_forward"] = convolve
     try:
         with _ConvolutionCalls(conv, seen):
-            conv(input.clone())
+            conv(image.clone())
     finally:
         del vars(conv)["_conv_forward"]
         if kept is not None:
@@ -199,7 +221,7 @@ def _padding(conv: nn.Conv2d, padding: Any, dilation: Pair) -> Pair:
     return level_padding(pair(conv.kernel_size), padding, dilation, dilation)
 
 
-def _convs(call: _Convolution, layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+def _convs(call: _Convolution, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     """Plain convolutions that compute what a convolution does, with other numbers."""
     if call.levels is None:
         return _conv(call, weight, bias, call.dilation, call.groups)
@@ -221,7 +243,8 @@ def _conv(
     call: _Convolution, weight: torch.Tensor, bias: torch.Tensor | None, dilation: Pair, groups: int
 ) -> nn.Conv2d:
     kernel = weight.shape[2], weight.shape[3]
-    conv = nn.Conv2d(
+    make = functools.partial(
+        nn.Conv2d,
         weight.shape[1] * groups,
         weight.shape[0],
         kernel,
@@ -229,23 +252,17 @@ def _conv(
         level_padding(kernel, call.padding, call.dilation, dilation),
         dilation,
         groups,
-        bias is not None,
-        cast(Any, call.mode),
+        padding_mode=cast(Any, call.mode),
         device="meta",
     )
-    conv.weight = _constant(weight)
-    if bias is not None:
-        conv.bias = _constant(bias)
-    return conv.eval()
+    return cast(nn.Conv2d, _with_numbers(make, weight, bias))
 
 
-def _after(
-    first: nn.Module, build: Build, layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None
-) -> nn.Module:
-    return nn.Sequential(first, build(layer, weight, bias)).eval()
+def _after(first: nn.Module, build: Build, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    return nn.Sequential(first, build(weight, bias))
 
 
-def _constant(tensor: torch.Tensor) -> nn.Parameter:
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone(), requires_grad=False)
 
 

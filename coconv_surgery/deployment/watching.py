@@ -26,21 +26,16 @@ class Seen:
 
     Attributes:
         module: It.
-        image: What it was called with, on the meta device; None if that was more than a tensor.
-        device: The device of that.
+        rank: How many dimensions the map has that it was called with; None if that was more than a map, or if hooks of
+            the network's own see it.
         others: Of a layer, the norms that read its output; of a norm, the layers whose output it reads.
         otherwise: Whether a layer's output is read by something else, or a norm reads something else.
     """
 
     module: nn.Module
-    image: torch.Tensor | None = None
-    device: torch.device | None = None
+    rank: int | None = None
     others: set[str] = field(default_factory=set)
     otherwise: bool = False
-
-    def images(self) -> torch.Tensor | None:
-        """Random numbers like what it was called with, in double precision."""
-        return None if self.image is None else torch.randn_like(self.image, dtype=torch.float64, device=self.device)
 
 
 class Watch:
@@ -99,7 +94,7 @@ class Watch:
 
     def _leave_layer(self, name: str) -> Any:
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen = self.layers.setdefault(name, _seen(module, args, kwargs))
+            seen = _see(self.layers, name, module, args, kwargs)
             if isinstance(output, torch.Tensor):
                 seen.otherwise |= output in self._outputs
                 self._outputs[output] = name
@@ -108,7 +103,7 @@ class Watch:
 
     def _enter_norm(self, name: str) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen = self.norms.setdefault(name, _seen(module, args, kwargs))
+            seen = _see(self.norms, name, module, args, kwargs)
             image = args[0] if args else None
             layer = self._outputs.get(image) if isinstance(image, torch.Tensor) else None
             if layer is None:
@@ -124,13 +119,13 @@ class Watch:
         self._in_norms.pop()
 
 
-def _seen(module: nn.Module, args: Any, kwargs: Any) -> Seen:
+def _see(table: dict[str, Seen], name: str, module: nn.Module, args: Any, kwargs: Any) -> Seen:
     alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
-    # Hooks of the network's own see what it is called with and what it returns.
-    if not alone or len(module._forward_hooks) > 1:
-        return Seen(module)
-    shape, dtype = args[0].shape, args[0].dtype
-    return Seen(module, torch.empty(shape, dtype=dtype, device="meta"), args[0].device)
+    hooked = len(module._forward_hooks) > 1  # one is the watch's
+    rank = args[0].dim() if alone and not hooked else None
+    seen = table.setdefault(name, Seen(module, rank))
+    seen.rank = rank if rank == seen.rank else None
+    return seen
 
 
 class _Operations(TorchDispatchMode):

@@ -24,7 +24,7 @@ _ATTRIBUTE = "_coconv_plan"
 
 def noted_plan(model: nn.Module) -> Plan | None:
     """The plan that is kept with a network, whether it still describes it or not."""
-    plan = _attributes(model).get(_ATTRIBUTE)
+    plan = attributes_kept_by(model).get(_ATTRIBUTE)
     return plan if isinstance(plan, Plan) else None
 
 
@@ -87,7 +87,7 @@ def guard_of(plan: Plan) -> tuple[str, torch.Tensor]:
 
 
 def _set_note(model: nn.Module, plan: Plan | None) -> None:
-    attributes = _attributes(model)
+    attributes = attributes_kept_by(model)
     tables = ((model._state_dict_hooks, _write_plan), (model._load_state_dict_post_hooks, compare_places))
     held = [(table, key) for table, ours in tables for key, hook in table.items() if hook is ours]
     if plan is not None:
@@ -120,7 +120,8 @@ def _still_holds(model: nn.Module, plan: Plan) -> bool:
     return True
 
 
-def _attributes(model: nn.Module) -> dict[str, Any]:
+def attributes_kept_by(model: nn.Module) -> dict[str, Any]:
+    """Where a network keeps what stays with it when it is copied."""
     # Of its own attributes, a graph module keeps its meta alone when it is copied. Some have none.
     kept = isinstance(model, fx.GraphModule) and isinstance(vars(model).get("meta"), dict)
     return cast(dict[str, Any], vars(model)["meta"]) if kept else vars(model)

@@ -87,7 +87,9 @@ def separate_copy(model: nn.Module) -> nn.Module:
                     f"{path_of(path)}.{name} is a function that sees the network itself, and in a copy it still would: "
                     "convert in place, or make it a method"
                 )
-    copied = copy.deepcopy(model)
+    # Results that somebody keeps, as pruned weights, are refused by deepcopy.
+    results = (part for part in walk(model, into=_held) if isinstance(part, torch.Tensor) and not part.is_leaf)
+    copied = copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
     _check_apart(model, copied)
     return copied
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn as nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from coconv_surgery.layers.arguments import flag, instance, kind, mapping, whole_numbers
 from coconv_surgery.layers.functional import Pair
@@ -51,7 +51,10 @@ class Inputs:
 
     def run(self, model: nn.Module) -> Any:
         """Run a network on a copy of them."""
-        args, kwargs = copy.deepcopy((tuple(self.args), dict(self.kwargs)))
+        inputs = tree_map_only(
+            torch.Tensor, lambda tensor: tensor.detach().clone(), (tuple(self.args), {**self.kwargs})
+        )
+        args, kwargs = copy.deepcopy(inputs)
         return model(*args, **kwargs) if self.call is None else self.call(model, *args, **kwargs)
 
     def __str__(self) -> str:

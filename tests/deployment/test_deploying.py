@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from cases import assert_close, cases
 from hypothesis import given
 from randomising import randomise_norms
-from timm.layers import FrozenBatchNormAct2d, ScaledStdConv2dSame, StdConv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, ScaledStdConv2dSame, StdConv2dSame
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from coconv_surgery import (
@@ -169,7 +170,7 @@ def test_returned_maps_stay_what_they_are():
         nn.BatchNorm2d(8, eps=0.1),
         nn.SyncBatchNorm(8),
         FrozenBatchNormAct2d(8, act_layer=nn.SiLU),
-        timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU),
+        BatchNormAct2d(8, act_layer=nn.SiLU),
         nn.InstanceNorm2d(8, track_running_stats=True, affine=True),
     ],
     ids=lambda norm: type(norm).__name__,
@@ -297,8 +298,196 @@ def test_a_network_that_takes_another_way_later_is_refused():
         conv=conv(),
         norm=nn.BatchNorm2d(8),
     )
-    with pytest.raises(DeploymentError, match=r"would compute something else, by .* of the largest number"):
+    with pytest.raises(DeploymentError, match=r"would not run norm as the network does: its code may use"):
         deploy(net, example_inputs=IMAGE)
+
+
+def test_modules_that_a_network_also_keeps_in_a_list_are_replaced_there():
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lateral, self.norm = conv(), nn.BatchNorm2d(8)
+            self.steps = [self.lateral, self.norm]
+
+        def forward(self, x):
+            for step in self.steps:
+                x = step(x)
+            return x
+
+    net = Pyramid()
+    randomise_norms(net)
+    deployed = check(net, IMAGE)
+    assert [type(step) for step in deployed.steps] == [ConvLevels, nn.Identity]
+    assert deployed.steps[0] is deployed.lateral
+
+
+def test_an_activation_that_the_example_does_not_reach_stays():
+    net = nn.Sequential(nn.Conv2d(8, 4, 3), BatchNormAct2d(4)).eval()
+    net[1].running_mean.fill_(-300)
+    net[1].running_var.fill_(100)
+    deployed = check(net, IMAGE)
+    assert relative(deployed(5000 * IMAGE), net(5000 * IMAGE)) < 1e-5
+
+
+class Clamping(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).clamp(-8, 8)
+
+
+class ClampingConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).clamp(-30, 30)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 1, 1), BatchNormAct2d(1)),
+        nn.Sequential(nn.Conv2d(8, 8, 3), Clamping(8)),
+        nn.Sequential(ClampingConv(8, 8, 3), nn.BatchNorm2d(8)),
+    ],
+    ids=["gate", "norm", "convolution"],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_shows_on_other_images_alone_is_kept(net, seed):
+    randomise_norms(net, seed)
+    torch.manual_seed(seed)
+    deployed = deploy(net, example_inputs=IMAGE)
+    for scale in (-100, -1, 1, 100):
+        assert relative(deployed(scale * IMAGE), net.eval()(scale * IMAGE)) < 1e-4
+
+
+@pytest.mark.parametrize("layer", [Conv2dSame(8, 8, 2, stride=2), Conv2dSame(8, 8, 3, stride=3)])
+def test_dynamic_padding_that_the_example_does_not_need_stays(layer):
+    if layer.kernel_size == (3, 3):
+        to_coconv_(layer, (1, 2))
+    net = nn.Sequential(layer, nn.BatchNorm2d(8))
+    randomise_norms(net)
+    deployed = check(net, IMAGE)
+    for side in (13, 14, 16):
+        image = torch.randn(1, 8, side, side)
+        torch.testing.assert_close(deployed(image), net.eval()(image), rtol=0, atol=1e-4)
+
+
+def test_what_computes_nothing_to_compare_is_refused():
+    net = Net(lambda self, x: self.norm(self.conv(x))[:0], conv=conv(), norm=nn.BatchNorm2d(8))
+    assert get_deployment(deploy(net, example_inputs=IMAGE)).folded  # its maps are compared, if not its outputs
+    silent = Net(lambda self, x: self.conv(x[:0]), conv=conv())
+    with pytest.raises(DeploymentError, match="holds no numbers to compare: give others"):
+        deploy(silent, example_inputs=IMAGE)
+
+
+def test_statements_of_a_graph_that_nothing_reads_stay():
+    class Clamped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = conv(), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            y = self.norm(self.conv(x))
+            y.clamp_(max=50)
+            return y
+
+    deployed = deploy(fx.symbolic_trace(Clamped()), example_inputs=IMAGE)
+    assert deployed(1000 * IMAGE).max() <= 50
+
+
+def test_a_contextual_convolution_that_has_not_run_is_written_out():
+    net = Net(lambda self, x: self.conv(x) if x.mean() < 100 else self.other(x), conv=conv(), other=conv())
+    deployed = check(net, IMAGE)
+    torch.testing.assert_close(deployed(IMAGE + 200), net(IMAGE + 200), rtol=1e-4, atol=1e-3)
+
+
+def test_pruned_and_old_style_normalised_weights_become_constant():
+    net = nn.Sequential(conv(), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 144, 4))
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    prune.l1_unstructured(net[3], "weight", 0.5)
+    randomise_norms(net)
+    net(IMAGE)
+    deployed = deploy(net, example_inputs=IMAGE)
+    with torch.no_grad():
+        assert relative(deployed(IMAGE), net.eval()(IMAGE)) < 1e-5
+    assert set(get_deployment(deployed).constant) == {"3"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "image"),
+    [
+        (nn.Linear(12, 8), nn.BatchNorm1d(5), torch.randn(3, 5, 12)),
+        (nn.Linear(12, 5), nn.BatchNorm1d(5), torch.randn(3, 5, 12)),
+        (nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8), torch.randn(8, 20)[:, :10]),
+    ],
+)
+def test_a_norm_along_another_dimension_is_left_with_the_reason(layer, norm, image):
+    net = nn.Sequential(layer, norm)
+    randomise_norms(net)
+    assert "does not norm what 0 gives by output channel" in get_deployment(check(net, image)).left["1"]
+
+
+@pytest.mark.parametrize("bare", [nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))])
+def test_an_exported_norm_of_vectors_is_folded(bare):
+    image = torch.randn(5, 8)
+    randomise_norms(bare)
+    graph = torch.export.export(bare.eval(), (image,)).module()
+    torch.testing.assert_close(deploy(graph, example_inputs=image)(image), bare(image))
+
+
+def test_a_block_that_two_parents_share_is_merged_once():
+    block = timm.create_model("repvgg_a0").stages[0][1]
+    net = nn.ModuleDict({"a": nn.Sequential(block), "b": nn.Sequential(block)})
+    channels = next(block.parameters()).shape[0]
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net["b"](self.net["a"](x))
+
+    network = Twice()
+    randomise_norms(network)
+    deployed = check(network, torch.randn(1, channels, 12, 12))
+    assert deployed.net["a"][0] is deployed.net["b"][0]
+    assert get_deployment(deployed).merged == ("net.a.0",)
+
+
+class Fusing(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.conv, self.error = conv(), error
+
+    def fuse(self):
+        self.conv = None
+        raise self.error
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_a_merge_that_fails_is_undone_and_said():
+    deployed = check(nn.Sequential(Fusing(RuntimeError("no branches"))), IMAGE)
+    assert "no branches" in get_deployment(deployed).left["0"]
+
+
+def test_a_root_that_merges_is_merged():
+    block = timm.create_model("repvgg_a0").stages[0][1]
+    randomise_norms(block)
+    deployed = check(block, torch.randn(1, next(block.parameters()).shape[0], 12, 12))
+    assert get_deployment(deployed).merged == ("",)
+
+
+def test_code_that_asks_a_convolution_for_its_kind_still_runs():
+    net = Net(
+        lambda self, x: self.conv(x.to(self.conv.weight.dtype))[:, : self.conv.out_channels],
+        conv=conv(),
+    )
+    check(net, IMAGE)
+
+
+def test_a_copy_of_a_deployed_graph_knows_what_was_done():
+    deployed = deploy(fx.symbolic_trace(nn.Sequential(conv(), nn.BatchNorm2d(8))), example_inputs=IMAGE)
+    assert get_deployment(copy.deepcopy(deployed)) == get_deployment(deployed)
 
 
 @pytest.mark.parametrize(
@@ -411,6 +600,7 @@ def test_random_numbers_stay_in_order(net, image):
         (lambda: deploy(nn.Conv2d(3, 8, 3)), ValueError, "does not say how large its input is"),
         (lambda: deploy(nn.Conv2d(3, 8, 3), input_size=2), DeploymentError, "does not run on the inputs to deploy it"),
         (lambda: deploy(nn.Conv2d(3, 8, 3), input_size=8000), ValueError, "too large to run the network on"),
+        (lambda: deploy(nn.Conv2d(3, 8, 3, device="meta"), input_size=32), DeploymentError, "on the meta device"),
         (lambda: get_deployment(nn.ReLU()), ValueError, r"was not deployed: deploy\(\) returns"),
         (lambda: deploy(torch.jit.script(nn.ReLU())), TypeError, "is scripted"),
     ],

@@ -43,6 +43,7 @@ def test_a_detector_of_a_config_is_exported(coconv, tmp_path):
     ("arguments", "message"),
     [
         (("-o", "net.tflite"), "net.tflite must end with one of .onnx, .pt2, .xml"),
+        (("--input-size", "9000", "-o", "net.onnx"), "too large to run the network on"),
         (("--pretrained", "--checkpoint", __file__, "-o", "net.onnx"), "both give the weights"),
         (("--input-size", "1", "-o", "net.onnx"), "the network does not run on the inputs to deploy it for"),
         (("-o", "missing/net.pt2"), "missing"),
@@ -54,6 +55,22 @@ def test_a_wrong_call_gets_one_message_and_writes_nothing(coconv, tmp_path, monk
     assert done.code not in (0, None)
     assert message in done.err + str(done.code)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_not_written_over(coconv, file):
+    weights = file.rename(file.with_suffix(".bin"))
+    before = weights.read_bytes()
+    done = coconv("export", "test_resnet", "--checkpoint", weights, "-o", file.with_suffix(".xml"))
+    assert done.code == 2
+    assert "would be written over" in done.err
+    assert weights.read_bytes() == before
+
+
+def test_norms_of_layers_are_not_counted_as_batch_norms(tmp_path):
+    network = timm.create_model("test_vit").eval()
+    for suffix in FORMATS:
+        written = export(deploy(network), tmp_path / f"net{suffix}", torch.rand(1, 3, 160, 160))
+        assert (written.convolutions, written.norms) == (1, 0)
 
 
 def test_a_file_that_would_compute_something_else_is_not_written(tmp_path):
