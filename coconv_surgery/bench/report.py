@@ -17,6 +17,7 @@ from coconv_surgery.bench.memory import Peak
 from coconv_surgery.bench.speed import Timing
 from coconv_surgery.bench.surgery import Cost, growth
 from coconv_surgery.bench.timing import Ratio
+from coconv_surgery.layers.depthwise import operators
 from coconv_surgery.viz.tables import markdown_table
 
 
@@ -41,7 +42,9 @@ def machine(device: torch.device) -> dict[str, str]:
     else:
         processor = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     versions = {package: _version(package) for package in ("torch", "timm", "mmdet")}
-    return {"device": processor, "Python": platform.python_version(), **versions}
+    operator = "not built or switched off" if operators() is None else "built"
+    header = {"device": processor, "Python": platform.python_version(), **versions}
+    return header if device.type == "cuda" else {**header, "operator for depthwise levels": operator}
 
 
 def save(

@@ -15,6 +15,7 @@ from coconv_surgery.bench.timing import Ratio, interleave, quiet
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import complete_levels
 from coconv_surgery.layers.switch import to_coconv_
+from coconv_surgery.surgery import convert
 
 Mode = Literal["eval", "train"]
 Layout = Literal["NCHW", "channels_last"]
@@ -125,6 +126,13 @@ def _maps(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
     return [scores for maps in model(image) for scores in maps]
 
 
+def _converted(name: str) -> Subject:
+    def contextual() -> nn.Module:
+        return convert(timm.create_model(name), input_size=224)
+
+    return Subject(lambda: timm.create_model(name), contextual, (4, 3, 224, 224), _outputs)
+
+
 NETWORKS = {
     "resnet50, 4×224×224": Subject(
         lambda: timm.create_model("resnet50"),
@@ -133,6 +141,9 @@ NETWORKS = {
         _outputs,
     ),
     "SSD300-ResNet50, 2×300×300": Subject(lambda: _ssd("r50"), lambda: _ssd("coresnet50"), (2, 3, 300, 300), _maps),
+    "efficientnet_b0, 4×224×224": _converted("efficientnet_b0"),
+    "mobilenetv3_large_100, 4×224×224": _converted("mobilenetv3_large_100"),
+    "regnety_032, 4×224×224": _converted("regnety_032"),
 }
 SUBJECTS = {**LAYERS, **NETWORKS}
 # A layer in eager mode has a fourth, "alone".

@@ -357,6 +357,19 @@ def bench(target: Target, only: str, engines: tuple[Engine, ...], rounds: int, o
 
 
 @app.command()
+def build() -> None:
+    """Compile the operator for depthwise levels on this machine: half a minute, a C++ compiler and ninja.
+
+    From then on every process uses it by itself, unless COCONV_NATIVE=0 is set.
+    """
+    from coconv_surgery.layers.depthwise import build_depthwise
+
+    with console.status("compiling"):
+        library = build_depthwise()
+    click.echo(library)
+
+
+@app.command()
 @click.argument("root", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--train", default=512, show_default=True, help="Images to train on.")
 @click.option("--val", default=128, show_default=True, help="Images to validate on.")

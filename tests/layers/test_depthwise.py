@@ -203,6 +203,12 @@ def test_a_map_that_is_too_small_is_an_error_as_ever(used):
         CoConv2d(4, 4, 3, groups=4, dilations=(1, 1), splits=(2, 2))(torch.rand(1, 4, 2, 2))
 
 
+def test_the_command_finds_what_is_built(coconv):
+    done = coconv("build")
+    assert done.code == 0
+    assert done.out.strip() == str(depthwise._library())
+
+
 def test_a_switch_turns_it_off(monkeypatch):
     monkeypatch.setenv("COCONV_NATIVE", "0")
     depthwise.operators.cache_clear()
