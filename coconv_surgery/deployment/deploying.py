@@ -78,7 +78,9 @@ def deploy(model: nn.Module, *, input_size: InputSize | None = None, example_inp
         deployed, merged, refused = _merge_blocks(deployed)
         refused |= nodes_to_modules(deployed)
         decision = _watch(deployed, inputs)
-        names = decision.names & {name for name, _ in model.named_modules()}
+        inside = tuple(f"{block}." if block else "" for block in merged)
+        there = {name for name, _ in model.named_modules()}
+        names = {name for name in decision.names & there if not name.startswith(inside)}
         expected, rounded = _run(model, inputs, names), _run(model, inputs, names, _round_weights)
         deployed = _replace(deployed, decision)
         with ExitStack() as undo:

@@ -470,6 +470,12 @@ def test_a_merge_that_fails_is_undone_and_said():
     assert "no branches" in get_deployment(deployed).left["0"]
 
 
+def test_parts_of_merged_blocks_may_compute_something_else():
+    net = convert(timm.create_model("efficientvim_m1"), input_size=64)
+    randomise_norms(net)
+    assert get_deployment(check(net, torch.rand(1, 3, 64, 64))).merged
+
+
 def test_a_root_that_merges_is_merged():
     block = timm.create_model("repvgg_a0").stages[0][1]
     randomise_norms(block)
