@@ -28,7 +28,10 @@ FILES = {
     "calibration": [
         *("report", "patches", "moments", "batches", "networks", "channels", "arranging", "solving", "calibrating"),
     ],
-    "deployment": ["report", "forms", "comparing", "kernels", "norms", "graphs", "watching", "deploying", "exporting"],
+    "deployment": [
+        *("report", "forms", "comparing", "kernels", "norms", "graphs", "blocks"),
+        *("watching", "checking", "deciding", "deploying", "exporting"),
+    ],
     "checkpoint": ["pickles", "reading", "tensors", "header", "origin", "converted", "guard", "hub", "timm_loading"],
 }
 

@@ -9,7 +9,7 @@ import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
 from cases import assert_close, cases
-from hypothesis import given
+from hypothesis import given, settings
 from randomising import randomise_norms
 from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, ScaledStdConv2dSame, StdConv2dSame
 from torch.nn.utils import prune
@@ -74,6 +74,7 @@ fx.wrap("coconv2d")
 IMAGE = torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(0))
 
 
+@settings(deadline=None)
 @given(cases())
 def test_any_contextual_convolution_written_out_computes_the_same(case):
     coconv, image = case.build()

@@ -72,7 +72,7 @@ def everything(coconv, image):
     return [output.detach(), *torch.autograd.grad(output, (image, *coconv.parameters()), numbers)]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(cases())
 def test_output_and_gradients_are_those_of_double_precision(case):
     coconv, image = case
