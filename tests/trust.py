@@ -61,7 +61,7 @@ PROMISES = {
 LONG = {
     "make fuzz": "random networks, random operations",
     "make fuzz-files": "damaged and hostile files",
-    "make test-long": "training under twenty kills, two hundred networks deployed and traced",
+    "make test-long": "training under twenty kills, two hundred networks and all detectors deployed",
     "coconv sweep timm, mmdet, torchvision, transformers": "every network: [coverage](coverage/index.md)",
 }
 

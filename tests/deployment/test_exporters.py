@@ -17,10 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 from coconv_surgery import CoConv2d, convert, revert
 
 # One of each kind of family: strided, grouped, depthwise, standardised, "same" padding, merging, attention.
-NAMES = ("resnet18", "test_efficientnet", "test_nfnet", "test_byobnet", "resnetv2_50d_gn", "repvgg_a0", "regnety_002")
+NAMES = ("test_resnet", "test_efficientnet", "test_nfnet", "test_byobnet")
+LARGER = ("resnet18", "resnetv2_50d_gn", "repvgg_a0", "regnety_002")
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[*NAMES, *(pytest.param(name, marks=pytest.mark.long) for name in LARGER)])
 def network(request):
     return convert(timm.create_model(request.param), input_size=64).eval()
 

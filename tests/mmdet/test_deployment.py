@@ -14,7 +14,13 @@ from coconv_surgery.mmdet.inputs import example_inputs
 CONVERT = Path(__file__).parents[2] / "configs" / "convert"
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONVERT.glob("*.py")))
+NAMES = sorted(path.stem for path in CONVERT.glob("*.py"))
+BY_DEFAULT = ("ssd300_coco", "rtmdet_tiny_8xb32-300e_coco", "faster-rcnn_r50_fpn_1x_coco")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
+)
 def test_a_detector_is_deployed(name, lively):
     config = Config.fromfile(CONVERT / f"{name}.py")
     detector = lively(MODELS.build(config.model))
