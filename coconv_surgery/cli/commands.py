@@ -232,8 +232,9 @@ def export(
     with console.status(f"deploying {model}"):
         deployed = deploy(network, example_inputs=replace(inputs, args=(images,)))
     click.echo(get_deployment(deployed))
+    network.eval()
     with console.status(f"writing {output}"):
-        written = export(deployed, output, images, like=network.eval())
+        written = export(deployed, output, images, like=network)
     click.echo(written)
 
 

@@ -35,7 +35,8 @@ def merge_blocks(model: nn.Module) -> tuple[nn.Module, list[str], dict[str, str]
                 else:
                     undo.pop_all()
                     names[path] = None
-                    became[module] = result.eval() if isinstance(result, nn.Module) else module
+                    became[module] = result if isinstance(result, nn.Module) else module
+                    became[module].eval()
                     return became[module]
         for name, child in list(module._modules.items()):
             if child is not None:

@@ -60,7 +60,8 @@ def deploy(model: nn.Module, *, input_size: InputSize | None = None, example_inp
     inputs = _with_numbers(infer_inputs(model, input_size, example_inputs))
     if any(parameter.is_meta for parameter in model.parameters()):
         raise DeploymentError("the network is on the meta device, without numbers: load its weights first")
-    deployed = separate_copy(model).eval()
+    deployed = separate_copy(model)
+    deployed.eval()  # which does not return itself where train() is overridden
     with unseen(model):
         deployed, merged, refused = merge_blocks(deployed)
         refused |= nodes_to_modules(deployed)

@@ -162,7 +162,8 @@ class CoConv2d(nn.Conv2d):
     # convolutions, which is what some quantisers go by.
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve ``(N, C, H, W)`` or ``(C, H, W)``."""
-        output: torch.Tensor = super().forward(input)
+        # A bound method that somebody keeps is called after a revert as well.
+        output: torch.Tensor = super().forward(input) if isinstance(self, CoConv2d) else self.forward(input)
         return output
 
     # mmcv's and mmengine's conv-BN evaluation call this method with weights of their own, so it is the one to override.

@@ -323,3 +323,13 @@ def test_old_style_weight_norm_computes_the_reference_and_comes_back():
     to_conv_(conv)
     assert type(conv) is nn.Conv2d
     assert torch.equal(conv(images()), output)
+
+
+def test_a_bound_forward_that_somebody_keeps_goes_with_the_class():
+    conv, image = nn.Conv2d(8, 8, 3, padding=1), torch.randn(1, 8, 9, 9)
+    plain = conv.forward
+    to_coconv_(conv, (1, 2))
+    contextual, expected = conv.forward, conv(image)
+    assert torch.equal(plain(image), expected)
+    to_conv_(conv)
+    assert torch.equal(contextual(image), conv(image))

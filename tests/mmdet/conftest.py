@@ -32,7 +32,8 @@ def lively():
 
     def enliven(network: nn.Module) -> nn.Module:
         randomise_norms(network)
-        return network.eval()
+        network.eval()
+        return network
 
     return enliven
 

@@ -37,3 +37,12 @@ def test_a_detector_is_deployed(name, lively):
     with torch.no_grad():
         for found, expected in zip(deployed.extract_feat(image), detector.extract_feat(image), strict=True):
             assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_backbone_whose_train_returns_nothing_is_deployed(lively):
+    backbone = lively(MODELS.build({"type": "CoResNet", "depth": 18, "levels": (4, 3, 2, 1)}))
+    image = torch.rand(1, 3, 64, 64)
+    deployed = deploy(backbone, example_inputs=image)
+    with torch.no_grad():
+        for found, expected in zip(deployed(image), backbone(image), strict=True):
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
