@@ -50,7 +50,7 @@ def draw_timings(panels: Sequence[Panel], path: str | Path, title: str = "") -> 
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=len(_COLOURS), frameon=False, fontsize=8
     )
-    figure.suptitle(f"Time over that of the plain convolution\n{title}", fontsize=10)
+    figure.suptitle(f"Time over that of the plain one\n{title}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
