@@ -107,9 +107,13 @@ def _coconv2d(
         padding_mode=padding_mode,
         is_plain=levels[0] == dilation,
     )
-    is_depthwise = groups > 1 and groups == weight.shape[0] and padding_mode == "zeros"
-    is_run = not (torch.compiler.is_compiling() or is_recorded())
-    if is_depthwise and is_run and suits_operator(input, weight, bias, stride, groups):
+    if (
+        groups > 1
+        and groups == weight.shape[0]
+        and padding_mode == "zeros"
+        and not (torch.compiler.is_compiling() or is_recorded())
+        and suits_operator(input, weight, bias, stride, groups)
+    ):
         output = depthwise(input, weight, bias, stride[0], sizes, levels, paddings, convolve)
         if output is not None:
             return output
