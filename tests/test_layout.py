@@ -20,9 +20,9 @@ FILES = {
         *("rollback", "switch", "timm_convs"),
     ],
     "tracing": [
-        *("convertible", "objects", "inputs", "unseen", "surroundings", "copying", "twin", "visit"),
-        *("signature", "graph_convs", "graph_weights", "rewriting", "sites", "finding", "switching"),
-        *("dataflow", "padding", "observer", "fx_map", "trace"),
+        *("convertible", "objects", "leaving", "differences", "inputs", "unseen", "surroundings"),
+        *("copying", "twin", "visit", "signature", "graph_convs", "graph_weights", "rewriting", "sites", "finding"),
+        *("switching", "dataflow", "padding", "observer", "fx_map", "trace"),
     ],
     "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "decision"],
     "calibration": [

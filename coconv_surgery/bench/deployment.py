@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from coconv_surgery.bench.timing import Ratio, interleave, quiet
 from coconv_surgery.deployment import deploy
-from coconv_surgery.deployment.exporting import quietly
+from coconv_surgery.deployment.exporting import quietly, read_by_openvino, write_onnx
 from coconv_surgery.surgery import convert
 
 _CALLS = 5  # in a row, because a program finds its caches as another left them
@@ -100,7 +100,7 @@ def measure(name: str, rounds: int) -> list[Deployed]:
 def _onnx_runtime(network: nn.Module, path: Path, images: torch.Tensor) -> Callable[[], Any]:
     import onnxruntime
 
-    torch.onnx.export(network, (images,), path, input_names=["images"], dynamo=True, external_data=False, verbose=False)
+    write_onnx(network, images, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
@@ -113,7 +113,7 @@ def _onnx_runtime(network: nn.Module, path: Path, images: torch.Tensor) -> Calla
 def _openvino(network: nn.Module, path: Path, images: torch.Tensor) -> Callable[[], Any]:
     import openvino
 
-    read = openvino.convert_model(network, example_input=images, input=[tuple(images.shape)])
+    read = read_by_openvino(network, images)
     # In single precision, as the others: by itself it computes in bfloat16 where the processor can.
     hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     request = openvino.compile_model(read, "CPU", hints | {"INFERENCE_NUM_THREADS": torch.get_num_threads()})

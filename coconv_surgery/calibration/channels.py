@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from coconv_surgery.calibration.networks import tensors_of
-from coconv_surgery.tracing.objects import LEAVES, tensors_in
+from coconv_surgery.tracing.leaving import Leaving
+from coconv_surgery.tracing.objects import tensors_in
 
 aten: Any = torch.ops.aten
 _WeakDict: Any = WeakIdKeyDictionary  # torch has no types for it
@@ -63,27 +63,12 @@ def find_orders(model: nn.Module, run: Callable[[], Iterable[Any]]) -> list[Orde
         One order for each set of channels that is free: none that somebody may read who did not run.
     """
     watch = _Watch(model)
-    with torch.no_grad(), watch, _Reads(watch):
+    with torch.no_grad(), watch, Leaving(watch.pin):
         for outputs in run():
             watch.pin(tensors_in(outputs))
             del outputs
             watch.pin_what_is_kept()
     return watch.free()
-
-
-class _Reads(TorchFunctionMode):
-    """Pins what leaves torch, of which no operation tells."""
-
-    def __init__(self, watch: "_Watch") -> None:
-        super().__init__()
-        self._watch = watch
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in LEAVES:
-            self._watch.pin(args[:1])
-        return func(*args, **(kwargs or {}))
 
 
 class _Watch(TorchDispatchMode):

@@ -215,9 +215,9 @@ def export(
         raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
     if pretrained and model.endswith(".py"):
         raise click.UsageError("--pretrained is for timm's models: give the weights of a detector by --checkpoint")
-    if checkpoint is not None and checkpoint.resolve() in [file.resolve() for file in files_of(output)]:
+    files = files_of(output)
+    if checkpoint is not None and checkpoint.resolve() in [file.resolve() for file in files]:
         raise click.UsageError(f"{output} would be written over {checkpoint}: choose another name")
-    files_of(output)
     with console.status(f"creating {model}"):
         if model.endswith(".py"):
             from coconv_surgery.mmdet.exporting import maps_of_config

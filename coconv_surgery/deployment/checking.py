@@ -1,6 +1,5 @@
 """Whether a deployed network computes what the network computes, in what it returns and in maps inside of it."""
 
-import contextvars
 import functools
 import math
 from collections.abc import Callable, Collection
@@ -9,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from coconv_surgery.deployment.comparing import difference
 from coconv_surgery.deployment.report import DeploymentError
+from coconv_surgery.tracing.differences import difference
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.objects import in_short, tensors_in
-from coconv_surgery.tracing.visit import Visit
+from coconv_surgery.tracing.visit import on_a_copy
 
 # What a network computes: the tensors that it returns, by a name that no module has, and samples of those that its
 # modules return, by theirs.
@@ -46,8 +45,7 @@ def compute(
         computed[_OUTPUTS] = outputs_of(inputs.run, twin)
         return computed
 
-    with Visit(model, inputs) as visit:
-        return contextvars.copy_context().run(run, visit.twin(fake=False).model)
+    return on_a_copy(model, inputs, run)
 
 
 def _sample(samples: list[torch.Tensor], module: nn.Module, args: Any, output: Any) -> None:

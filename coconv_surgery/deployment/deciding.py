@@ -1,6 +1,6 @@
 """What is to become of the convolutions and norms of a network, as one watched pass shows them."""
 
-import contextvars
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -16,7 +16,7 @@ from coconv_surgery.deployment.report import Deployment
 from coconv_surgery.deployment.watching import Watch
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.tracing.inputs import Inputs
-from coconv_surgery.tracing.visit import Visit
+from coconv_surgery.tracing.visit import on_a_copy
 
 
 @dataclass
@@ -44,8 +44,7 @@ def decide(model: nn.Module, inputs: Inputs) -> Decision:
     Raises:
         DeploymentError: If it does not run.
     """
-    with Visit(model, inputs) as visit:
-        return contextvars.copy_context().run(_decide_by, visit.twin(fake=False).model, inputs)
+    return on_a_copy(model, inputs, functools.partial(_decide_by, inputs=inputs))
 
 
 def _decide_by(twin: nn.Module, inputs: Inputs) -> Decision:

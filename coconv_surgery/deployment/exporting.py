@@ -16,9 +16,9 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from coconv_surgery.deployment.comparing import difference
 from coconv_surgery.deployment.report import DeploymentError
 from coconv_surgery.layers.files import whole_file
+from coconv_surgery.tracing.differences import difference
 
 _ALLOWED = 1e-3  # relative to the largest number
 
@@ -65,14 +65,14 @@ def export(network: nn.Module, path: Path, images: torch.Tensor, like: nn.Module
         DeploymentError: If what was written computes something else.
     """
     files = files_of(path)
-    write = FORMATS[path.suffix].write
+    form = FORMATS[path.suffix]
     other = torch.rand_like(images)  # what it was not traced with
     with torch.no_grad():
         expected = [tensor for tensor in tree_leaves((like or network)(other)) if isinstance(tensor, torch.Tensor)]
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, path.name)
         with quietly():
-            kinds, found = write(network, written, images, other)
+            kinds, found = form.write(network, written, images, other)
         apart = max((difference(a, b) for a, b in zip(found, expected, strict=True)), default=math.nan)
         if not apart <= _ALLOWED:
             raise DeploymentError(f"{path} would compute something else, by {apart:.1e} of the largest number")
@@ -81,7 +81,6 @@ def export(network: nn.Module, path: Path, images: torch.Tensor, like: nn.Module
             passing = [stack.enter_context(whole_file(file, "output")) for file in files]
             for file, target in zip(files, passing, strict=True):
                 shutil.copyfile(written.with_suffix(file.suffix), target)
-    form = FORMATS[path.suffix]
     convolutions, norms = (sum(kind in names for kind in kinds) for names in (form.convolutions, form.norms))
     return ExportedFile(path, len(kinds), convolutions, norms, apart, sum(file.stat().st_size for file in files))
 
@@ -97,13 +96,25 @@ def files_of(path: Path) -> list[Path]:
     return [path, *(path.with_suffix(suffix) for suffix in FORMATS[path.suffix].beside)]
 
 
+def write_onnx(network: nn.Module, images: torch.Tensor, path: Path) -> None:
+    """Write a network of one input as ONNX, in one file."""
+    torch.onnx.export(network, (images,), path, input_names=["images"], dynamo=True, external_data=False, verbose=False)
+
+
+def read_by_openvino(network: nn.Module, images: torch.Tensor) -> Any:
+    """OpenVINO's form of a network of one input."""
+    import openvino
+
+    return openvino.convert_model(network, example_input=images, input=[tuple(images.shape)])
+
+
 def _onnx(
     network: nn.Module, path: Path, images: torch.Tensor, other: torch.Tensor
 ) -> tuple[list[str], list[torch.Tensor]]:
     import onnx
     import onnxruntime
 
-    torch.onnx.export(network, (images,), path, input_names=["images"], dynamo=True, external_data=False, verbose=False)
+    write_onnx(network, images, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = session.run(None, {"images": other.numpy()})
     kinds = [node.op_type for node in onnx.load(path).graph.node]
@@ -126,7 +137,7 @@ def _openvino(
 ) -> tuple[list[str], list[torch.Tensor]]:
     import openvino
 
-    read = openvino.convert_model(network, example_input=images, input=[tuple(images.shape)])
+    read = read_by_openvino(network, images)
     openvino.save_model(read, path, compress_to_fp16=False)
     compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     kinds = [operation.get_type_name() for operation in read.get_ops()]

@@ -8,6 +8,7 @@ import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
 
+from coconv_surgery.deployment.kernels import constant
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import level_padding, pair
 from coconv_surgery.tracing.graph_convs import GraphConv, find_graph_convs, upstream
@@ -76,7 +77,7 @@ def _conv_module(owner: nn.Module, conv: GraphConv) -> nn.Module | None:
     padded = tuple(level_padding(pair(made.kernel_size), conv.padding, conv.dilation, pair(d)) for d in made.dilations)
     if conv.paddings not in ((), padded):
         return None
-    made.weight, made.bias = _parameter(weight), None if bias is None else _parameter(bias)
+    made.weight, made.bias = constant(weight), None if bias is None else constant(bias)
     return made.eval()
 
 
@@ -100,7 +101,7 @@ def _replace_norm(owner: nn.Module, node: fx.Node) -> bool:
     norm.num_batches_tracked = torch.tensor(0)
     for name in ("weight", "bias"):
         if (tensor := tensors[name]) is not None:
-            setattr(norm, name, _parameter(tensor))
+            setattr(norm, name, constant(tensor))
     sources = [step for name in names if isinstance(named.get(name), fx.Node) for step in upstream(named[name])]
     _replace_node(owner, first, norm.eval(), named["input"], [*([node] if first is not node else []), *sources])
     return True
@@ -147,7 +148,3 @@ def _numbers_of(owner: nn.Module, node: Any) -> torch.Tensor | None:
             return None
     value = values[node]
     return value.detach() if isinstance(value, torch.Tensor) else None
-
-
-def _parameter(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.clone(), requires_grad=False)

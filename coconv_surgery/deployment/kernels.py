@@ -145,9 +145,9 @@ def _read_known(layer: Any) -> Kernels:
 
 def _with_numbers(make: Callable[..., Any], weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     made = make(bias=bias is not None)
-    made.weight = _parameter(weight)
+    made.weight = constant(weight)
     if bias is not None:
-        made.bias = _parameter(bias)
+        made.bias = constant(bias)
     return cast(nn.Module, made)
 
 
@@ -262,7 +262,8 @@ def _after(first: nn.Module, build: Build, weight: torch.Tensor, bias: torch.Ten
     return nn.Sequential(first, build(weight, bias))
 
 
-def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+def constant(tensor: torch.Tensor) -> nn.Parameter:
+    """A parameter of its own with some numbers, that nothing trains."""
     return nn.Parameter(tensor.detach().clone(), requires_grad=False)
 
 

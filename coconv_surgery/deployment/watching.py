@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -15,7 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from coconv_surgery.deployment.kernels import is_layer
 from coconv_surgery.deployment.norms import is_norm
 from coconv_surgery.tracing.inputs import Inputs
-from coconv_surgery.tracing.objects import LEAVES, tensors_in
+from coconv_surgery.tracing.leaving import Leaving
+from coconv_surgery.tracing.objects import tensors_in
 
 _WeakDict: Any = WeakIdKeyDictionary  # torch has no types for it
 
@@ -62,7 +62,7 @@ class Watch:
         Returns:
             What it returns.
         """
-        with self._hooks(), torch.no_grad(), _Operations(self), _Functions(self):
+        with self._hooks(), torch.no_grad(), _Operations(self), Leaving(self.read):
             outputs = inputs.run(self._model)
         self.read(tensors_in(outputs))
         self.read(list(self._outputs.keys()))  # whoever keeps them may read them
@@ -139,19 +139,4 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         self._watch.read(tree_leaves((args, kwargs)))
-        return func(*args, **(kwargs or {}))
-
-
-class _Functions(TorchFunctionMode):
-    """Tells a watch what leaves torch, of which no operation tells."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in LEAVES:
-            self._watch.read(args[:1])
         return func(*args, **(kwargs or {}))

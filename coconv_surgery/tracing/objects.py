@@ -16,11 +16,6 @@ _ATOMS: tuple[type, ...] = (
     *(types.BuiltinFunctionType, types.FunctionType, types.ModuleType, types.CodeType),
     *(torch.Tensor, torch.dtype, torch.device, torch.Generator),
 )
-# How numbers leave torch without an operation.
-LEAVES = {
-    *(torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.data_ptr),
-    *(torch.Tensor.untyped_storage, torch.Tensor.__dlpack__),
-}
 _SEQUENCES: tuple[type, ...] = (list, tuple, set, frozenset, deque)
 
 _ITERATORS: tuple[Any, ...] = (type(iter([])), type(iter(())))

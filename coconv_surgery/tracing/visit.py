@@ -1,12 +1,13 @@
 """Copies of a network that leave nothing behind, wherever the network's code puts things."""
 
+import contextvars
 import functools
 import gc
 import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.fx as fx
@@ -16,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.surroundings import Surroundings
 from coconv_surgery.tracing.twin import Twin
+
+_Result = TypeVar("_Result")
 
 
 class Visit:
@@ -73,6 +76,18 @@ class Visit:
                 "be taken out: the network may return it. Let planning run with numbers, "
                 "example_inputs=Inputs(..., needs_numbers=True), or plan another instance and apply_plan() that"
             )
+
+
+def on_a_copy(model: nn.Module, inputs: Inputs, work: Callable[[nn.Module], _Result]) -> _Result:
+    """Do some work on a copy of a network that computes numbers, and leave nothing of it but what the work gives.
+
+    Args:
+        model: The network.
+        inputs: What the copy is to be called with.
+        work: A function of the copy.
+    """
+    with Visit(model, inputs) as visit:
+        return contextvars.copy_context().run(work, visit.twin(fake=False).model)
 
 
 def _alive(traces: Iterable[weakref.ref[Any]]) -> list[Any]:
