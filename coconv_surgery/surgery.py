@@ -47,6 +47,7 @@ def plan_conversion(
     include: Patterns | None = None,
     exclude: Patterns | None = None,
     overrides: Mapping[str, Answer | None] | None = None,
+    **settings: Any,
 ) -> Plan:
     """Decide what would become of every convolution of a network, and change nothing.
 
@@ -64,6 +65,7 @@ def plan_conversion(
             ``exclude``. A number, a sequence of dilations,
             :class:`~coconv_surgery.Levels`, or None to leave alone. The exact name of a convolution also reaches one
             that is otherwise left alone by choice, such as a 5×5 or a prediction layer.
+        **settings: Arguments of a policy that is named, such as ``split="even"`` or ``max_levels=5``.
 
     Returns:
         The plan, a row for every convolution.
@@ -79,7 +81,7 @@ def plan_conversion(
     ('layer1.0.conv1', (1, 2, 3), (32, 16, 16))
     """
     check_convertible(model)
-    choices = Choices(policy, include, exclude, overrides)
+    choices = Choices(policy, include, exclude, overrides, settings)
     with unseen(model):
         return _plan(model, find_intact_sites(model), choices, input_size, example_inputs)
 
@@ -145,6 +147,7 @@ def convert(
     overrides: Mapping[str, Answer | None] | None = None,
     inplace: bool = True,
     calibrate: Any = None,
+    **settings: Any,
 ) -> nn.Module:
     """Replace the eligible 3×3 convolutions of a network with contextual ones: plan and apply.
 
@@ -163,6 +166,7 @@ def convert(
         inplace: Whether to convert the network itself rather than a copy.
         calibrate: Images to calibrate the converted network on, as of :func:`~coconv_surgery.calibrate`, which gives a
             report of it and more choices.
+        **settings: As in :func:`plan_conversion`.
 
     Returns:
         The same model object, or the converted copy.
@@ -177,7 +181,7 @@ def convert(
     '53 convs: 13 converted, 40 left alone (36 kernel 1×1'
     """
     check_convertible(model)
-    choices = Choices(policy, include, exclude, overrides)
+    choices = Choices(policy, include, exclude, overrides, settings)
     model = model if flag(inplace, "inplace") else separate_copy(model)
     with unseen(model):
         sites = find_intact_sites(model)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import timm
 import torch.nn as nn
@@ -25,7 +25,7 @@ from coconv_surgery.deployment import deploy, get_deployment
 from coconv_surgery.layers.arguments import near_miss
 from coconv_surgery.layers.levels import SplitRule
 from coconv_surgery.planning.plan import Plan
-from coconv_surgery.planning.policies import POLICIES, LevelPolicy, get_policy
+from coconv_surgery.planning.policies import POLICIES
 from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan, plan_conversion
 from coconv_surgery.sweep.collections import COLLECTIONS
 from coconv_surgery.tracing.inputs import infer_inputs
@@ -239,7 +239,7 @@ def export(
 
 
 @app.command()
-@click.argument("number", type=click.IntRange(1, 6))
+@click.argument("number", type=click.IntRange(1, 7))
 @click.option("--time", "timed", is_flag=True, help="Also time a forward pass of each, side by side.")
 def table(number: int, timed: bool) -> None:
     """Count the networks of the paper's table NUMBER beside the paper's own figures (table 6: extra mmdet)."""
@@ -433,15 +433,12 @@ def _tells_plan(checkpoint: Path) -> bool:
 
 
 def _plan(model: nn.Module, options: dict[str, Any]) -> Plan:
-    policy = get_policy(options["policy"])
     settings = {key: options[key] for key in ("max_levels", "split", "min_channels") if options[key] is not None}
-    for setting in settings:
-        if not hasattr(policy, setting):
-            raise ValueError(f"policy {options['policy']} does not take {setting}")
     return plan_conversion(
         model,
-        replace(cast(LevelPolicy, policy), **settings) if settings else options["policy"],
+        options["policy"],
         input_size=options["input_size"],
         include=options["include"] or None,
         exclude=options["exclude"] or None,
+        **settings,
     )

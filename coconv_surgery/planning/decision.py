@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch.nn as nn
 
@@ -27,12 +28,14 @@ class Choices:
         include: Glob patterns of convolutions to consider. Default: all.
         exclude: Patterns of convolutions that stay what they are.
         overrides: Levels by pattern.
+        settings: Arguments of a policy that is named.
     """
 
     policy: str | Policy = "resolution"
     include: Patterns | None = None
     exclude: Patterns | None = None
     overrides: Mapping[str, Answer | None] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     _decide: Policy = field(init=False)
     _include: list[str] | None = field(init=False)
     _exclude: list[str] = field(init=False)
@@ -40,7 +43,7 @@ class Choices:
 
     def __post_init__(self) -> None:
         # Read once: patterns may be an iterator, and so may the levels of an override.
-        object.__setattr__(self, "_decide", get_policy(self.policy))
+        object.__setattr__(self, "_decide", get_policy(self.policy, **self.settings))
         object.__setattr__(self, "_include", None if self.include is None else as_list(self.include, "include"))
         object.__setattr__(self, "_exclude", as_list(() if self.exclude is None else self.exclude, "exclude"))
         overrides = {} if self.overrides is None else mapping(self.overrides, "overrides", "levels by pattern")
@@ -50,7 +53,7 @@ class Choices:
     @property
     def label(self) -> str:
         """The policy, for a reader."""
-        return self.policy if isinstance(self.policy, str) else repr(self.policy)
+        return self.policy if isinstance(self.policy, str) and not self.settings else repr(self._decide)
 
     def check(self, sites: Sequence[Site]) -> None:
         """Check that every pattern matches a site.

@@ -176,25 +176,31 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 _NAME = re.compile(r"(\w+)(?:\((\d+(?:, ?\d+)*)\))?")
 
 
-def get_policy(policy: str | Policy) -> Policy:
+def get_policy(policy: str | Policy, **settings: Any) -> Policy:
     """Look a policy up by its name; a policy passes through.
 
     A name may be followed by the policy's numbers: ``"stage(3,3,2,1)"`` and ``"top(4,3,2,1)"`` as in Table 3, and
     likewise ``"resolution(5)"`` and ``"uniform(3)"``.
 
+    Args:
+        policy: The policy or its name.
+        **settings: Further arguments of a policy that is named.
+
     Raises:
-        ValueError: If there is no policy of that name, or if the numbers do not suit it.
-        TypeError: If it is neither a name nor callable.
+        ValueError: If there is no policy of that name, or if the numbers or settings do not suit it.
+        TypeError: If it is neither a name nor callable, or if settings are given for one that is not named.
 
     >>> get_policy("stage(3,3,2,1)").stages
     (3, 3, 2, 1)
     """
     if isinstance(policy, str):
-        return named_policy(policy)
+        return named_policy(policy, **settings)
     if isinstance(policy, type):
         raise TypeError(f"policy must be an object, as {policy.__name__}(), not the class")
     if not callable(policy):
         raise TypeError(f"policy must be a name or a callable, not {kind(policy)}")
+    if settings:
+        raise TypeError(f"{', '.join(settings)}: settings go with the name of a policy; this one has its own")
     return policy
 
 

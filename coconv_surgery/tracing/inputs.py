@@ -72,7 +72,8 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
     Args:
         model: The network.
         input_size: Side, (height, width) or (channels, height, width) of an image. Default: what timm says of the
-            network, or what a graph of ``torch.export`` has recorded.
+            network, or what a graph of ``torch.export`` has recorded, or the ``example_input_array`` that a network
+            has, as Lightning's modules do.
         example_inputs: The inputs themselves: a tensor, a tuple of arguments, a dict of them by name, or
             :class:`Inputs`.
 
@@ -83,17 +84,12 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
     if example_inputs is not None:
         if input_size is not None:
             raise ValueError("give either input_size= or example_inputs=, not both")
-        if isinstance(example_inputs, Inputs):
-            return example_inputs
-        if isinstance(example_inputs, Mapping):
-            return Inputs(kwargs=mapping(example_inputs, "example_inputs", "inputs by name"))
-        if isinstance(example_inputs, torch.Tensor):
-            return Inputs((example_inputs,))
-        what = "a tensor, a tuple of arguments, a dict of them by name, or Inputs"
-        return Inputs(tuple(instance(example_inputs, "example_inputs", (tuple, list), what)))
+        return _given_inputs(example_inputs, "example_inputs")
     if input_size is None and isinstance(model, fx.GraphModule) and (recorded := _recorded_inputs(model)):
         return recorded
     if input_size is None:
+        if (example := _attribute(model, "example_input_array")) is not None:
+            return _given_inputs(example, f"the example_input_array of {type(model).__name__}")
         input_size = _configured_size(model)
     form = "is no size: give a side, (height, width) or (channels, height, width) in whole numbers"
     sides = whole_numbers(input_size, "input_size", form, lengths=(2, 3), alone=2)
@@ -109,11 +105,26 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
     return Inputs((image.to(parameter.device, parameter.dtype),))
 
 
-def _configured_size(model: nn.Module) -> Pair:
+def _given_inputs(inputs: Any, name: str) -> Inputs:
+    if isinstance(inputs, Inputs):
+        return inputs
+    if isinstance(inputs, Mapping):
+        return Inputs(kwargs=mapping(inputs, name, "inputs by name"))
+    if isinstance(inputs, torch.Tensor):
+        return Inputs((inputs,))
+    what = "a tensor, a tuple of arguments, a dict of them by name, or Inputs"
+    return Inputs(tuple(instance(inputs, name, (tuple, list), what)))
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
     try:
-        config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+        return getattr(model, name, None)
     except Exception:  # whatever a property of the network raises
-        config = None
+        return None
+
+
+def _configured_size(model: nn.Module) -> Pair:
+    config = _attribute(model, "pretrained_cfg") or _attribute(model, "default_cfg")
     size = config.get("input_size") if isinstance(config, Mapping) else None
     if not size:
         raise ValueError(

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import timm
 import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
@@ -127,3 +128,19 @@ def test_an_answer_of_another_kind_is_told_what_would_do(net, answer):
     if answer is not None:
         with pytest.raises(ValueError, match=rf"overrides\['stem'\] {advice}"):
             cs.plan_conversion(net, overrides={"stem": answer}, input_size=32)
+
+
+def test_a_named_policy_takes_its_settings_from_the_conversion():
+    by_settings = cs.plan_conversion(timm.create_model("test_resnet"), "resolution", split="even", max_levels=3)
+    by_object = cs.plan_conversion(timm.create_model("test_resnet"), cs.ResolutionPolicy(split="even", max_levels=3))
+    assert by_settings == by_object
+
+
+def test_settings_do_not_go_with_a_policy_that_is_an_object():
+    with pytest.raises(TypeError, match="split: settings go with the name of a policy; this one has its own"):
+        cs.convert(timm.create_model("test_resnet"), cs.ResolutionPolicy(), split="even")
+
+
+def test_a_misspelt_argument_of_a_conversion_is_named_with_what_the_policy_takes():
+    with pytest.raises(ValueError, match="policy 'resolution' has no key 'splits': did you mean 'split'"):
+        cs.convert(timm.create_model("test_resnet"), splits="even")
