@@ -8,9 +8,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from coconv_surgery.planning.plan import count_parameters
+from coconv_surgery.zoo.progan import PixelNorm
 
 # What the paper counts for them, by its figures: see Cost.wide.
-_PER_ELEMENT: dict[type[nn.Module], int] = {_BatchNorm: 4, nn.ReLU: 1, nn.LeakyReLU: 1}
+_PER_ELEMENT: dict[type[nn.Module], int] = {_BatchNorm: 4, PixelNorm: 2, nn.ReLU: 1, nn.LeakyReLU: 1}
 
 
 class Cost(NamedTuple):
@@ -19,8 +20,8 @@ class Cost(NamedTuple):
     Attributes:
         parameters: Number of parameters.
         multiply_adds: Of convolutions, linear layers and matrix products, by torch's own FLOP counter.
-        wide: The same, with 4 for each element of a batch norm's output and 1 for each of an activation's. The paper's
-            figures for ResNet are those of this count, to the last digit.
+        wide: The same, with 4 for each element of a batch norm's output, 2 for each of a pixel norm's and 1 for each of
+            an activation's. The paper's figures for ResNet and ProGAN are those of this count, to the last digit.
     """
 
     parameters: int

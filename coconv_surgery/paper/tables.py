@@ -1,6 +1,7 @@
-"""The networks of the paper's Tables 1 to 6, counted here beside the paper's figures: ``coconv table``."""
+"""The networks of the paper's tables, counted here beside the paper's figures: ``coconv table``."""
 
 import statistics
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,10 +12,10 @@ import torch
 import torch.nn as nn
 
 from coconv_surgery.bench.timing import interleave, quiet
-from coconv_surgery.paper.counting import count
+from coconv_surgery.paper.counting import Cost, count
 from coconv_surgery.paper.peers import dilated_resnet, nonlocal_resnet, preact_resnet, resnet, se_resnet
 from coconv_surgery.planning.plan import Plan, PlanRow, align
-from coconv_surgery.surgery import get_plan
+from coconv_surgery.surgery import NoChangeWarning, get_plan
 from coconv_surgery.zoo.progan import coprogan, progan
 
 Build = Callable[[], nn.Module]
@@ -26,16 +27,18 @@ class Row(NamedTuple):
     Attributes:
         network: Its name.
         build: Builds it.
-        parameters: The paper's parameters in millions.
-        gflops: The paper's GFLOPs, which are multiply-adds.
-        results: The paper's results.
+        parameters: The paper's parameters in millions, where it gives them.
+        gflops: The paper's GFLOPs, which are multiply-adds, where it gives them.
+        results: The paper's results, None for one that it does not give.
+        config: What in ``configs/`` trains it.
     """
 
     network: str
     build: Build
-    parameters: float
-    gflops: float
-    results: tuple[float, ...] = ()
+    parameters: float | None
+    gflops: float | None
+    results: tuple[float | str | None, ...] = ()
+    config: str | None = None
 
 
 class Table(NamedTuple):
@@ -48,6 +51,7 @@ class Table(NamedTuple):
         input: Shape of one input.
         notes: What a reader must know beside how things are counted.
         layout: A network to show the levels of, map by map.
+        sizes: More counts to show: for each size, a network, what it is compared with, and one input.
     """
 
     title: str
@@ -56,6 +60,21 @@ class Table(NamedTuple):
     input: tuple[int, ...] = (1, 3, 224, 224)
     notes: tuple[str, ...] = ()
     layout: Build | None = None
+    sizes: tuple["Size", ...] = ()
+
+
+class Size(NamedTuple):
+    """A network that comes in several sizes, plain and contextual.
+
+    Attributes:
+        name: Which size it is.
+        plain: Builds the plain network.
+        contextual: Builds the contextual one.
+    """
+
+    name: str
+    plain: Build
+    contextual: Build
 
 
 def coresnet(depth: int, **arguments: object) -> nn.Module:
@@ -80,6 +99,11 @@ def ssd(backbone: str) -> nn.Module:
     return build_ssd(backbone)
 
 
+_UNCOUNTED = (None, None)
+_CIFAR, _CELEBA = (
+    tuple(f"progan/{network}_{data}.py" for network in ("progan", "coprogan"))
+    for data in ("cifar10-32x32", "celeba-128x128")
+)
 _ROUNDS = 5  # how often a forward pass is timed
 _ERRORS = ("top-1 error, %", "top-5 error, %")
 
@@ -133,13 +157,27 @@ TABLES = {
     ),
     2: Table(
         "ProGAN and CoProGAN, the generators for 128×128 pixels",
-        (Row("ProGAN", progan, 27.21, 54.76), Row("CoProGAN", coprogan, 27.21, 54.76)),
+        tuple(
+            Row(f"{name}, fmap_base {base}", partial(build, fmap_base=base), 27.21, 54.76)
+            for base in (16384, 8192)
+            for name, build in (("ProGAN", progan), ("CoProGAN", coprogan))
+        ),
         input=(1, 512),
         notes=(
-            "The paper's totals are not those of the rows it prints: levels and channels are the paper's, the counts "
-            "are of two 3×3 convolutions a resolution as in ProGAN. What it says of them, that both are equal, holds.",
+            "The paper prints the rows of fmap_base 8192, which is what the reference implementation of ProGAN has by "
+            "default, and the totals of fmap_base 16384.",
+            "Generators have colours at every resolution, of which a fully grown one uses the last.",
         ),
         layout=coprogan,
+        sizes=tuple(
+            Size(
+                f"{side}×{side}, fmap_base {base}",
+                partial(progan, side, fmap_base=base),
+                partial(coprogan, side, fmap_base=base),
+            )
+            for base in (8192, 16384)
+            for side in (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+        ),
     ),
     3: Table(
         "CoResNet-50 by policy: levels at each stage",
@@ -183,6 +221,31 @@ TABLES = {
         input=(1, 3, 300, 300),
         notes=("The paper counts more than the wide count does, the same amount at both depths.",),
     ),
+    7: Table(
+        "ProGAN and CoProGAN on CIFAR-10 (32×32 pixels) and CelebA (128×128)",
+        (
+            Row("ProGAN, CIFAR-10", partial(progan, 32), *_UNCOUNTED, ("7.60 ± 0.09", 20.70, *[None] * 6), _CIFAR[0]),
+            Row(
+                "CoProGAN, CIFAR-10", partial(coprogan, 32), *_UNCOUNTED, ("7.71 ± 0.06", 19.66, *[None] * 6), _CIFAR[1]
+            ),
+            Row(
+                "ProGAN, CelebA", progan, *_UNCOUNTED, (None, None, "0.2894", 3.65, 2.48, 2.66, 7.29, 4.02), _CELEBA[0]
+            ),
+            Row(
+                "CoProGAN, CelebA",
+                coprogan,
+                *_UNCOUNTED,
+                (None, None, "0.2875", 3.29, 2.43, 2.27, 5.35, 3.34),
+                _CELEBA[1],
+            ),
+        ),
+        ("IS", "FID", "MS-SSIM", *(f"SWD×10³, {side}" for side in (128, 64, 32, 16)), "average"),
+        input=(1, 512),
+        notes=(
+            "Higher IS is better, lower FID, MS-SSIM and SWD are.",
+            "`coconv evaluate-gan` prints these columns for a checkpoint that a config trained.",
+        ),
+    ),
 }
 
 
@@ -190,7 +253,7 @@ def render(number: int, *, timed: bool = False) -> str:
     """Count the networks of one of the paper's tables beside the paper's own figures.
 
     Args:
-        number: The table's, 1 to 6.
+        number: The table's, 1 to 7.
         timed: Also time a forward pass of each, side by side, on the first GPU if there is one.
 
     Returns:
@@ -205,29 +268,52 @@ def render(number: int, *, timed: bool = False) -> str:
         with torch.device("meta"):
             parts.append(_layout(table.rows[-1].network, get_plan(table.layout())))
     header = ["network", "parameters", "paper, M", "multiply-adds, G", "wide, G", "paper, G"]
-    lines = [[*_counts(row, table), *(f"{result:.2f}" for result in row.results)] for row in table.rows]
+    lines = [[*_counts(row, table), *map(_number, row.results)] for row in table.rows]
     header += [f"paper: {name}" for name in table.results]
+    if any(row.config for row in table.rows):
+        header.append("config")
+        lines = [[*line, row.config or ""] for line, row in zip(lines, table.rows, strict=True)]
     if timed:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         header += [f"ms ({device.type})", "× first"]
         times = _time(table, device)
         lines = [[*line, f"{t * 1e3:.1f}", f"{t / times[0]:.2f}"] for line, t in zip(lines, times, strict=True)]
     parts.append(align([header, *lines]))
+    if table.sizes:
+        parts.append(_sizes(table))
     parts.append("\n".join(f"- {note}" for note in _notes(table)))
     return "\n\n".join(parts)
 
 
 def _counts(row: Row, table: Table) -> list[str]:
-    with torch.device("meta"):
-        cost = count(row.build().eval(), torch.empty(table.input))
+    cost = _count(row.build, table)
     return [
         row.network,
         f"{cost.parameters:,}",
-        f"{row.parameters:.2f}",
+        _number(row.parameters),
         f"{cost.multiply_adds / 1e9:.3f}",
         f"{cost.wide / 1e9:.3f}",
-        f"{row.gflops:.2f}",
+        _number(row.gflops),
     ]
+
+
+def _count(build: Build, table: Table) -> Cost:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoChangeWarning)  # the smallest maps have one level
+        return count(build().eval(), torch.empty(table.input))
+
+
+def _number(value: float | str | None) -> str:
+    return "–" if value is None else value if isinstance(value, str) else f"{value:.2f}"
+
+
+def _sizes(table: Table) -> str:
+    lines = [["size", "parameters", "multiply-adds, G", "contextual: parameters", "multiply-adds, G"]]
+    for name, *builds in table.sizes:
+        costs = [_count(build, table) for build in builds]
+        counts = [(f"{cost.parameters:,}", f"{cost.multiply_adds / 1e9:.3f}") for cost in costs]
+        lines.append([name, *counts[0], *counts[1]])
+    return align(lines)
 
 
 def _time(table: Table, device: torch.device) -> list[float]:
@@ -245,8 +331,8 @@ def _notes(table: Table) -> Sequence[str]:
     return (
         f"multiply-adds: one input of {'×'.join(map(str, table.input[1:]))}; convolutions, linear layers and matrix "
         "products, by torch's FLOP counter.",
-        "wide: with 4 for an element of a batch norm and 1 for one of an activation, the count that gives the paper's "
-        "figures for ResNet.",
+        "wide: with 4 for an element of a batch norm, 2 of a pixel norm and 1 of an activation, the count "
+        "that gives the paper's figures for ResNet and ProGAN.",
         *results,
         *table.notes,
     )
