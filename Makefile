@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision "setuptools<81" wheel ninja
 	PATH="$(abspath $(BIN)):$$PATH" CFLAGS="-O2 -g0" \
 		$(BIN)/python -m pip install --no-build-isolation --constraint constraints.txt mmcv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,interop,mmdet,study,sweep,test,viz]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,generation,interop,mmdet,study,sweep,test,viz]"
 	touch $@
 
 demo: setup

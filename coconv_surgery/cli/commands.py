@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import timm
 import torch.nn as nn
@@ -22,9 +22,9 @@ from coconv_surgery.checkpoint import load_converted, plan_of, save_converted
 from coconv_surgery.cli.images import image_batches
 from coconv_surgery.demo.shapes import write_shapes
 from coconv_surgery.deployment import deploy, get_deployment
-from coconv_surgery.layers.arguments import near_miss
+from coconv_surgery.layers.arguments import choice, near_miss
 from coconv_surgery.layers.levels import SplitRule
-from coconv_surgery.planning.plan import Plan
+from coconv_surgery.planning.plan import Plan, align
 from coconv_surgery.planning.policies import POLICIES
 from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan, plan_conversion
 from coconv_surgery.sweep.collections import COLLECTIONS
@@ -46,6 +46,10 @@ console = Console(stderr=True)
 def _input_size(value: str) -> int | tuple[int, ...]:
     sides = tuple(int(side) for side in value.split(","))
     return sides[0] if len(sides) == 1 else sides
+
+
+def _numbers(value: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in value.split(","))
 
 
 def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -236,6 +240,70 @@ def export(
     with console.status(f"writing {output}"):
         written = export(deployed, output, images, like=network)
     click.echo(written)
+
+
+@app.command()
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--images", default=64, show_default=True, type=click.IntRange(min=1), help="How many.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the latents.")
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A picture.")
+def generate(checkpoint: Path, images: int, seed: int, output: Path) -> None:
+    """Picture what the averaged generator of a CHECKPOINT makes (extra: generation).
+
+    \b
+    coconv generate work_dirs/coprogan_shapes-32x32/iter_3470.pth -o grid.png --seed 0
+    """
+    from coconv_surgery.generation.sampling import load_grown, write_grid
+
+    grown = load_grown(checkpoint)
+    write_grid(grown, output, images, seed)
+    seen = "" if grown.images_seen is None else f" after {grown.images_seen:,} real ones"
+    faded = "" if grown.fade == 1 else f", the newest block faded in by {grown.fade:.0%}"
+    click.echo(f"{output}: {images} images of {grown.resolution}×{grown.resolution} pixels{seen}{faded}")
+
+
+@app.command("evaluate-gan")
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A folder of real images.")
+@click.option("--crop", type=_numbers, metavar="TOP,LEFT,H,W", help="What of them is used. CelebA: 57,25,128,128.")
+@click.option("--cifar10", type=click.Path(exists=True, file_okay=False, path_type=Path), help="CIFAR-10 instead.")
+@click.option("--score", "scores", multiple=True, help="is, fid, ms-ssim or swd. Repeatable. Default: swd.")
+@click.option("--count", type=click.IntRange(min=2), help="Images for each. Default: as ProGAN's authors.")
+@click.option(
+    "--inception", type=click.Path(dir_okay=False, path_type=Path), help="Inception's weights, for is and fid."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+def evaluate_gan(
+    checkpoint: Path,
+    data: Path | None,
+    crop: tuple[int, ...] | None,
+    cifar10: Path | None,
+    scores: tuple[str, ...],
+    count: int | None,
+    inception: Path | None,
+    seed: int,
+) -> None:
+    """Print Table 7's columns for the averaged generator of a CHECKPOINT (extra: generation).
+
+    \b
+    coconv evaluate-gan iter_3470.pth --data data/shapes64/val --score swd
+    coconv evaluate-gan iter_187500.pth --cifar10 data --score is --score fid --inception weights-inception.pth
+    """
+    from coconv_surgery.generation.images import CIFAR10Images, FolderImages
+    from coconv_surgery.generation.sampling import load_grown
+    from coconv_surgery.generation.scores import SCORES, Score, score
+
+    if (data is None) == (cifar10 is None):
+        raise click.UsageError("real images: give either --data FOLDER or --cifar10 FOLDER")
+    for name in scores:
+        choice(name, "--score", SCORES)
+    grown = load_grown(checkpoint)
+    side, colours = grown.resolution, grown.generator.colours
+    reals = FolderImages(data, side, colours, crop) if data is not None else CIFAR10Images(cifar10 or "", side)
+    with console.status("scoring") as status:
+        wanted = cast(tuple[Score, ...], scores or ("swd",))
+        found = score(grown, reals, wanted, count=count, inception=inception, seed=seed, progress=status.update)
+    click.echo(align([list(found), [f"{value:.4f}" for value in found.values()]]))
 
 
 @app.command()

@@ -29,11 +29,11 @@ def test_a_network_is_planned_with_its_example_input_array(example):
     assert row.dilations == (1, 2, 3)
 
 
-def test_an_input_size_wins_over_the_example(example=IMAGE):
-    (row, _) = cs.plan_conversion(Says(example), input_size=8).rows
+def test_an_input_size_wins_over_the_example():
+    (row, _) = cs.plan_conversion(Says(IMAGE), input_size=8).rows
     assert row.output_sizes == ((8, 8),)
 
 
 def test_an_example_of_a_wrong_kind_is_named():
-    with pytest.raises(TypeError, match="the example_input_array of Says must be a tensor, a tuple .* not str"):
+    with pytest.raises(TypeError, match=r"the example_input_array of Says must be a tensor, a tuple .* not str"):
         cs.plan_conversion(Says("image"))
