@@ -11,7 +11,7 @@ import coconv_surgery
 PACKAGE = Path(coconv_surgery.__file__).parent
 ROOMS = [
     *("layers", "tracing", "planning", "merging", "calibration", "surgery", "deployment", "checkpoint", "zoo"),
-    *("mmengine", "classification", "mmdet", "viz", "sweep", "bench", "paper", "demo", "cli"),
+    *("mmengine", "classification", "generation", "mmdet", "viz", "sweep", "bench", "paper", "demo", "cli"),
 ]
 # Files of a room, in order.
 FILES = {
@@ -31,6 +31,9 @@ FILES = {
     "deployment": [
         *("report", "forms", "comparing", "kernels", "norms", "graphs", "blocks"),
         *("watching", "checking", "deciding", "deploying", "exporting"),
+    ],
+    "generation": [
+        *("growth", "losses", "images", "wasserstein", "sampling", "scores", "model", "loop", "training", "__main__"),
     ],
     "checkpoint": ["pickles", "reading", "tensors", "header", "origin", "converted", "guard", "hub", "timm_loading"],
 }

@@ -60,7 +60,8 @@ class Growth:
 
     Raises:
         TypeError: If ``batches`` are not a dict.
-        ValueError: If an argument is not a number that it can be, or there are too few images to grow.
+        ValueError: If an argument is not a number that it can be, or there are too few images to grow, in all or in a
+            phase.
 
     >>> growth = Growth(resolution=8, images=100, stabilise=20, fade=40, batches={4: 20, 8: 20})
     >>> [growth.at(seen).fade for seen in (0, 20, 40, 60)]
@@ -90,6 +91,12 @@ class Growth:
                 f"images={self.images} end before {self.resolution}×{self.resolution} pixels are faded in, after "
                 f"{reached} images: give more, or lower stabilise={self.stabilise} and fade={self.fade}"
             )
+        for phase, steps in self._shares(0):
+            if steps == 0:
+                raise ValueError(
+                    f"the {phase.end - phase.begin} images of a phase at {phase.resolution}×{phase.resolution} pixels "
+                    "are fewer than a batch has: give more images, or smaller batches"
+                )
 
     def at(self, seen: int) -> Step:
         """What the step is about that begins after so many real images."""
@@ -108,13 +115,15 @@ class Growth:
 
     def steps(self, seen: int = 0) -> int:
         """How many steps remain after so many real images."""
-        count = 0
+        return sum(steps for _, steps in self._shares(seen))
+
+    def _shares(self, seen: int) -> Iterator[tuple[Phase, int]]:
+        """How many steps each phase has, after so many real images."""
         for phase in self.phases:
-            if seen < phase.end:
-                batch = self.batches[phase.resolution]
-                steps = -(-(phase.end - seen) // batch)
-                count, seen = count + steps, seen + steps * batch
-        return count
+            batch = self.batches[phase.resolution]
+            steps = max(0, -(-(phase.end - seen) // batch))
+            seen += steps * batch
+            yield phase, steps
 
     def _phases(self) -> Iterator[Phase]:
         begin, resolution = 0, self.start

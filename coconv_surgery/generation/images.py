@@ -107,9 +107,8 @@ class FolderImages(GrowingImages):
             return picture
         top, left, height, width = self.crop
         if top + height > picture.height or left + width > picture.width:
-            raise ValueError(
-                f"{self.paths[index]} has {picture.width}×{picture.height} pixels: crop={self.crop} leaves it"
-            )
+            size = f"{picture.width}×{picture.height}"
+            raise ValueError(f"{self.paths[index]} has {size} pixels: crop={self.crop} reaches out of it")
         return picture.crop((left, top, left + width, top + height))
 
     def name(self, index: int) -> str:

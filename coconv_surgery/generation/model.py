@@ -99,6 +99,7 @@ class ProGAN(BaseModel):  # type: ignore[misc]
         # What has been trained, for files: images seen, phase, resolution, fade.
         self.register_buffer("progress", torch.tensor([0, -1, self.growth.start, 1], dtype=torch.float64))
         self._known: tuple[int, Step] | None = None
+        self._register_state_dict_hook(_name_as_unwrapped)
 
     def init_weights(self) -> None:
         """Keep the weights: mmengine would initialise the networks again."""
@@ -222,6 +223,20 @@ _GROWTH = ("images", "stabilise", "fade", "batches", "start")
 def _bare(network: Any) -> nn.Module:
     """A network without what wraps it for several processes."""
     return cast(nn.Module, network.module if is_model_wrapper(network) else network)
+
+
+def _name_as_unwrapped(model: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    """Save networks that are wrapped, each by itself, under the names that mmengine loads them by: those without."""
+    for name, child in model.named_children():
+        if is_model_wrapper(child):
+            wrapped, bare = f"{prefix}{name}.module", f"{prefix}{name}"
+            for names in (state, state._metadata):
+                renamed = {
+                    bare + key.removeprefix(wrapped) if key == wrapped or key.startswith(f"{wrapped}.") else key: value
+                    for key, value in names.items()
+                }
+                names.clear()
+                names.update(renamed)
 
 
 def _loss_scale(optimizer: OptimWrapper) -> float:

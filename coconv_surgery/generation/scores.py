@@ -63,9 +63,7 @@ def score(
     """
     side = grown.resolution
     if side > data.resolution:
-        raise ValueError(
-            f"the generator makes images of {side}×{side} pixels, and the real ones are for {data.resolution}"
-        )
+        raise ValueError(f"the generator makes images of {side}×{side} pixels, larger than the real ones")
     if "swd" in scores and side < SMALLEST_LEVEL:
         raise ValueError(f"images of {side}×{side} pixels are too small for SWD: it starts at {SMALLEST_LEVEL}")
     if "ms-ssim" in scores and side < 128:
