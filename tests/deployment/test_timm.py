@@ -63,4 +63,5 @@ def test_jit_trace_with_its_check_gives_equal_outputs(converted):
     traced = torch.jit.trace(network, image)
     with torch.no_grad():
         for found, expected in zip(tree_leaves(traced(image)), tree_leaves(network(image)), strict=True):
-            torch.testing.assert_close(found, expected)
+            # By the largest output: with random norms the outputs of some reach 10⁹, and cancel each other out.
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

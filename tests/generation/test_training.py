@@ -210,9 +210,8 @@ def test_a_run_goes_on_with_another_number_of_processes(launched):
 def test_a_step_in_bfloat16_moves_everything(trained, monkeypatch):
     # MMEngine's wrapper refuses to work without a GPU; what it enters there is torch's autocast, which CPUs have.
     monkeypatch.setattr("mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available", lambda: True)
-    amp = {
-        f"optim_wrapper.{name}.{key}": value for name in ("generator", "discriminator") for key, value in AMP.items()
-    }
+    amp = {"type": "AmpOptimWrapper", "dtype": "bfloat16"}
+    amp = {f"optim_wrapper.{name}.{k}": v for name in ("generator", "discriminator") for k, v in amp.items()}
     full = scalars(trained(NAMES[1]))
     half = trained(NAMES[1], work="half", **amp)
     assert type(half.optim_wrapper["generator"]).__name__ == "AmpOptimWrapper"
