@@ -33,7 +33,19 @@ FILES = {
         *("watching", "checking", "deciding", "deploying", "exporting"),
     ],
     "generation": [
-        *("growth", "losses", "images", "wasserstein", "sampling", "scores", "model", "loop", "training", "__main__"),
+        *(
+            "growth",
+            "losses",
+            "images",
+            "wasserstein",
+            "sampling",
+            "scores",
+            "model",
+            "cost",
+            "loop",
+            "training",
+            "__main__",
+        ),
     ],
     "checkpoint": ["pickles", "reading", "tensors", "header", "origin", "converted", "guard", "hub", "timm_loading"],
 }

@@ -22,7 +22,7 @@ import coconv_surgery as cs
 from coconv_surgery.demo.shapes import write_shapes
 from coconv_surgery.mmdet import example_inputs
 from coconv_surgery.mmdet.building import build_detector
-from coconv_surgery.mmdet.paths import config_path
+from coconv_surgery.mmengine.paths import config_path
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"

@@ -456,7 +456,8 @@ def shapes(root: Path, train: int, val: int, size: int, seed: int) -> None:
     "-o", "--output", default="demo_output", show_default=True, type=click.Path(file_okay=False, path_type=Path)
 )
 @click.option("--detection", is_flag=True, help="Also train a detector: minutes on 2 cores (extra: mmdet).")
-def demo(output: Path, detection: bool) -> None:
+@click.option("--generation", is_flag=True, help="Also train two GANs: eight minutes on 2 cores (extra: generation).")
+def demo(output: Path, detection: bool, generation: bool) -> None:
     """Convert a timm network, run it on a photograph, and write its plan as text, JSON and a picture."""
     from coconv_surgery.demo.conversion import convert_and_compare
 
@@ -467,10 +468,18 @@ def demo(output: Path, detection: bool) -> None:
     if detection:
         from coconv_surgery.demo.detection import train_and_detect
 
-        with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
-            task = bar.add_task("", total=1.0)
-            report = train_and_detect(output, lambda done, what: bar.update(task, completed=done, description=what))
-        click.echo(report)
+        _with_progress(train_and_detect, output)
+    if generation:
+        from coconv_surgery.demo.generation import train_and_generate
+
+        _with_progress(train_and_generate, output)
+
+
+def _with_progress(work: Callable[[Path, Callable[[float, str], None]], str], output: Path) -> None:
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("", total=1.0)
+        report = work(output, lambda done, what: bar.update(task, completed=done, description=what))
+    click.echo(report)
 
 
 def _create(name: str, *, pretrained: bool = False) -> nn.Module:

@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,8 @@ from mmengine.config import Config
 from pycocotools.coco import COCO
 
 from coconv_surgery.demo.shapes import CLASSES, write_shapes
-from coconv_surgery.mmdet.paths import config_path
+from coconv_surgery.demo.training import run_logged
+from coconv_surgery.mmengine.paths import config_path
 from coconv_surgery.viz.detections import Boxes, save_detections
 
 _CONFIG = "shapes/ssd_coresnet18_shapes.py"
@@ -65,26 +64,13 @@ def _train(config: Path, work_dir: Path, output: Path, progress: Progress) -> No
     tool = Path(mmdet.__file__).parent / ".mim" / "tools" / "train.py"
     epochs = Config.fromfile(config, import_custom_modules=False).train_cfg.max_epochs
     command = [sys.executable, str(tool), str(config), "--work-dir", str(work_dir), "--resume"]
-    with (
-        open(output / "train.log", "w", buffering=1, encoding="utf-8") as log,
-        subprocess.Popen(
-            command,
-            cwd=output,
-            # Waiting threads give up their core, so that training does not slow down whatever else runs.
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-        ) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            if step := _STEP.search(line):
-                epoch, iteration, length = map(int, step.groups()[:3])
-                progress((epoch - 1 + iteration / length) / epochs, f"training, loss {float(step[4]):.2f}")
-    if process.returncode:
-        raise RuntimeError(f"training ended with exit code {process.returncode}: see {output / 'train.log'}")
+
+    def report(line: str) -> None:
+        if step := _STEP.search(line):
+            epoch, iteration, length = map(int, step.groups()[:3])
+            progress((epoch - 1 + iteration / length) / epochs, f"training, loss {float(step[4]):.2f}")
+
+    run_logged(command, output / "train.log", report)
 
 
 def _last_evaluation(work_dir: Path) -> dict[str, float]:

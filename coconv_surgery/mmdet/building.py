@@ -7,7 +7,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from coconv_surgery.mmdet.paths import config_path
+from coconv_surgery.mmengine.paths import config_path
 
 
 def build_detector(model: Any) -> nn.Module:
