@@ -53,6 +53,16 @@ PROMISES = {
     "A deployed network is of plain layers, and computes what the network computes": [
         *("deployment.test_deploying", "deployment.test_exporting", "mmdet.test_deployment"),
     ],
+    "ProGAN is the reference implementation's, and grows and converts alike": [
+        "zoo.test_progan",
+        "generation.test_configs",
+    ],
+    "A GAN's training is a function of its seed and the images seen: stopped, resumed, shared among processes": [
+        *("generation.test_training", "generation.test_growth", "generation.test_images"),
+    ],
+    "Losses and scores of GANs are those of their papers": [
+        *("generation.test_losses", "generation.test_wasserstein", "generation.test_scores"),
+    ],
     "Exporters, scripters, quantisers and counters take it": [
         "deployment.test_exporters",
         "deployment.test_quantisers",

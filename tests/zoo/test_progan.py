@@ -143,6 +143,8 @@ def test_an_equalised_convolution_becomes_contextual_with_scaled_kernels():
     scaled = he(weight)
     expected = [F.conv2d(x, scaled[:3], padding=1), F.conv2d(x, scaled[3:], padding=2, dilation=2)]
     torch.testing.assert_close(conv(x), torch.cat(expected, 1))
+    kernels = torch.randn_like(scaled)
+    torch.testing.assert_close(conv.parameters_for(kernels)["weight"] * conv.scale, kernels)
 
 
 @pytest.mark.parametrize("fade", [1.0, 0.25])
