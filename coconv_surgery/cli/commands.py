@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import timm
+import torch
 import torch.nn as nn
 from timm.models import load_checkpoint
 
@@ -48,6 +49,9 @@ def _input_size(value: str) -> int | tuple[int, ...]:
     return sides[0] if len(sides) == 1 else sides
 
 
+_device_option = click.option("--device", metavar="NAME", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
+
+
 def _numbers(value: str) -> tuple[int, ...]:
     return tuple(int(number) for number in value.split(","))
 
@@ -76,6 +80,10 @@ def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _device(name: str | None) -> str:
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -246,26 +254,26 @@ def export(
 @click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--images", default=64, show_default=True, type=click.IntRange(min=1), help="How many.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the latents.")
+@_device_option
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="A picture.")
-def generate(checkpoint: Path, images: int, seed: int, output: Path) -> None:
+def generate(checkpoint: Path, images: int, seed: int, device: str | None, output: Path) -> None:
     """Picture what the averaged generator of a CHECKPOINT makes (extra: generation).
 
     \b
-    coconv generate work_dirs/coprogan_shapes-32x32/iter_3470.pth -o grid.png --seed 0
+    coconv generate work_dirs/coprogan_shapes-32x32/iter_6000.pth -o grid.png --seed 0
     """
     from coconv_surgery.generation.sampling import load_grown, write_grid
 
-    grown = load_grown(checkpoint)
+    grown = load_grown(checkpoint, _device(device))
     write_grid(grown, output, images, seed)
-    seen = "" if grown.images_seen is None else f" after {grown.images_seen:,} real ones"
-    faded = "" if grown.fade == 1 else f", the newest block faded in by {grown.fade:.0%}"
-    click.echo(f"{output}: {images} images of {grown.resolution}×{grown.resolution} pixels{seen}{faded}")
+    click.echo(f"{output}: {images} images {grown}")
 
 
 @app.command("evaluate-gan")
 @click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A folder of real images.")
 @click.option("--crop", type=_numbers, metavar="TOP,LEFT,H,W", help="What of them is used. CelebA: 57,25,128,128.")
+@click.option("--mirror", is_flag=True, help="Mirror half of the real images, where the training mirrored them.")
 @click.option("--cifar10", type=click.Path(exists=True, file_okay=False, path_type=Path), help="CIFAR-10 instead.")
 @click.option("--score", "scores", multiple=True, help="is, fid, ms-ssim or swd. Repeatable. Default: swd.")
 @click.option("--count", type=click.IntRange(min=2), help="Images for each. Default: as ProGAN's authors.")
@@ -273,21 +281,24 @@ def generate(checkpoint: Path, images: int, seed: int, output: Path) -> None:
     "--inception", type=click.Path(dir_okay=False, path_type=Path), help="Inception's weights, for is and fid."
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@_device_option
 def evaluate_gan(
     checkpoint: Path,
     data: Path | None,
     crop: tuple[int, ...] | None,
+    mirror: bool,
     cifar10: Path | None,
     scores: tuple[str, ...],
     count: int | None,
     inception: Path | None,
     seed: int,
+    device: str | None,
 ) -> None:
     """Print Table 7's columns for the averaged generator of a CHECKPOINT (extra: generation).
 
     \b
-    coconv evaluate-gan iter_3470.pth --data data/shapes64/val --score swd
-    coconv evaluate-gan iter_187500.pth --cifar10 data --score is --score fid --inception weights-inception.pth
+    coconv evaluate-gan iter_6000.pth --data data/shapes64/val --crop 16,16,32,32 --mirror --score swd
+    coconv evaluate-gan iter_164062.pth --cifar10 data --score is --score fid --inception weights-inception.pth
     """
     from coconv_surgery.generation.images import CIFAR10Images, FolderImages
     from coconv_surgery.generation.sampling import load_grown
@@ -295,14 +306,26 @@ def evaluate_gan(
 
     if (data is None) == (cifar10 is None):
         raise click.UsageError("real images: give either --data FOLDER or --cifar10 FOLDER")
+    if cifar10 is not None and crop is not None:
+        raise click.UsageError("--crop is for the images of a folder, and CIFAR-10's are used whole")
     for name in scores:
         choice(name, "--score", SCORES)
-    grown = load_grown(checkpoint)
+    grown = load_grown(checkpoint, _device(device))
     side, colours = grown.resolution, grown.generator.colours
     reals = FolderImages(data, side, colours, crop) if data is not None else CIFAR10Images(cifar10 or "", side)
     with console.status("scoring") as status:
         wanted = cast(tuple[Score, ...], scores or ("swd",))
-        found = score(grown, reals, wanted, count=count, inception=inception, seed=seed, progress=status.update)
+        found = score(
+            grown,
+            reals,
+            wanted,
+            count=count,
+            inception=inception,
+            mirror=mirror,
+            seed=seed,
+            progress=status.update,
+        )
+    click.echo(f"{checkpoint}: images {grown}, {len(reals):,} real ones\n")
     click.echo(align([list(found), [f"{value:.4f}" for value in found.values()]]))
 
 

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the work dir's last checkpoint, if it has one"
     )
-    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"))
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="key=value pairs that override the config")
     parser.add_argument("--cost", action="store_true", help="count the multiply-adds of the training, and do not train")
     arguments = parser.parse_args()
@@ -34,9 +34,11 @@ def main() -> None:
     if arguments.cost:
         print(_cost(config))
         return
-    config.launcher = arguments.launcher
+    if arguments.launcher:
+        config.launcher = arguments.launcher
     config.work_dir = str(arguments.work_dir or Path(config.get("work_dir") or f"work_dirs/{arguments.config.stem}"))
-    config.resume = arguments.resume
+    if arguments.resume:
+        config.resume = True
     Runner.from_cfg(config).train()
 
 

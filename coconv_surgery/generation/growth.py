@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import NamedTuple
 
 from coconv_surgery.layers.arguments import mapping, shown, whole_number
 from coconv_surgery.zoo.progan import SMALLEST, resolution_index
 
 # The reference implementation's for one GPU, preset v2.
-_BATCHES = MappingProxyType({4: 128, 8: 128, 16: 128, 32: 64, 64: 32, 128: 16, 256: 8, 512: 4, 1024: 4})
+_BATCHES = {4: 128, 8: 128, 16: 128, 32: 64, 64: 32, 128: 16, 256: 8, 512: 4, 1024: 4}
 
 
 class Step(NamedTuple):
@@ -147,4 +146,4 @@ def _batches(given: Mapping[int, int]) -> Mapping[int, int]:
     for side, size in sizes.items():
         if whole_number(size, f"batches[{side}]", at_least=1) % min(size, 4):
             raise ValueError(f"batches[{side}]={shown(size)} must be at most 4, or a multiple of 4")
-    return MappingProxyType({**_BATCHES, **{int(side): int(size) for side, size in sizes.items()}})
+    return {**_BATCHES, **{int(side): int(size) for side, size in sizes.items()}}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
 from coconv_surgery.generation.growth import Growth
@@ -16,6 +16,9 @@ from coconv_surgery.layers.arguments import whole_numbers
 from coconv_surgery.zoo.progan import resolution_index
 
 Request = tuple[int, int]
+
+# Those of eight bits a colour; conversion would cut the others off.
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 class GrowingImages(Dataset[torch.Tensor]):
@@ -57,10 +60,19 @@ class GrowingImages(Dataset[torch.Tensor]):
             ``(colours, side, side)`` of unsigned bytes.
 
         Raises:
-            ValueError: If the image is not square, or its side is not that of the data set, or a multiple of it.
+            ValueError: If the image cannot be read, has more than eight bits a colour, or is not square with the side
+                of the data set or a multiple of it; or if it is asked for larger than that.
         """
         index, side = request
-        picture = self.picture(index).convert("RGB" if self.colours == 3 else "L")
+        if side > self.resolution:
+            raise ValueError(f"{side}×{side} pixels are asked for, of images for {self.resolution}×{self.resolution}")
+        try:
+            picture = self.picture(index)
+            if picture.mode not in _MODES:
+                raise ValueError(f"its pixels are of the kind {picture.mode!r}: convert it to eight bits a colour")
+            picture = picture.convert("RGB" if self.colours == 3 else "L")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{self.name(index)} cannot be read: {error}") from error
         width, height = picture.size
         if width != height or width % self.resolution:
             raise ValueError(
@@ -72,7 +84,9 @@ class GrowingImages(Dataset[torch.Tensor]):
 
 
 class FolderImages(GrowingImages):
-    """The images of a folder and of all folders in it, sorted by name.
+    """The images of a folder and of all folders in it, sorted by path; hidden files are left out.
+
+    Photographs are turned as they say that they are to be, and what is transparent has the colour that is stored.
 
     Args:
         root: The folder.
@@ -90,11 +104,14 @@ class FolderImages(GrowingImages):
         super().__init__(resolution, colours)
         if not Path(root).is_dir():
             raise FileNotFoundError(f"root={str(root)!r}: there is no such folder")
-        self.paths = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        found = (path for path in Path(root).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        self.paths = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
         if not self.paths:
             raise ValueError(f"{root} has no images ({', '.join(IMG_EXTENSIONS)})")
         form = "must be the top, left, height and width of what is used"
         self.crop = None if crop is None else whole_numbers(crop, "crop", form, lengths=[4], at_least=0)
+        if self.crop is not None and 0 in self.crop[2:]:
+            raise ValueError(f"crop={self.crop} {form}: nothing is left")
 
     def __len__(self) -> int:
         """Number of images."""
@@ -102,13 +119,12 @@ class FolderImages(GrowingImages):
 
     def picture(self, index: int) -> Image.Image:
         """An image as it is stored, cropped."""
-        picture: Image.Image = default_loader(str(self.paths[index]))
+        picture: Image.Image = ImageOps.exif_transpose(Image.open(self.paths[index]))
         if self.crop is None:
             return picture
         top, left, height, width = self.crop
         if top + height > picture.height or left + width > picture.width:
-            size = f"{picture.width}×{picture.height}"
-            raise ValueError(f"{self.paths[index]} has {size} pixels: crop={self.crop} reaches out of it")
+            raise ValueError(f"it has {picture.width}×{picture.height} pixels, and crop={self.crop} reaches out of it")
         return picture.crop((left, top, left + width, top + height))
 
     def name(self, index: int) -> str:
@@ -158,7 +174,8 @@ class GrowingBatches(Sampler[list[Request]]):
     """Batches of a growing network: what they are depends on the images seen before, and on nothing else.
 
     All images are seen in an order of chance before any is seen again. Of every batch, a process gets each so many-th
-    image, so that the number of processes changes nothing.
+    image, and a multiple of four, so that those which the discriminator looks at together are the same with any number
+    of processes.
 
     Args:
         growth: Sizes of the batches and of the images.
@@ -180,11 +197,10 @@ class GrowingBatches(Sampler[list[Request]]):
 
     def __init__(self, growth: Growth, count: int, seed: int = 0, rank: int = 0, world: int = 1, seen: int = 0) -> None:
         for side in {phase.resolution for phase in growth.phases}:
-            share = growth.batches[side] / world
-            if share != int(share) or (share > 4 and share % 4):
+            if world > 1 and growth.batches[side] % (4 * world):
                 raise ValueError(
-                    f"batches[{side}]={growth.batches[side]} cannot be shared among {world} processes: each takes up "
-                    "to 4 images, or a multiple of 4"
+                    f"batches[{side}]={growth.batches[side]} cannot be shared among {world} processes: each takes a "
+                    "multiple of 4 images"
                 )
         self.growth, self.count, self.seed, self.rank, self.world, self.seen = growth, count, seed, rank, world, seen
 
@@ -213,4 +229,4 @@ def seeded(*numbers: int) -> torch.Generator:
     (True, False)
     """
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator("cpu").manual_seed(int(state[0] >> np.uint64(1)))
+    return torch.Generator("cpu").manual_seed(int(state[0]) >> 1)

@@ -18,8 +18,6 @@ from coconv_surgery.generation.sampling import as_bytes, grid
 from coconv_surgery.layers.arguments import instance, mapping, whole_number
 from coconv_surgery.mmengine.hooks import converted_network
 
-_CHECKED = 100
-
 DATASETS.register_module(module=FolderImages)
 DATASETS.register_module(module=CIFAR10Images)
 
@@ -33,10 +31,13 @@ class GrowingTrainLoop(BaseLoop):  # type: ignore[misc]
         dataloader: The ``dataset``, a :class:`~coconv_surgery.generation.images.GrowingImages` or its config, and
             further arguments of torch's data loader, such as ``num_workers``. Batches follow from the schedule.
 
+    It goes on from where the model's weights have been trained to, whether all of a run is resumed or weights alone are
+    loaded, and with a schedule that differs in what lies ahead.
+
     Raises:
-        FloatingPointError: If a loss is not a finite number any more, which is looked at every hundred steps.
         TypeError: If the model or the data set are of another kind.
-        ValueError: If the data set is of another resolution, or batches cannot be shared among the processes.
+        ValueError: If the data set is of another resolution, batches cannot be shared among the processes, the schedule
+            is another one than the weights were trained by, or weights alone are loaded and nothing remains.
     """
 
     def __init__(self, runner: Any, dataloader: Any) -> None:
@@ -54,7 +55,7 @@ class GrowingTrainLoop(BaseLoop):  # type: ignore[misc]
             )
         rank, world = get_dist_info()
         self.batches = GrowingBatches(growth, len(dataset), self.model.seed, rank, world)
-        self.max_iters = len(self.batches)
+        self.max_iters = len(self.batches)  # of what is loaded after this, nothing is known yet
         super().__init__(runner, DataLoader(dataset, batch_sampler=self.batches, **settings))
         self._iter = 0  # which the runner sets when it resumes
         self.max_epochs, self._epoch, self.epoch = 1, 0, 0
@@ -66,16 +67,15 @@ class GrowingTrainLoop(BaseLoop):  # type: ignore[misc]
 
     def run(self) -> nn.Module:
         """Train, from where the model has been trained to."""
+        self.batches.seen = self._seen()
+        self.max_iters = self._iter + len(self.batches)
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
-        self.batches.seen = self.model.images_seen
         for images in self.dataloader:
             self.runner.model.train()
             arguments = {"batch_idx": self._iter, "data_batch": images}
             self.runner.call_hook("before_train_iter", **arguments)
             outputs = self.runner.model.train_step(images, optim_wrapper=self.runner.optim_wrapper)
-            if self._iter % _CHECKED == 0:  # not at every step: a GPU would wait for it
-                _check_finite(outputs, self._iter)
             self.runner.call_hook("after_train_iter", **arguments, outputs=outputs)
             self._iter += 1
         self.runner.call_hook("after_train_epoch")
@@ -83,11 +83,24 @@ class GrowingTrainLoop(BaseLoop):  # type: ignore[misc]
         model: nn.Module = self.runner.model
         return model
 
-
-def _check_finite(outputs: Mapping[str, torch.Tensor], step: int) -> None:
-    for name, value in outputs.items():
-        if not value.isfinite().all():
-            raise FloatingPointError(f"{name} is {value.item()} at step {step}: the training has failed")
+    def _seen(self) -> int:
+        """Real images that the model has seen, by this schedule."""
+        seen, last, growth = self.model.images_seen, self.model.trained, self.model.growth
+        if last.phase < 0:
+            return 0
+        now = growth.at(seen - last.batch)
+        if (now.phase, now.resolution) != (last.phase, last.resolution):
+            raise ValueError(
+                f"the checkpoint has seen {seen:,} images, and stands in phase {last.phase} at {last.resolution}×"
+                f"{last.resolution} pixels, where this schedule is in phase {now.phase} at {now.resolution}×"
+                f"{now.resolution}: give the growth= that it was trained with, up to there"
+            )
+        if seen >= growth.images and self._iter == 0:
+            raise ValueError(
+                f"the checkpoint has seen {seen:,} images, and the schedule has {growth.images:,}: nothing remains. "
+                "Give growth=dict(images=...) more, or begin without the checkpoint"
+            )
+        return seen
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -119,6 +132,49 @@ class EachNetworkConstructor:
         return OptimWrapperDict(
             **{name: build_optim_wrapper(getattr(whole, name), dict(config)) for name, config in self.configs.items()}
         )
+
+
+@HOOKS.register_module()
+class FiniteWeightsHook(Hook):  # type: ignore[misc]
+    """Ends a training whose weights are not finite any more, before they are saved.
+
+    Args:
+        interval: Steps from one look to the next; a GPU waits for each.
+    """
+
+    def __init__(self, interval: int = 100) -> None:
+        self.interval = whole_number(interval, "interval", at_least=1)
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Look at the weights, where it is due.
+
+        Raises:
+            FloatingPointError: If one is not finite.
+        """
+        if (batch_idx + 1) % self.interval == 0:
+            _check_finite(converted_network(runner), runner.iter)
+
+    def after_train(self, runner: Any) -> None:
+        """Look at the weights.
+
+        Raises:
+            FloatingPointError: If one is not finite.
+        """
+        _check_finite(converted_network(runner), runner.iter)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Look at the weights.
+
+        Raises:
+            FloatingPointError: If one is not finite.
+        """
+        _check_finite(converted_network(runner), runner.iter)
+
+
+def _check_finite(model: nn.Module, step: int) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite at step {step}: the training has failed")
 
 
 @HOOKS.register_module()

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+_MOST_SCALE = 1024.0  # gradients that are to be near 1 must not pass what half precision can hold, 65,504
+
 
 def generator_loss(scores: torch.Tensor) -> torch.Tensor:
     """What the generator minimises.
@@ -35,12 +37,13 @@ def discriminator_losses(
         penalty: Weight of the penalty on the norms of gradients.
         target: What the norms should be. The ProGAN paper takes 750 for CIFAR-10 (appendix D), else 1.
         drift: Weight of the squares of real scores, which keeps them near zero.
-        loss_scale: What the gradient is scaled with on its way, so that half precision can hold it.
+        loss_scale: What the gradient is scaled with on its way, so that half precision can hold it; 1,024 at most.
 
     Returns:
         ``loss_wasserstein``, ``loss_penalty`` and ``loss_drift``.
     """
     real_scores, fake_scores = discriminator(reals).float(), discriminator(fakes).float()
+    loss_scale = min(loss_scale, _MOST_SCALE)
     mixed = torch.lerp(reals, fakes.to(reals.dtype), mix[:, None, None, None]).requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(mixed).float().sum() * loss_scale, mixed, create_graph=True)
     norms = (gradient.float() / loss_scale).flatten(1).norm(dim=1)

@@ -1,5 +1,7 @@
 """ProGAN and CoProGAN as a model of MMEngine, which trains its two networks in turn."""
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -8,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.dist import get_dist_info
-from mmengine.model import BaseModel, ExponentialMovingAverage, is_model_wrapper
+from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import get_state_dict
@@ -16,7 +18,8 @@ from mmengine.runner.checkpoint import get_state_dict
 from coconv_surgery.generation.growth import Growth, Step
 from coconv_surgery.generation.images import seeded
 from coconv_surgery.generation.losses import discriminator_losses, generator_loss
-from coconv_surgery.layers.arguments import flag, mapping, whole_number
+from coconv_surgery.generation.sampling import part_of_plan
+from coconv_surgery.layers.arguments import flag, kind, mapping, whole_number
 from coconv_surgery.mmengine import SurgeryOptions
 from coconv_surgery.zoo.progan import discriminator, progan
 
@@ -37,8 +40,8 @@ class ProGAN(BaseModel):  # type: ignore[misc]
         fmap_max: As of :func:`~coconv_surgery.zoo.progan.widths`.
         latent: As of :func:`~coconv_surgery.zoo.progan.progan`.
         colours: Channels of the images.
-        surgery: What to convert in the generator; the keys of :class:`~coconv_surgery.mmengine.SurgeryOptions`.
-            CoProGAN is ``dict(policy=dict(type="resolution", split="even"))``.
+        surgery: What to convert in the generator; the keys of :class:`~coconv_surgery.mmengine.SurgeryOptions`, but
+            ``calibrate``. CoProGAN is ``dict(policy=dict(type="resolution", split="even"))``.
         discriminator_surgery: The same for the discriminator, which the paper leaves plain.
         growth: The schedule: the keys of :class:`~coconv_surgery.generation.growth.Growth`, but ``resolution``.
         penalty: As of :func:`~coconv_surgery.generation.losses.discriminator_losses`.
@@ -82,22 +85,26 @@ class ProGAN(BaseModel):  # type: ignore[misc]
         super().__init__(data_preprocessor)
         given = {} if growth is None else mapping(growth, "growth", "a schedule", keys=_GROWTH)
         self.growth = Growth(resolution=resolution, **given)
-        self.weights = {"penalty": penalty, "target": target, "drift": drift}
-        self.mirror = flag(mirror, "mirror")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing={smoothing} must be at least 0, and less than 1")
+        weights = {"penalty": penalty, "target": target, "drift": drift}
+        self.weights = {name: _number(value, name) for name, value in weights.items()}
+        if target == 0:
+            raise ValueError("target=0 must be more: it is what the gradient's norm is divided by")
+        self.mirror, self.smoothing = flag(mirror, "mirror"), _number(smoothing, "smoothing")
+        if smoothing >= 1:
+            raise ValueError(f"smoothing={smoothing} must be less than 1")
         self.seed = whole_number(seed, "seed", at_least=0)
         self.colours = colours
         options = [None if each is None else SurgeryOptions.read(each) for each in (surgery, discriminator_surgery)]
         self.generator = progan(resolution, fmap_base, fmap_max, latent, colours)
         self.discriminator = discriminator(resolution, fmap_base, fmap_max, colours)
         self.latent = self.generator.latent
-        for network, option in zip((self.generator, self.discriminator), options, strict=True):
+        for name, option in zip(("generator", "discriminator"), options, strict=True):
             if option is not None:
-                option.convert(network)
-        self.average = ExponentialMovingAverage(self.generator, momentum=1 - smoothing)
-        # What has been trained, for files: images seen, phase, resolution, fade.
-        self.register_buffer("progress", torch.tensor([0, -1, self.growth.start, 1], dtype=torch.float64))
+                _convert(getattr(self, name), name, option)
+        self.average = copy.deepcopy(self.generator).requires_grad_(False)
+        # What the last step was about, for files.
+        none_yet = [0, -1, self.growth.start, 1, 0]
+        self.register_buffer("progress", torch.tensor(none_yet, dtype=torch.float64))
         self._known: tuple[int, Step] | None = None
         self._register_state_dict_hook(_name_as_unwrapped)
 
@@ -167,10 +174,12 @@ class ProGAN(BaseModel):  # type: ignore[misc]
             loss = generator_loss(critic(self.generator(more_latents, step.resolution, step.fade), step.fade))
         optimizer.update_params(loss)
         critic.requires_grad_(True)
-        self.average.update_parameters(author)
+        with torch.no_grad():
+            for kept, new in zip(self.average.parameters(), author.parameters(), strict=True):
+                kept.lerp_(new, 1 - self.smoothing)
 
         self._known = seen + step.batch, step
-        self.progress.copy_(torch.tensor([seen + step.batch, step.phase, step.resolution, step.fade]))
+        self.progress.copy_(torch.tensor([seen + step.batch, *step], dtype=torch.float64))
         progress = {"kimg": (seen + step.batch) / 1000, "resolution": step.resolution, "fade": step.fade}
         return {**logged, "loss_generator": loss.detach(), **{key: torch.tensor(v) for key, v in progress.items()}}
 
@@ -197,8 +206,8 @@ class ProGAN(BaseModel):  # type: ignore[misc]
 
     def _progress(self) -> tuple[int, Step]:
         if self._known is None:  # after loading: reading it at every step would make a GPU wait
-            seen, phase, resolution, fade = self.progress.tolist()
-            self._known = int(seen), Step(int(phase), int(resolution), fade, self.growth.batches[int(resolution)])
+            seen, phase, resolution, fade, batch = self.progress.tolist()
+            self._known = int(seen), Step(int(phase), int(resolution), fade, int(batch))
         return self._known
 
     # mmengine loads what fits and only logs what does not.
@@ -215,6 +224,24 @@ class ProGAN(BaseModel):  # type: ignore[misc]
             )
         self._known = None
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _convert(network: nn.Module, name: str, options: SurgeryOptions) -> None:
+    if options.calibration is not None:
+        raise ValueError(f"surgery: calibrate is for networks that take images of a data set, which a {name} does not")
+    plan = options.saved_plan()
+    if plan is None:
+        options.convert(network)
+    else:  # the work dir's is of the whole model
+        options.apply(network, part_of_plan(plan, (f"{name}.", f"{name}.module.")) or plan)
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {kind(value)}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value} must be at least 0")
+    return float(value)
 
 
 _GROWTH = ("images", "stabilise", "fade", "batches", "start")

@@ -4,15 +4,17 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from coconv_surgery.generation.images import GrowingImages, seeded
 from coconv_surgery.generation.sampling import Grown
 from coconv_surgery.generation.wasserstein import SMALLEST_LEVEL, PatchSet, sliced_wasserstein
-from coconv_surgery.layers.arguments import file_to_read
+from coconv_surgery.layers.arguments import choice, file_to_read, whole_number
 
 try:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -27,6 +29,7 @@ SCORES: tuple[Score, ...] = get_args(Score)
 # Images that the reference implementation takes for each.
 COUNTS: dict[Score, int] = {"swd": 16_384, "ms-ssim": 20_000, "fid": 50_000, "is": 50_000}
 _BATCH = 32
+_SOURCE = f"get {URL_INCEPTION_V3}, torch-fidelity's port of the weights that FID and IS are defined by"
 _WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the five scales (Wang et al., 2003)
 _WINDOW, _SIGMA = 11, 1.5
 
@@ -38,6 +41,7 @@ def score(
     *,
     count: int | None = None,
     inception: str | Path | None = None,
+    mirror: bool = False,
     seed: int = 0,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, float]:
@@ -47,9 +51,10 @@ def score(
         grown: The generator.
         data: Real images.
         scores: Which scores: ``"swd"``, ``"ms-ssim"`` (of generated images alone), ``"fid"`` and ``"is"``.
-        count: Images for each score. Default: as many as the reference implementation takes, see :data:`COUNTS`; where
-            there are fewer real ones, those.
+        count: Images for each score, an even number. Default: as many as the reference implementation takes, see
+            :data:`COUNTS`, or as there are real ones.
         inception: File of Inception-v3's weights, which ``"fid"`` and ``"is"`` need.
+        mirror: Whether half of the real images are mirrored, as where a training mirrors them.
         seed: Of latents, and of what a score leaves to chance.
         progress: Told what is being computed.
 
@@ -59,9 +64,16 @@ def score(
 
     Raises:
         FileNotFoundError: If there are no such weights.
-        ValueError: If they are needed and not given, or images are too small for a score.
+        ValueError: If they are needed and not given, images are too small for a score, there are too few real ones, or
+            an argument is not one that it can be.
     """
+    for name in scores:
+        choice(name, "scores", SCORES)
     side = grown.resolution
+    if data.colours != grown.generator.colours:
+        raise ValueError(f"real images of {data.colours} colours, generated ones of {grown.generator.colours}")
+    if count is not None and (whole_number(count, "count", at_least=2) % 2 or count > len(data)):
+        raise ValueError(f"count={count} must be even, and at most the number of real images, {len(data)}")
     if side > data.resolution:
         raise ValueError(f"the generator makes images of {side}×{side} pixels, larger than the real ones")
     if "swd" in scores and side < SMALLEST_LEVEL:
@@ -73,23 +85,26 @@ def score(
     found: dict[str, float] = {}
     for name in (name for name in ("is", "fid", "ms-ssim", "swd") if name in scores):
         progress(name)
-        most = COUNTS[name] if count is None else count
-        most = most if name in ("ms-ssim", "is") else min(most, len(data))
+        most = min(COUNTS[name], len(data)) if count is None and name in ("swd", "fid") else count or COUNTS[name]
         fakes = grown.images(most, seed)
         if name == "swd":
-            distances = sliced_wasserstein(_patches(real_images(data, side, most, seed)), _patches(fakes), seed)
+            reals = real_images(data, side, most, seed, mirror=mirror)
+            distances = sliced_wasserstein(_patches(reals), _patches(fakes), seed, grown.device)
             found |= {f"SWD×10³ {level}": 1e3 * value for level, value in distances.items()}
             found["SWD×10³ average"] = 1e3 * sum(distances.values()) / len(distances)
         elif name == "ms-ssim":
-            found["MS-SSIM"] = _mean_ms_ssim(fakes)
+            found["MS-SSIM"] = _mean_ms_ssim(fakes, grown.device)
         elif name == "fid":
-            found["FID"] = _frechet(real_images(data, side, most, seed), fakes, inception)
+            reals = real_images(data, side, most, seed, mirror=mirror)
+            found["FID"] = _frechet(reals, fakes, inception, grown.device)
         else:
-            found["IS"], found["IS ±"] = _inception_score(fakes, inception, seed)
+            found["IS"], found["IS ±"] = _inception_score(fakes, inception, grown.device, seed)
     return found
 
 
-def real_images(data: GrowingImages, side: int, count: int, seed: int = 0) -> Iterator[torch.Tensor]:
+def real_images(
+    data: GrowingImages, side: int, count: int, seed: int = 0, *, mirror: bool = False
+) -> Iterator[torch.Tensor]:
     """Batches of real images, chosen by chance.
 
     Args:
@@ -97,17 +112,21 @@ def real_images(data: GrowingImages, side: int, count: int, seed: int = 0) -> It
         side: The side that they are wanted at.
         count: How many.
         seed: Of the choice.
+        mirror: Whether every other one is mirrored.
     """
     chosen = iter(torch.randperm(len(data), generator=seeded(seed))[:count].tolist())
     while batch := list(islice(chosen, _BATCH)):
-        yield torch.stack([data[index, side] for index in batch])
+        images = torch.stack([data[index, side] for index in batch])
+        if mirror:
+            images[::2] = images[::2].flip(3)
+        yield images
 
 
 def ms_ssim(ones: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Multi-scale structural similarity of pairs of images (Wang et al., 2003).
 
     As in ProGAN's reference implementation the window shrinks with the map where that is smaller, so that 128×128
-    pixels are enough; from 161 on it is torchmetrics' own.
+    pixels are enough, and only whole windows count. Theirs shrinks to 8 pixels, this one to 7.
 
     Args:
         ones: ``(N, C, H, W)``, from 0 to 255.
@@ -119,17 +138,21 @@ def ms_ssim(ones: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     product = torch.ones(len(ones), device=ones.device)
     for scale, weight in enumerate(_WEIGHTS):
         window = min(_WINDOW, ones.shape[-1] - (1 - ones.shape[-1] % 2))
-        similarity, contrast = structural_similarity_index_measure(
+        last = scale == len(_WEIGHTS) - 1
+        _, found = structural_similarity_index_measure(
             ones,
             others,
             sigma=_SIGMA * window / _WINDOW,
             kernel_size=window,
             data_range=255.0,
             reduction="none",
-            return_contrast_sensitivity=True,
+            return_full_image=last,
+            return_contrast_sensitivity=not last,
         )
-        last = scale == len(_WEIGHTS) - 1
-        product = product * (similarity if last else contrast).clamp(min=0) ** weight
+        if last:  # at the border, windows are filled up
+            border = window // 2
+            found = found[..., border:-border, border:-border].mean((1, 2, 3))
+        product = product * found.clamp(min=0) ** weight
         ones, others = F.avg_pool2d(ones, 2), F.avg_pool2d(others, 2)
     return product
 
@@ -141,30 +164,42 @@ def _patches(batches: Iterator[torch.Tensor]) -> PatchSet:
     return patches
 
 
-def _mean_ms_ssim(batches: Iterator[torch.Tensor]) -> float:
-    values = [ms_ssim(images[::2].float(), images[1::2].float()) for images in batches]
+def _mean_ms_ssim(batches: Iterator[torch.Tensor], device: torch.device) -> float:
+    moved = (images.to(device).float() for images in batches)
+    values = [ms_ssim(images[::2], images[1::2]) for images in moved]
     return torch.cat(values).double().mean().item()
 
 
-def _frechet(reals: Iterator[torch.Tensor], fakes: Iterator[torch.Tensor], inception: Any) -> float:
-    metric = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(inception))
+def _frechet(
+    reals: Iterator[torch.Tensor], fakes: Iterator[torch.Tensor], inception: Any, device: torch.device
+) -> float:
+    metric = FrechetInceptionDistance(_inception(inception, "2048")).to(device)
     for batches, real in ((reals, True), (fakes, False)):
         for images in batches:
-            metric.update(_in_colour(images), real=real)
+            metric.update(_in_colour(images).to(device), real=real)
     return float(metric.compute())
 
 
-def _inception_score(fakes: Iterator[torch.Tensor], inception: Any, seed: int) -> tuple[float, float]:
-    network = NoTrainInceptionV3("inception-v3-compat", ["logits_unbiased"], str(inception))
+def _inception_score(
+    fakes: Iterator[torch.Tensor], inception: Any, device: torch.device, seed: int
+) -> tuple[float, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it keeps what it computes
-        metric = InceptionScore(network)
+        metric = InceptionScore(_inception(inception, "logits_unbiased")).to(device)
     for images in fakes:
-        metric.update(_in_colour(images))
+        metric.update(_in_colour(images).to(device))
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # it shuffles
         mean, deviation = metric.compute()
     return float(mean), float(deviation)
+
+
+def _inception(path: Path, feature: str) -> nn.Module:
+    try:
+        network: nn.Module = NoTrainInceptionV3("inception-v3-compat", [feature], str(path))
+    except (RuntimeError, UnpicklingError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold Inception's weights: {_SOURCE}") from error
+    return network
 
 
 def _in_colour(images: torch.Tensor) -> torch.Tensor:
@@ -172,10 +207,9 @@ def _in_colour(images: torch.Tensor) -> torch.Tensor:
 
 
 def _inception_file(path: str | Path | None) -> Path:
-    source = f"get {URL_INCEPTION_V3}, torch-fidelity's port of the weights that FID and IS are defined by"
     if path is None:
-        raise ValueError(f"FID and IS need Inception's weights: {source}, and name the file")
+        raise ValueError(f"FID and IS need Inception's weights: {_SOURCE}, and name the file")
     try:
         return file_to_read(path, "inception")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}: {source}") from None
+        raise FileNotFoundError(f"{error}: {_SOURCE}") from None

@@ -26,7 +26,7 @@ class PatchSet:
 
     >>> patches = PatchSet()
     >>> patches.add(torch.rand(2, 3, 32, 32))
-    >>> {side: tuple(found.shape) for side, found in patches.levels().items()}
+    >>> patches.sizes()
     {32: (256, 147), 16: (256, 147)}
     """
 
@@ -52,18 +52,27 @@ class PatchSet:
         for level in laplacian_pyramid(images.float(), SMALLEST_LEVEL):
             self._found.setdefault(level.shape[-1], []).append(_patches(level, self._chance))
 
-    def levels(self) -> dict[int, torch.Tensor]:
-        """The patches by side of the level, normalised: ``(patches, C · 49)``."""
-        return {side: _normalised(torch.cat(found)) for side, found in self._found.items()}
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """How many patches there are, and numbers in each, by side of the level, the largest first."""
+        return {side: (sum(map(len, found)), found[0][0].numel()) for side, found in self._found.items()}
+
+    def take(self, side: int) -> torch.Tensor:
+        """Take out the patches of a level, normalised: ``(patches, C · 49)``."""
+        patches = torch.cat(self._found.pop(side))
+        mean, deviation = patches.mean((0, 2), keepdim=True), patches.std((0, 2), unbiased=False, keepdim=True)
+        return patches.sub_(mean).div_(deviation.clamp(min=1e-8)).flatten(1)  # images of one colour have no deviation
 
 
-def sliced_wasserstein(reals: PatchSet, fakes: PatchSet, seed: int = 0) -> dict[int, float]:
+def sliced_wasserstein(
+    reals: PatchSet, fakes: PatchSet, seed: int = 0, device: torch.device | str = "cpu"
+) -> dict[int, float]:
     """Distance between two sets of images at each level.
 
     Args:
-        reals: Patches of the one set.
-        fakes: Patches of the other.
+        reals: Patches of the one set, which are used up: for 16,384 images of 128×128 pixels they take 5 GB.
+        fakes: Patches of the other, which are used up as well.
         seed: Of the directions.
+        device: Where to sort.
 
     Returns:
         Distances by side of the level, the largest side first; 10³ times as much is what Table 7 shows.
@@ -77,11 +86,10 @@ def sliced_wasserstein(reals: PatchSet, fakes: PatchSet, seed: int = 0) -> dict[
     >>> sliced_wasserstein(ones, others)
     {16: 0.0}
     """
-    ones, others = reals.levels(), fakes.levels()
-    shapes = [{side: tuple(found.shape) for side, found in each.items()} for each in (ones, others)]
-    if shapes[0] != shapes[1] or not ones:
-        raise ValueError(f"sets of patches by side, {shapes[0]} and {shapes[1]}: give equally many images of one size")
-    return {side: distance(ones[side], others[side], seed) for side in sorted(ones, reverse=True)}
+    sizes, others = reals.sizes(), fakes.sizes()
+    if sizes != others or not sizes:
+        raise ValueError(f"sets of patches by side, {sizes} and {others}: give equally many images of one size")
+    return {side: distance(reals.take(side).to(device), fakes.take(side).to(device), seed) for side in sizes}
 
 
 def distance(ones: torch.Tensor, others: torch.Tensor, seed: int = 0) -> float:
@@ -143,8 +151,3 @@ def _patches(level: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
     flat = places.view(count, 1, -1).expand(-1, colours, -1)
     found = level.flatten(2).gather(2, flat).view(count, colours, _PER_IMAGE, _PATCH**2)
     return found.transpose(1, 2).reshape(-1, colours, _PATCH**2)
-
-
-def _normalised(patches: torch.Tensor) -> torch.Tensor:
-    mean, deviation = patches.mean((0, 2), keepdim=True), patches.std((0, 2), unbiased=False, keepdim=True)
-    return ((patches - mean) / deviation.clamp(min=1e-8)).flatten(1)  # images of one colour have none

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from coconv_surgery.layers.arguments import mapping, shown
+from coconv_surgery.layers.arguments import mapping, near_miss, shown
 from coconv_surgery.layers.levels import Levels, is_plain
 from coconv_surgery.planning.eligibility import obstacle, reason_to_leave
 from coconv_surgery.planning.notes import noted_plan
@@ -17,6 +17,9 @@ from coconv_surgery.planning.reasons import Reason, Why
 from coconv_surgery.tracing.finding import find_intact_sites
 from coconv_surgery.tracing.sites import Site, calibrated_images
 from coconv_surgery.tracing.trace import TracedConv
+
+# Of a conversion, which takes the settings of a policy as well.
+_ARGUMENTS = ("policy", "input_size", "example_inputs", "include", "exclude", "overrides", "inplace", "calibrate")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Choices:
     _overrides: dict[str, Answer | None] = field(init=False)
 
     def __post_init__(self) -> None:
+        for name in self.settings:
+            if hint := near_miss(name, _ARGUMENTS):
+                raise TypeError(f"there is no argument {name!r}: {hint}")
         # Read once: patterns may be an iterator, and so may the levels of an override.
         object.__setattr__(self, "_decide", get_policy(self.policy, **self.settings))
         object.__setattr__(self, "_include", None if self.include is None else as_list(self.include, "include"))

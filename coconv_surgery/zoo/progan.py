@@ -368,7 +368,7 @@ def _grown(most: int, resolution: int | None, fade: float) -> int:
     if blocks > most:
         full = SMALLEST << (most - 1)
         raise ValueError(f"resolution={resolution}: the network grows up to {full}×{full} pixels")
-    if isinstance(fade, bool) or not isinstance(fade, int | float):
+    if isinstance(fade, bool) or not isinstance(fade, (int, float)):
         raise TypeError(f"fade must be a number from 0 to 1, not {kind(fade)}")
     if not 0 <= fade <= 1:
         raise ValueError(f"fade={fade} must be from 0 to 1")

@@ -23,7 +23,7 @@ from coconv_surgery.zoo.progan import Generator
 
 # Where a file has several generators: the averaged one, then the one that was trained.
 _GENERATORS = ("generator_smooth", "generator")
-_STATS = ("lod",)  # how far it had grown; a released one is whole
+_GROWN = "lod"  # by how many resolutions it had not grown yet
 
 
 class _Layout(NamedTuple):
@@ -84,12 +84,17 @@ def load_released_progan(generator: Generator, path: str | Path) -> None:
     path = file_to_read(path, "path")
     content = read_checkpoint(path)
     inner = next((content[key] for key in _GENERATORS if isinstance(content.get(key), Mapping)), content)
-    weights = {name: value for name, value in weights_in(inner, path).items() if name not in _STATS}
+    weights = weights_in(inner, path)
     layout = next((layout for layout in _LAYOUTS if all(name in weights for name in _names(layout, 1))), None)
     if layout is None:
         ports = ", ".join(layout.port for layout in _LAYOUTS)
         raise CheckpointError(f"{path} does not have the layout of a port of ProGAN's release that is known: {ports}")
-    state = generator.state_dict()
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path} holds something under {name} that is not a tensor")
+    if (left := weights.pop(_GROWN, torch.zeros(()))).any():
+        raise ValueError(f"{path} holds a generator that has not fully grown: its lod is {left.tolist()}, not 0")
+    state = dict(generator.state_dict())  # without what that says of levels: the file says nothing
     state.update(_translated(generator, weights, layout))
     if weights:
         raise ValueError(f"{path} ({layout.port}) holds more than {_described(generator)} has: {next(iter(weights))}")
@@ -110,11 +115,10 @@ def _translated(generator: Generator, weights: dict[str, Any], layout: _Layout) 
         layer = cast(EqualizedConv2d, generator.get_submodule(name))
         try:
             weight, bias = weights.pop(weight_name), weights.pop(bias_name)
+            if layout.scale is not None:
+                weight = weight * (weights.pop(weight_name.removesuffix(layout.weight) + layout.scale) / layer.scale)
         except KeyError as error:
             raise ValueError(f"the file ({layout.port}) has no {error}, which {_described(generator)} needs") from None
-        if layout.scale is not None:
-            place = weight_name.removesuffix(layout.weight)
-            weight = weight * (weights.pop(f"{place}{layout.scale}") / layer.scale)
         if name == layers[0]:  # theirs convolves a map of one pixel, padded by three
             weight = weight.flip(2, 3).transpose(0, 1)
         if weight.shape != layer.weight.shape:

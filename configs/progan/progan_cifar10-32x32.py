@@ -18,4 +18,4 @@ train_dataloader = dict(
     dataset=dict(type="CIFAR10Images", root="data/cifar10"),
 )
 default_hooks = dict(checkpoint=dict(interval=5_000, max_keep_ckpts=3))
-custom_hooks = [dict(type="SampleGridHook", interval=5_000)]
+custom_hooks = [dict(type="FiniteWeightsHook"), dict(type="SampleGridHook", interval=5_000)]

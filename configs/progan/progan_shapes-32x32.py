@@ -9,7 +9,7 @@ model = dict(
     fmap_max=64,
     mirror=True,
     smoothing=0.99,  # for a few thousand steps
-    growth=dict(images=48_000, stabilise=6_000, fade=4_000, batches={4: 32, 8: 32, 16: 16, 32: 16}),
+    growth=dict(images=54_000, stabilise=6_000, fade=6_000, batches={4: 8, 8: 8, 16: 8, 32: 8}),
 )
 
 train_dataloader = dict(
@@ -29,7 +29,7 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=500, max_keep_ckpts=2),
     coconv_plan=dict(type="CoConvPlanHook"),
 )
-custom_hooks = [dict(type="SampleGridHook")]
+custom_hooks = [dict(type="FiniteWeightsHook"), dict(type="SampleGridHook")]
 log_processor = dict(by_epoch=False)
 visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
 randomness = dict(seed=0)

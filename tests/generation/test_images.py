@@ -57,13 +57,56 @@ def test_a_crop_is_taken_before_anything_else(tmp_path):
         ((20, 16), {}, r"a.png has 20×16 pixels: resolution=16 takes squares .* or give crop="),
         ((24, 24), {}, "a.png has 24×24 pixels: resolution=16 takes squares"),
         ((8, 8), {}, "a.png has 8×8 pixels: resolution=16"),
-        ((16, 16), {"crop": (4, 0, 16, 16)}, r"a.png has 16×16 pixels: crop=\(4, 0, 16, 16\) reaches out of it"),
+        ((16, 16), {"crop": (4, 0, 16, 16)}, r"a.png cannot be read: it has 16×16 .* reaches out of it"),
     ],
 )
 def test_an_image_of_a_wrong_size_is_named_at_whatever_side_it_is_asked_for(tmp_path, size, arguments, message):
     Image.new("RGB", size).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=message):
         FolderImages(tmp_path, 16, **arguments)[0, 4]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F", "I"])
+def test_an_image_of_more_than_eight_bits_is_refused(tmp_path, mode):
+    Image.new(mode, (16, 16)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match=f"deep.tif cannot be read: its pixels are of the kind '{mode}': convert it"):
+        FolderImages(tmp_path, 16)[0, 4]
+
+
+def test_a_damaged_image_is_named(noise):
+    root, _ = noise
+    whole = (root / "a.png").read_bytes()
+    (root / "a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a.png cannot be read: image file is truncated"):
+        FolderImages(root, 16)[0, 16]
+
+
+def test_hidden_files_and_folders_with_the_name_of_an_image_are_left_out(noise):
+    root, _ = noise
+    (root / "folder.png").mkdir()
+    (root / "._a.png").write_bytes(b"not an image")
+    assert len(FolderImages(root, 16)) == 3
+
+
+def test_a_photograph_is_turned_as_it_says(tmp_path):
+    picture = Image.new("RGB", (16, 16), "black")
+    picture.paste("white", (0, 0, 16, 8))  # above, until it is turned
+    exif = picture.getexif()
+    exif[0x0112] = 3  # by 180 degrees
+    picture.save(tmp_path / "turned.png", exif=exif)
+    found = FolderImages(tmp_path, 16)[0, 16]
+    assert found[:, :8].max() == 0
+    assert found[:, 8:].min() == 255
+
+
+def test_an_image_is_not_enlarged(noise):
+    with pytest.raises(ValueError, match="32×32 pixels are asked for, of images for 16×16"):
+        FolderImages(noise[0], 16)[0, 32]
+
+
+def test_a_crop_of_nothing_is_named(noise):
+    with pytest.raises(ValueError, match=r"crop=\(0, 0, 0, 8\) .*: nothing is left"):
+        FolderImages(noise[0], 16, crop=(0, 0, 0, 8))
 
 
 def test_an_empty_folder_and_none_at_all_are_named(tmp_path):
@@ -128,7 +171,7 @@ def test_every_image_is_seen_before_any_is_seen_again(count, seed):
 @settings(deadline=None)
 @given(st.sampled_from((2, 4, 8)), st.integers(1, 50))
 def test_processes_share_the_batches_of_one(world, count):
-    growth = Growth(resolution=8, images=90, stabilise=16, fade=24, batches={4: 8, 8: 16})
+    growth = Growth(resolution=8, images=900, stabilise=160, fade=240, batches={4: 32, 8: 64})
     whole = list(GrowingBatches(growth, count))
     shares = [list(GrowingBatches(growth, count, rank=rank, world=world)) for rank in range(world)]
     for batch, *parts in zip(whole, *shares, strict=True):
@@ -151,7 +194,7 @@ def test_batches_have_the_sizes_and_sides_of_the_schedule():
 
 @pytest.mark.parametrize(
     ("batch", "world"),
-    [(8, 3), (12, 2)],  # 2⅔ and 6 images each: neither can be grouped by four
+    [(8, 3), (12, 2), (4, 2)],  # 2⅔, 6 and 2 images each: none can be grouped by four
 )
 def test_a_batch_that_cannot_be_shared_is_named(batch, world):
     growth = Growth(resolution=4, images=100, batches={4: batch})

@@ -48,6 +48,16 @@ def test_a_loss_scale_changes_nothing_in_single_precision():
     assert all(torch.equal(plain[name], scaled[name]) for name in plain)
 
 
+def test_the_largest_loss_scale_of_half_precision_overflows_nothing():
+    reals = torch.ones(4, 3, 8, 8)
+    network = Discriminator((6, 4)).half()
+    scored = lambda x: network(x.half())  # noqa: E731
+    found = discriminator_losses(scored, reals, -reals, torch.full((4,), 0.5), loss_scale=2.0**16)
+    assert all(value.isfinite() for value in found.values())
+    sum(found.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+
+
 def test_a_gradient_of_zero_is_penalised_without_nan():
     weight = torch.zeros((), requires_grad=True)
     losses = discriminator_losses(lambda x: weight * x.sum((1, 2, 3)), *torch.ones(2, 2, 1, 1, 1), torch.rand(2))

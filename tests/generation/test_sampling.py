@@ -8,6 +8,7 @@ from PIL import Image
 import coconv_surgery as cs
 from coconv_surgery.checkpoint import CheckpointError
 from coconv_surgery.generation.sampling import Grown, grid, load_grown
+from coconv_surgery.layers.metadata import PlainWeightsWarning
 from coconv_surgery.zoo.progan import Generator, coprogan
 
 
@@ -23,6 +24,21 @@ def test_a_state_dict_of_a_generator_gives_it_back_with_its_levels(file):
     grown = load_grown(file)
     assert (grown.resolution, grown.fade, grown.images_seen) == (16, 1, None)
     assert len(cs.get_plan(grown.generator).converted) == 4
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_file_of_save_converted_gives_its_generator_back(file, tmp_path, guarded):
+    generator = load_grown(file).generator
+    cs.save_converted(generator, tmp_path / "generator.safetensors", guard=guarded)
+    found = load_grown(tmp_path / "generator.safetensors").generator
+    latents = torch.randn(2, 8)
+    assert torch.equal(found(latents), generator(latents))
+
+
+def test_weights_that_say_nothing_are_taken_to_be_plain_with_a_warning(file, tmp_path):
+    torch.save(dict(torch.load(file)), tmp_path / "bare.pth")
+    with pytest.warns(PlainWeightsWarning, match="does not say whether its generator was converted"):
+        load_grown(tmp_path / "bare.pth")
 
 
 def test_a_plain_generator_stays_plain(tmp_path):
@@ -57,7 +73,8 @@ def test_generate_draws_a_grid(coconv, file, tmp_path):
 def test_evaluate_gan_prints_the_columns_of_table_7(coconv, file, drawn):
     code, out, _ = coconv("evaluate-gan", file, "--data", drawn / "val", "--count", 8)
     assert code == 0
-    header, _, values = out.splitlines()
+    said, _, header, _, values = out.splitlines()
+    assert said == f"{file}: images of 16×16 pixels, 12 real ones"
     assert header.split("  ") == ["SWD×10³ 16", "SWD×10³ average"]
     assert all(float(value) > 0 for value in values.split())
 
@@ -71,6 +88,11 @@ def test_evaluate_gan_prints_the_columns_of_table_7(coconv, file, drawn):
         (("--data", "{drawn}/annotations"), "has no images"),
         (("--cifar10", "{drawn}"), "does not hold CIFAR-10"),
         (("--data", "{drawn}/val", "--crop", "0,0,60,60"), "has 60×60 pixels: resolution=16 takes squares"),
+        (
+            ("--data", "{drawn}/val", "--count", "14"),
+            "count=14 must be even, and at most the number",
+        ),
+        (("--cifar10", "{drawn}", "--crop", "0,0,8,8"), "--crop is for the images of a folder"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_message(coconv, file, drawn, arguments, message):
@@ -78,6 +100,13 @@ def test_what_cannot_be_evaluated_is_one_message(coconv, file, drawn, arguments,
     assert code != 0
     assert out == ""
     assert message in err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["grid.psd", "grid.xyz", "grid"])
+def test_a_name_that_is_none_of_a_picture_is_refused(coconv, file, tmp_path, name):
+    code, _, err = coconv("generate", file, "-o", tmp_path / name)
+    assert (code, err) == (1, f"coconv: {tmp_path / name}: name a picture, such as grid.png")
+    assert not (tmp_path / name).exists()
 
 
 def test_a_file_of_another_network_is_refused(tmp_path):

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+import scipy.signal
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from coconv_surgery.generation.images import GrowingImages
 from coconv_surgery.generation.sampling import Grown
@@ -45,14 +45,36 @@ def inception(tmp_path_factory):
     return path
 
 
-def test_ms_ssim_is_torchmetrics_own_where_its_windows_fit():
-    ones = 255 * torch.rand(3, 3, 192, 192)
-    others = (0.7 * ones + 0.3 * 255 * torch.rand(3, 3, 192, 192)).clamp(0, 255)
-    expected = [
-        multiscale_structural_similarity_index_measure(a[None], b[None], data_range=255.0)
-        for a, b in zip(ones, others, strict=True)
-    ]
-    torch.testing.assert_close(ms_ssim(ones, others), torch.stack(expected), rtol=1e-4, atol=1e-5)
+def similarity_by_formula(one, other):
+    """Wang et al.'s similarity of two images of one colour, over five scales, of whole windows only."""
+    product = 1.0
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        size = min(11, one.shape[0] - 1 + one.shape[0] % 2)
+        line = np.exp(-((np.arange(size) - size // 2) ** 2) / (2 * (1.5 * size / 11) ** 2))
+        window = np.outer(line, line) / line.sum() ** 2
+
+        def mean(x, window=window):
+            return scipy.signal.convolve2d(x, window, mode="valid")
+
+        means = mean(one), mean(other)
+        products = [(0, 0, one * one), (1, 1, other * other), (0, 1, one * other)]
+        (own, others, both) = (mean(x) - means[a] * means[b] for a, b, x in products)
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        found = (2 * both + c2) / (own + others + c2)
+        if scale == 4:
+            found = found * (2 * means[0] * means[1] + c1) / (means[0] ** 2 + means[1] ** 2 + c1)
+        product *= found.mean() ** weight
+        one, other = (x.reshape(len(x) // 2, 2, -1, 2).mean((1, 3)) for x in (one, other))
+    return product
+
+
+@pytest.mark.parametrize("side", [128, 192])
+def test_ms_ssim_is_that_of_its_formula(side):
+    smooth = torch.nn.functional.interpolate(255 * torch.rand(2, 1, side // 8, side // 8), size=side, mode="bicubic")
+    ones = smooth.clamp(0, 255)
+    others = (ones + 20 * torch.randn_like(ones)).clamp(0, 255)
+    pairs = zip(ones[:, 0].double().numpy(), others[:, 0].double().numpy(), strict=True)
+    assert ms_ssim(ones, others).numpy() == pytest.approx([similarity_by_formula(a, b) for a, b in pairs], abs=1e-4)
 
 
 def test_ms_ssim_of_128_pixels_is_one_for_equal_images_and_falls_with_noise():
@@ -111,12 +133,35 @@ def test_real_images_are_chosen_without_repetition():
         (8, ["swd"], "images of 8×8 pixels are too small for SWD: it starts at 16"),
         (64, ["ms-ssim"], "images of 64×64 pixels are too small for MS-SSIM, which halves them four times: 128"),
         (16, ["fid"], "FID and IS need Inception's weights: get https://.*, and name the file"),
+        (16, ["kid"], "scores='kid': choose 'swd', 'ms-ssim', 'fid' or 'is'"),
     ],
 )
 def test_a_score_that_cannot_be_is_named(resolution, scores, message):
     one = grown(resolution)
     with pytest.raises(ValueError, match=message):
         score(one, Made(one, 2), scores, count=2)
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_a_count_that_is_odd_or_more_than_there_are_is_named(count):
+    one = grown(16)
+    with pytest.raises(ValueError, match=f"count={count} must be even, and at most the number of real images, 4"):
+        score(one, Made(one, 4), ["swd"], count=count)
+
+
+def test_mirrored_real_images_are_every_other_one():
+    one = grown(8)
+    data = Made(one, 6)
+    (plain,), (mirrored,) = (list(real_images(data, 8, 6, mirror=each)) for each in (False, True))
+    assert torch.equal(mirrored[::2], plain[::2].flip(3))
+    assert torch.equal(mirrored[1::2], plain[1::2])
+
+
+def test_a_file_without_inceptions_weights_is_named(tmp_path):
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    one = grown(16)
+    with pytest.raises(ValueError, match=r"other.pth does not hold Inception's weights: get https://"):
+        score(one, Made(one, 2), ["is"], count=2, inception=tmp_path / "other.pth")
 
 
 def test_weights_of_inception_that_are_not_there_are_named():

@@ -1,5 +1,6 @@
 """Trainings to 16×16 pixels, through two fade-ins, by MMEngine's runner on drawn images."""
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ from mmengine.runner import Runner
 from PIL import Image
 
 import coconv_surgery as cs
+from coconv_surgery.generation.model import ProGAN
 from coconv_surgery.generation.sampling import load_grown
 
 NAMES = ("progan_shapes-32x32", "coprogan_shapes-32x32")
@@ -98,7 +100,7 @@ def test_optimizers_start_afresh_with_every_phase(trained):
 
 def test_the_average_follows_the_generator(trained):
     runner = trained(NAMES[1], **{"model.smoothing": 0.75})
-    own, average = "generator.", "average.module."
+    own, average = "generator.", "average."
     for step in (5, 12):
         before, after = saved(runner, step - 1)["state_dict"], saved(runner, step)["state_dict"]
         for name in (name for name in after if name.startswith(average)):
@@ -129,9 +131,7 @@ def test_a_checkpoint_gives_back_the_averaged_generator_with_its_levels_and_grow
     assert grown.images_seen == 8 * step
     assert {row.name: row.dilations for row in cs.get_plan(grown.generator).converted} == COPROGAN
     state = saved(runner, step)["state_dict"]
-    assert all(
-        torch.equal(value, state[f"average.module.{name}"]) for name, value in grown.generator.state_dict().items()
-    )
+    assert all(torch.equal(value, state[f"average.{name}"]) for name, value in grown.generator.state_dict().items())
     if step == STEPS:
         latents = torch.randn(2, 8)
         assert torch.equal(grown.generator(latents), runner.model(latents))
@@ -167,12 +167,89 @@ def test_data_of_another_resolution_are_refused_before_training(configured):
         Runner.from_cfg(configured(NAMES[0], **{"train_dataloader.dataset.resolution": 32})).train()
 
 
-def test_losses_that_are_no_numbers_end_the_training(configured):
-    runner = Runner.from_cfg(configured(NAMES[0]))
+@pytest.mark.parametrize("interval", [1, 100])
+def test_weights_that_are_not_finite_end_the_training_and_are_not_saved(configured, tmp_path, interval):
+    hooks = [{"type": "FiniteWeightsHook", "interval": interval}]
+    runner = Runner.from_cfg(configured(NAMES[0], **{"custom_hooks": hooks, "default_hooks.checkpoint.interval": 5}))
     with torch.no_grad():
         runner.model.discriminator.blocks[0].dense1.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="loss_wasserstein is nan at step 0"):
+    with pytest.raises(FloatingPointError, match=f"is not finite at step {0 if interval == 1 else 4}: the"):
         runner.train()
+    assert not list((tmp_path / "work").glob("iter_*.pth"))
+
+
+def test_weights_alone_go_on_where_they_stood_and_the_last_step_is_saved(trained):
+    first = trained(NAMES[1])
+    rest = trained(NAMES[1], work="rest", load_from=str(Path(first.work_dir) / "iter_5.pth"))
+    assert [entry["kimg"] for entry in scalars(rest)] == [pytest.approx(0.008 * n) for n in range(6, STEPS + 1)]
+    assert (Path(rest.work_dir) / f"iter_{STEPS - 5}.pth").exists()
+
+
+def test_what_lies_ahead_may_change_when_a_run_goes_on(trained):
+    first = trained(NAMES[1])
+    growth = {"images": 128, "stabilise": 16, "fade": 16, "batches": {"4": 8, "8": 8, "16": 16}}
+    resumed = {"load_from": str(Path(first.work_dir) / "iter_9.pth"), "resume": True}
+    rest = trained(NAMES[1], work="rest", **resumed, **{"model.growth": growth})
+    assert [entry["kimg"] for entry in scalars(rest)] == pytest.approx([0.088, 0.104, 0.12, 0.136])
+    assert (Path(rest.work_dir) / "iter_13.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("growth", "resume", "message"),
+    [
+        (
+            {"stabilise": 32},
+            True,
+            "stands in phase 4 at 16×16 pixels, where this schedule is in phase 2 at 8×8",
+        ),
+        ({"fade": 0}, True, "stands in phase 4 at 16×16 pixels, where this schedule is in phase 2 at 16×16"),
+        ({}, False, "the checkpoint has seen 96 images, and the schedule has 96: nothing remains"),
+    ],
+)
+def test_a_schedule_that_is_not_that_of_the_checkpoint_is_refused(trained, configured, growth, resume, message):
+    first = trained(NAMES[1])
+    options = {f"model.growth.{key}": value for key, value in {"images": 200 if growth else 96, **growth}.items()}
+    checkpoint = str(Path(first.work_dir) / "iter_12.pth")
+    other = configured(NAMES[1], "other", load_from=checkpoint, resume=resume, **options)
+    with pytest.raises(ValueError, match=message):
+        Runner.from_cfg(other).train()
+
+
+def test_a_finished_run_that_is_resumed_does_nothing(trained):
+    first = trained(NAMES[1])
+    again = trained(NAMES[1], work="again", load_from=str(Path(first.work_dir) / "iter_12.pth"), resume=True)
+    assert not list(Path(again.work_dir).glob("iter_*.pth"))
+    assert again.model.images_seen == 96
+
+
+def test_the_plan_of_a_work_dir_converts_another_model_the_same_way(trained):
+    first = trained(NAMES[1])
+    surgery = {"plan": str(Path(first.work_dir) / "coconv_plan.json")}
+    again = trained(NAMES[0], work="again", **{"model.surgery": surgery})
+    assert_equal(saved(first)["state_dict"], saved(again)["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": 0}, "target=0 must be more"),
+        ({"penalty": -1}, "penalty=-1 must be at least 0"),
+        ({"drift": float("nan")}, "drift=nan must be at least 0"),
+        ({"smoothing": 1}, "smoothing=1 must be less than 1"),
+        ({"smoothing": "a"}, "smoothing must be a number, not str"),
+        ({"surgery": {"calibrate": {"images": 4}}}, "surgery: calibrate is for networks that take images"),
+        ({"growth": {"resolution": 8}}, "growth has no key 'resolution'"),
+    ],
+)
+def test_a_wrong_argument_of_the_model_is_named(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ProGAN(8, fmap_base=64, **arguments)
+
+
+def test_a_model_can_be_copied():
+    model = ProGAN(8, fmap_base=64, surgery={"policy": {"type": "resolution", "split": "even"}})
+    latents = torch.randn(2, 64)
+    assert torch.equal(copy.deepcopy(model)(latents), model(latents))
 
 
 def test_a_network_that_does_not_exist_has_no_optimizer(configured):

@@ -73,7 +73,7 @@ def test_patches_are_windows_of_their_images():
 
 def test_patches_have_mean_0_and_deviation_1_in_each_colour():
     (patches,) = sets(torch.rand(6, 3, 16, 16) * torch.tensor([1.0, 9.0, 0.1])[:, None, None] + 5)
-    colours = patches.levels()[16].view(-1, 3, 49)
+    colours = patches.take(16).view(-1, 3, 49)
     assert colours.mean((0, 2)).abs().max() < 1e-3
     assert colours.std((0, 2)) == pytest.approx(1, abs=1e-4)
 

@@ -141,6 +141,11 @@ def test_settings_do_not_go_with_a_policy_that_is_an_object():
         cs.convert(timm.create_model("test_resnet"), cs.ResolutionPolicy(), split="even")
 
 
+def test_a_misspelt_argument_that_is_not_the_policys_is_named():
+    with pytest.raises(TypeError, match=r"there is no argument 'input_sise': did you mean 'input_size'"):
+        cs.convert(timm.create_model("test_resnet"), input_sise=8)
+
+
 def test_a_misspelt_argument_of_a_conversion_is_named_with_what_the_policy_takes():
     with pytest.raises(ValueError, match="policy 'resolution' has no key 'splits': did you mean 'split'"):
         cs.convert(timm.create_model("test_resnet"), splits="even")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import coconv_surgery as cs
 from coconv_surgery.checkpoint import CheckpointError
+from coconv_surgery.layers.metadata import PlainWeightsWarning
 from coconv_surgery.zoo.equalized import CoEqualizedConv2d, EqualizedConv2d, EqualizedLinear
 from coconv_surgery.zoo.progan import (
     Discriminator,
@@ -271,6 +272,20 @@ def test_released_weights_of_another_resolution_or_width_are_refused(generator, 
     with pytest.raises(ValueError, match=message):
         load_released_progan(other, tmp_path / "port.pth")
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_released_weights_in_a_contextual_generator_warn_as_plain_ones_do(generator, tmp_path):
+    torch.save(ported(generator.state_dict(), "genforce"), tmp_path / "port.pth")
+    with pytest.warns(PlainWeightsWarning):
+        load_released_progan(
+            cs.convert(Generator(CHANNELS, latent=7), "resolution", split="even"), tmp_path / "port.pth"
+        )
+
+
+def test_released_weights_that_have_not_fully_grown_are_refused(generator, tmp_path):
+    torch.save({**ported(generator.state_dict(), "genforce"), "lod": torch.tensor(1.5)}, tmp_path / "port.pth")
+    with pytest.raises(ValueError, match=r"a generator that has not fully grown: its lod is 1\.5, not 0"):
+        load_released_progan(generator, tmp_path / "port.pth")
 
 
 def test_a_layout_that_computes_something_else_is_refused(generator, tmp_path):
