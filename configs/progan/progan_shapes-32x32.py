@@ -9,7 +9,7 @@ model = dict(
     fmap_max=64,
     mirror=True,
     smoothing=0.99,  # for a few thousand steps
-    growth=dict(images=54_000, stabilise=6_000, fade=6_000, batches={4: 8, 8: 8, 16: 8, 32: 8}),
+    growth=dict(images=48_000, stabilise=6_000, fade=6_000, batches={4: 8, 8: 8, 16: 8, 32: 8}),
 )
 
 train_dataloader = dict(

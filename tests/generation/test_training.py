@@ -198,7 +198,7 @@ def test_what_lies_ahead_may_change_when_a_run_goes_on(trained):
     ("growth", "resume", "message"),
     [
         (
-            {"stabilise": 32},
+            {"stabilise": 48},
             True,
             "stands in phase 4 at 16×16 pixels, where this schedule is in phase 2 at 8×8",
         ),
@@ -270,7 +270,7 @@ def test_two_processes_equal_one_that_has_batches_of_both(launched):
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-5)
     biases = [value for name, value in states[0].items() if name.endswith("bias")]
-    assert sum(bool(value.abs().max() > 1e-3) for value in biases) > 10  # they began at zero
+    assert sum(bool(value.abs().max() > 1e-3) for value in biases) >= 8  # they began at zero
 
 
 def test_a_run_goes_on_with_another_number_of_processes(launched):
