@@ -56,7 +56,7 @@ def train_and_generate(output: Path, progress: Progress) -> str:
         torch.manual_seed(0)
         untrained = build(data.resolution, fmap_base=config.model.fmap_base, fmap_max=config.model.fmap_max)
         before, after = (
-            score(each, held_out, ["swd"])["SWD×10³ average"]
+            score(each, held_out, ["swd"], mirror=config.model.mirror)["SWD×10³ average"]
             for each in (Grown(untrained.eval(), data.resolution, 1.0, 0), grown)
         )
         pictures[f"{name}, SWD {after:.0f}"] = torch.cat(list(grown.images(_PICTURED)))
