@@ -33,6 +33,8 @@ from coconv_surgery.surgery import (
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.zoo import CoResNet, export_authors_state_dict, load_authors_checkpoint
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CalibratedLayer",
     "CalibratedWeightsWarning",

@@ -1,4 +1,4 @@
-"""Networks that cannot be converted in place, told before anything else is tried."""
+"""Networks that cannot be converted, calibrated or deployed, told before anything else is tried."""
 
 from types import FunctionType
 
@@ -31,23 +31,23 @@ def check_convertible(model: nn.Module) -> None:
         for cls in type(module).__mro__:
             if cls.__name__ in _WRAPPERS:
                 raise TypeError(
-                    f"{path} is wrapped in {type(module).__name__}: convert {path}.{_WRAPPERS[cls.__name__]} instead, "
-                    "best before wrapping it"
+                    f"{path} is wrapped in {type(module).__name__}: give {path}.{_WRAPPERS[cls.__name__]} instead, "
+                    "best before it is wrapped"
                 )
             if cls.__name__ in _MIXED_IN and cls.__module__.startswith("torch.distributed."):
                 raise TypeError(
-                    f"{path} is a {type(module).__name__}: {_MIXED_IN[cls.__name__]} has changed its class. Convert, "
-                    "revert or load the network before, and distribute it then"
+                    f"{path} is a {type(module).__name__}: {_MIXED_IN[cls.__name__]} has changed its class. Do this "
+                    "to the network before, and distribute it then"
                 )
-        check_unsharded(module, path, "convert, revert or load the network before it is sharded")
+        check_unsharded(module, path, "do this to the network before it is sharded")
         replaced = isinstance(vars(module).get("forward"), FunctionType)
         if replaced and any(isinstance(child, nn.Conv2d) for child in module.modules() if child is not module):
             raise TypeError(
-                f"the forward of {path} was replaced by a function, which a copy of it would share: convert it "
-                "before replacing (or compiling) its forward"
+                f"the forward of {path} was replaced by a function, which a copy of it would share: do this to "
+                "the network before its forward is replaced (or compiled)"
             )
         if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"{path} is scripted, its convolutions are compiled in: convert it before torch.jit")
+            raise TypeError(f"{path} is scripted, its convolutions are compiled in: do this before torch.jit")
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise ValueError(
                 f"{path} is a lazy {type(module).__name__} without weights yet: run the network once first"
