@@ -26,13 +26,13 @@ DATASETS.register_module(module=CIFAR10Images)
 class GrowingTrainLoop(BaseLoop):  # type: ignore[misc]
     """Trains a :class:`~coconv_surgery.generation.model.ProGAN` until it has seen all images of its schedule.
 
+    It goes on from where the model's weights have been trained to, whether all of a run is resumed or weights alone are
+    loaded, and with a schedule that differs in what lies ahead.
+
     Args:
         runner: MMEngine's runner.
         dataloader: The ``dataset``, a :class:`~coconv_surgery.generation.images.GrowingImages` or its config, and
             further arguments of torch's data loader, such as ``num_workers``. Batches follow from the schedule.
-
-    It goes on from where the model's weights have been trained to, whether all of a run is resumed or weights alone are
-    loaded, and with a schedule that differs in what lies ahead.
 
     Raises:
         TypeError: If the model or the data set are of another kind.
