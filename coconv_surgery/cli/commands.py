@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import timm
 import torch
 import torch.nn as nn
 from timm.models import load_checkpoint
@@ -20,10 +19,11 @@ from coconv_surgery.bench.run import Target, run
 from coconv_surgery.bench.speed import ENGINES, Engine
 from coconv_surgery.calibration import calibrate
 from coconv_surgery.checkpoint import load_converted, plan_of, save_converted
+from coconv_surgery.cli import targets
 from coconv_surgery.cli.images import image_batches
 from coconv_surgery.demo.shapes import write_shapes
 from coconv_surgery.deployment import deploy, get_deployment
-from coconv_surgery.layers.arguments import choice, near_miss
+from coconv_surgery.layers.arguments import choice
 from coconv_surgery.layers.levels import SplitRule
 from coconv_surgery.planning.plan import Plan, align
 from coconv_surgery.planning.policies import POLICIES
@@ -44,11 +44,21 @@ except ImportError as error:
 console = Console(stderr=True)
 
 
-def _input_size(value: str) -> int | tuple[int, ...]:
-    sides = tuple(int(side) for side in value.split(","))
-    return sides[0] if len(sides) == 1 else sides
-
-
+_size_option = click.option(
+    "--input-size",
+    type=targets.read_size,
+    metavar="SIDE|HxW|CxHxW",
+    help="Input size. Default: what timm or the config says.",
+)
+_arg_option = click.option(
+    "--arg", "arguments", multiple=True, metavar="KEY=VALUE", help="For what builds the network. Repeatable."
+)
+_weights_option = click.option(
+    *("--checkpoint", "--weights", "checkpoint"),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File of weights to load.",
+)
+_pretrained_option = click.option("--pretrained", is_flag=True, help="Load the weights that the library has for it.")
 _device_option = click.option("--device", metavar="NAME", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
 
 
@@ -58,7 +68,7 @@ def _numbers(value: str) -> tuple[int, ...]:
 
 def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
-        click.option("--input-size", type=_input_size, metavar="SIDE|H,W", help="Input size. Default: what timm says."),
+        _size_option,
         click.option(
             "--policy",
             default="resolution",
@@ -93,21 +103,35 @@ def app() -> None:
 
 
 @app.command()
-@click.argument("model")
+@click.argument("target")
 @_planning_options
+@_arg_option
 @click.option("--all", "every_conv", is_flag=True, help="Also show other kernels than 3×3 that are left alone.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan to a file.")
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Draw the plan (extra: viz).")
-def plan(model: str, every_conv: bool, json_path: Path | None, figure: Path | None, **options: Any) -> None:
-    """Show what becomes of every convolution of a timm MODEL.
+def plan(
+    target: str,
+    arguments: tuple[str, ...],
+    every_conv: bool,
+    json_path: Path | None,
+    figure: Path | None,
+    **options: Any,
+) -> None:
+    """Show what becomes of every convolution of a network.
+
+    TARGET is a name of timm's (also hf_hub:… and local-dir:…), torchvision/NAME, package.module:factory, or the .py of
+    an MMDetection config (extra: mmdet).
 
     \b
-    coconv plan resnet50
-    coconv plan resnet50 --input-size 288 --json plan.json
+    coconv plan resnet50 --arg num_classes=10 --input-size 288 --json plan.json
     coconv plan hrnet_w18 --policy stage --exclude 'stage4.*'
+    coconv plan torchvision/resnet50 --input-size 224x320
+    coconv plan my_package.networks:make --input-size 1x64x64
+    coconv plan configs/ssd/ssd300_coresnet50_coco.py
     """
-    with console.status(f"planning {model}"):
-        found = _plan(_create(model), options)
+    given = targets.read_arguments(arguments)
+    with console.status(f"planning {target}"):
+        found = _plan(targets.build(target, given), target, options)
     click.echo(found.table(every_conv=every_conv))
     click.echo(found.summary())
     if json_path is not None:
@@ -115,15 +139,16 @@ def plan(model: str, every_conv: bool, json_path: Path | None, figure: Path | No
     if figure is not None:
         from coconv_surgery.viz.plan import draw_plan
 
-        draw_plan(found, figure, title=model)
+        draw_plan(found, figure, title=target)
 
 
 @app.command()
-@click.argument("model")
+@click.argument("target")
 @_planning_options
+@_arg_option
 @click.option("--plan", "plan_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A saved plan.")
-@click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Weights to load.")
-@click.option("--pretrained", is_flag=True, help="Load timm's pretrained weights.")
+@_weights_option
+@_pretrained_option
 @click.option(
     "--calibrate",
     "folder",
@@ -136,7 +161,8 @@ def plan(model: str, every_conv: bool, json_path: Path | None, figure: Path | No
     "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="safetensors file."
 )
 def convert(
-    model: str,
+    target: str,
+    arguments: tuple[str, ...],
     plan_path: Path | None,
     checkpoint: Path | None,
     pretrained: bool,
@@ -146,7 +172,9 @@ def convert(
     output: Path,
     **options: Any,
 ) -> None:
-    """Convert a timm MODEL and save its weights together with the plan.
+    """Convert a network and save its weights together with the plan.
+
+    TARGET is as of coconv plan, but not a config, which converts by itself: model=dict(type="CoConvSurgery", …).
 
     A checkpoint of a converted network tells its plan, which holds unless another is asked for. Weights of a plain
     network compute something else once it is converted: calibrate it, fine-tune it, or do both.
@@ -156,8 +184,12 @@ def convert(
     coconv convert resnet50 --checkpoint w.pth --plan plan.json -o out.safetensors
     coconv convert coresnet50.iduta --checkpoint authors.pth -o out.safetensors
     """
-    if checkpoint is not None and pretrained:
-        raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
+    _check_weights(checkpoint, pretrained)
+    if targets.is_config(target):
+        raise click.UsageError(
+            'a config converts by itself, by model=dict(type="CoConvSurgery", …): see configs/convert/'
+        )
+    built_with = targets.read_arguments(arguments)
     context = click.get_current_context()
     given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if folder is not None and checkpoint is None and not pretrained:
@@ -168,18 +200,18 @@ def convert(
         raise click.UsageError(f"--plan already decides everything: leave out --{given[0].replace('_', '-')}")
     if folder is None and (also or context.get_parameter_source("images") is ParameterSource.COMMANDLINE):
         raise click.UsageError("--images and --also say how to calibrate: give --calibrate FOLDER as well")
-    with console.status(f"creating {model}"):
-        network = _create(model, pretrained=pretrained)
+    with console.status(f"creating {target}"):
+        network = targets.build(target, built_with, pretrained=pretrained)
         kind = _load(network, checkpoint)
     told = kind == "converted"
     if folder is not None and (told or kind == "authors"):
         raise click.UsageError(f"{checkpoint} holds the weights of a converted network: --calibrate needs plain ones")
-    with console.status(f"converting {model}"), warnings.catch_warnings():
+    with console.status(f"converting {target}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NoChangeWarning)  # the summary says so
         if plan_path is not None:
             apply_plan(network, Plan.from_json(plan_path))
         elif given or not told:
-            apply_plan(network, _plan(network, options))
+            apply_plan(network, _plan(network, target, options))
     if folder is not None:
         batches = image_batches(network, folder, images, options["input_size"])
         click.echo(calibrate(network, batches, max_images=images, also=also or None, progress=True))
@@ -190,10 +222,11 @@ def convert(
 
 
 @app.command()
-@click.argument("model")
-@click.option("--checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Weights to load.")
-@click.option("--pretrained", is_flag=True, help="Load timm's pretrained weights.")
-@click.option("--input-size", type=_input_size, metavar="SIDE|H,W", help="Input size. Default: what timm says.")
+@click.argument("target")
+@_arg_option
+@_weights_option
+@_pretrained_option
+@_size_option
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Images in a batch.")
 @click.option(
     "-o",
@@ -203,14 +236,15 @@ def convert(
     help="A file .onnx, .pt2 or .xml (OpenVINO).",
 )
 def export(
-    model: str,
+    target: str,
+    arguments: tuple[str, ...],
     checkpoint: Path | None,
     pretrained: bool,
     input_size: int | tuple[int, ...] | None,
     batch: int,
     output: Path,
 ) -> None:
-    """Write a timm MODEL, or the detector of an MMDetection config, in the form for inference (extra: export).
+    """Write a network in the form for inference (extra: export). TARGET is as of coconv plan.
 
     It is converted if its checkpoint says so, or if the model is one of ours. Norms are folded, contextual convolutions
     are plain ones, and what was written is compared with what the network computes. Of a detector its backbone, neck
@@ -223,25 +257,25 @@ def export(
     """
     from coconv_surgery.deployment.exporting import export, files_of
 
-    if checkpoint is not None and pretrained:
-        raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
-    if pretrained and model.endswith(".py"):
-        raise click.UsageError("--pretrained is for timm's models: give the weights of a detector by --checkpoint")
+    _check_weights(checkpoint, pretrained)
+    if targets.is_config(target) and (pretrained or arguments):
+        raise click.UsageError("a config says all of its network: give the weights of a detector by --checkpoint")
+    given = targets.read_arguments(arguments)
     files = files_of(output)
     if checkpoint is not None and checkpoint.resolve() in [file.resolve() for file in files]:
         raise click.UsageError(f"{output} would be written over {checkpoint}: choose another name")
-    with console.status(f"creating {model}"):
-        if model.endswith(".py"):
+    with console.status(f"creating {target}"):
+        if targets.is_config(target):
             from coconv_surgery.mmdet.exporting import maps_of_config
 
-            network: nn.Module = maps_of_config(Path(model), checkpoint)
-            click.echo(f"of {model}: {network.part}")
+            network: nn.Module = maps_of_config(Path(target), checkpoint)
+            click.echo(f"of {target}: {network.part}")
         else:
-            network = _create(model, pretrained=pretrained)
+            network = targets.build(target, given, pretrained=pretrained)
             _load(network, checkpoint)
     inputs = infer_inputs(network, input_size)
     images = inputs.args[0].expand(batch, -1, -1, -1)
-    with console.status(f"deploying {model}"):
+    with console.status(f"deploying {target}"):
         deployed = deploy(network, example_inputs=replace(inputs, args=(images,)))
     click.echo(get_deployment(deployed))
     network.eval()
@@ -505,12 +539,9 @@ def _with_progress(work: Callable[[Path, Callable[[float, str], None]], str], ou
     click.echo(report)
 
 
-def _create(name: str, *, pretrained: bool = False) -> nn.Module:
-    if not timm.is_model(name):
-        hint = near_miss(name, timm.list_models(), count=3) or "timm.list_models() lists them"
-        raise ValueError(f"timm has no model {name!r}: {hint}")
-    model: nn.Module = timm.create_model(name, pretrained=pretrained)
-    return model
+def _check_weights(checkpoint: Path | None, pretrained: bool) -> None:
+    if checkpoint is not None and pretrained:
+        raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
 
 
 def _load(network: nn.Module, checkpoint: Path | None) -> str:
@@ -532,12 +563,15 @@ def _tells_plan(checkpoint: Path) -> bool:
     return checkpoint.suffix not in (".npz", ".npy") and plan_of(checkpoint) is not None
 
 
-def _plan(model: nn.Module, options: dict[str, Any]) -> Plan:
+def _plan(model: nn.Module, target: str, options: dict[str, Any]) -> Plan:
+    size = options["input_size"]
+    inputs = targets.inputs_of(model, target, size)
     settings = {key: options[key] for key in ("max_levels", "split", "min_channels") if options[key] is not None}
     return plan_conversion(
         model,
         options["policy"],
-        input_size=options["input_size"],
+        input_size=size if inputs is None else None,
+        example_inputs=inputs,
         include=options["include"] or None,
         exclude=options["exclude"] or None,
         **settings,

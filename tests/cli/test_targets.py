@@ -1,0 +1,136 @@
+"""What names a network on the command line."""
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from hypothesis import given
+from hypothesis import strategies as st
+
+import coconv_surgery as cs
+from coconv_surgery.cli import targets
+from coconv_surgery.mmengine.paths import config_path
+
+OWN = """
+import torch.nn as nn
+
+class Network(nn.Sequential):
+    def __init__(self, channels=8, pretrained=False):
+        super().__init__(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 4, 1))
+
+def make_text():
+    return "network"
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    return "own_networks:Network"
+
+
+def test_a_name_of_timms_takes_its_arguments():
+    network = targets.build("resnet18", {"num_classes": 7, "in_chans": 1})
+    assert network.fc.out_features == 7
+    assert network.conv1.in_channels == 1
+
+
+def test_a_folder_of_the_hub_is_a_target(tmp_path):
+    model = cs.convert(timm.create_model("test_resnet"))
+    timm.models.save_for_hf(model, tmp_path / "folder", **cs.hub_arguments(model))
+    network = targets.build(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
+    assert cs.get_plan(network) == cs.get_plan(model)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "fcn_resnet50"])
+def test_a_name_of_torchvisions_downloads_nothing(name):
+    assert type(targets.build(f"torchvision/{name}", {"num_classes": 5})).__module__.startswith("torchvision")
+
+
+def test_a_factory_of_ones_own_is_called_with_its_arguments(own):
+    assert targets.build(own, {"channels": 6})[0].out_channels == 6
+
+
+def test_plan_takes_a_factory_and_a_size_with_channels(coconv, own):
+    code, out, err = coconv("plan", own, "--arg", "channels=6", "--input-size", "1x20x32")
+    assert (code, err) == (0, "")
+    (line,) = [line for line in out.splitlines() if line.startswith("0 ")]
+    assert "1 → 6" in line
+    assert "20×32" in line
+
+
+def test_plan_takes_torchvisions_networks(coconv):
+    code, out, _ = coconv("plan", "torchvision/resnet18", "--input-size", "64x96")
+    assert code == 0
+    assert "layer1.0.conv1  64 → 64    16×24  3" in out
+
+
+def test_plan_takes_a_config_at_the_size_of_its_pipeline(coconv):
+    config = config_path("ssd/ssd300_r50_coco.py")
+    code, out, _ = coconv("plan", config)
+    assert code == 0
+    assert "backbone.layer1.0.conv2" in out
+    assert "75×75" in out
+    code, out, _ = coconv("plan", config, "--input-size", "320x320")
+    assert code == 0
+    assert "80×80" in out
+
+
+def test_convert_writes_the_network_of_a_factory(coconv, own, tmp_path):
+    torch.manual_seed(0)
+    weights = targets.build(own)
+    torch.save(weights.state_dict(), tmp_path / "own.pth")
+    options = ("--weights", tmp_path / "own.pth", "--input-size", "1x16x16", "-o", tmp_path / "out.safetensors")
+    done = coconv("convert", own, *options)
+    assert done.code == 0, done.err
+    loaded = cs.load_converted(targets.build(own), tmp_path / "out.safetensors")
+    assert torch.equal(loaded[0].weight, weights[0].weight)
+    assert loaded[0].dilations == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("resnet5", "timm has no model 'resnet5': did you mean 'resnet50'"),
+        ("xqzw", r"timm has no model 'xqzw': give a name of timm's \(or hf_hub:… or local-dir:…\), torchvision/NAME"),
+        ("torchvision/resnet1", "torchvision has no model 'resnet1': did you mean 'resnet1"),
+        ("no_such_module:make", "No module named 'no_such_module'. It is read as package.module:factory; else give"),
+        ("own_networks:missing", "has no attribute 'missing'. It is read as package.module:factory"),
+        ("own_networks:number", "own_networks:number is not a function or a class, but int"),
+        ("own_networks:make_text", "own_networks:make_text makes str, not a torch.nn.Module"),
+        ("own_networks.py", "own_networks.py is not the config of a model"),
+        ("none.py", "none.py: there is no such config"),
+        (
+            "weights.pth",
+            "weights.pth is a file, which does not say of which architecture its weights are",
+        ),
+    ],
+)
+def test_a_target_that_names_no_network_is_one_message(own, tmp_path, target, message):
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+        targets.build(target)
+
+
+def test_a_config_takes_no_arguments(own):
+    with pytest.raises(ValueError, match=r"own_networks.py is a config, which says all of its network"):
+        targets.build("own_networks.py", {"channels": 3})
+
+
+@pytest.mark.parametrize("pair", ["channels", "=3", "a b=3"])
+def test_an_argument_that_is_no_pair_is_named(pair):
+    with pytest.raises(ValueError, match=f"--arg {pair}: give it as key=value, such as num_classes=10"):
+        targets.read_arguments([pair])
+
+
+@given(st.lists(st.integers(1, 999), min_size=1, max_size=3), st.sampled_from("x,X×"))
+def test_a_size_is_sides_between_crosses_or_commas(sides, cross):
+    found = targets.read_size(cross.join(map(str, sides)))
+    assert found == (sides[0] if len(sides) == 1 else tuple(sides))
+
+
+def test_a_network_that_is_no_detector_needs_no_inputs_of_its_own():
+    assert targets.inputs_of(nn.Identity(), "resnet18", 224) is None
