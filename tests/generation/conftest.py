@@ -35,7 +35,7 @@ SMALL = {
     "train_dataloader.num_workers": 0,
     "train_dataloader.persistent_workers": False,
     "default_hooks.logger.interval": 1,
-    "default_hooks.checkpoint.interval": 1,
+    "default_hooks.checkpoint.interval": 1000,  # after the last step alone
     "default_hooks.checkpoint.max_keep_ckpts": -1,
 }
 

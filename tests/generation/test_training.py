@@ -17,6 +17,7 @@ from coconv_surgery.generation.sampling import load_grown
 
 NAMES = ("progan_shapes-32x32", "coprogan_shapes-32x32")
 STEPS = 12
+EVERY_STEP = {"default_hooks.checkpoint.interval": 1}
 COPROGAN = {
     "blocks.1.conv0": (1, 2),
     "blocks.1.conv1": (1, 2),
@@ -69,7 +70,7 @@ def test_both_networks_train_through_two_fade_ins_on_the_same_data(trained):
 
 
 def test_what_has_grown_is_trained_and_nothing_else(trained):
-    runner = trained(NAMES[1])
+    runner = trained(NAMES[1], **EVERY_STEP)
     for step, resolution in ((2, 4), (6, 8), (STEPS, 16)):
         states = [saved(runner, at)["state_dict"] for at in (step - 1, step)]
         networks = [name for name in states[0] if name.startswith(("generator.", "discriminator."))]
@@ -81,7 +82,7 @@ def test_what_has_grown_is_trained_and_nothing_else(trained):
 
 @pytest.mark.parametrize("stop", [3, 6, 7, random.Random(20261126).randrange(1, STEPS)])
 def test_a_run_that_stops_and_resumes_is_bit_identical(trained, stop):
-    whole = trained(NAMES[1])
+    whole = trained(NAMES[1], **EVERY_STEP)
     rest = trained(NAMES[1], work="resumed", load_from=str(Path(whole.work_dir) / f"iter_{stop}.pth"), resume=True)
     assert [entry["step"] for entry in scalars(rest)] == list(range(stop + 1, STEPS + 1))
     for key in ("state_dict", "optimizer"):
@@ -91,7 +92,7 @@ def test_a_run_that_stops_and_resumes_is_bit_identical(trained, stop):
 
 
 def test_optimizers_start_afresh_with_every_phase(trained):
-    runner = trained(NAMES[0])
+    runner = trained(NAMES[0], **EVERY_STEP)
     for step, since in ((2, 2), (3, 1), (4, 2), (5, 1), (7, 1), (9, 1), (12, 4)):
         for network in ("generator", "discriminator"):
             states = saved(runner, step)["optimizer"][network]["state"].values()
@@ -99,7 +100,7 @@ def test_optimizers_start_afresh_with_every_phase(trained):
 
 
 def test_the_average_follows_the_generator(trained):
-    runner = trained(NAMES[1], **{"model.smoothing": 0.75})
+    runner = trained(NAMES[1], **{"model.smoothing": 0.75, **EVERY_STEP})
     own, average = "generator.", "average."
     for step in (5, 12):
         before, after = saved(runner, step - 1)["state_dict"], saved(runner, step)["state_dict"]
@@ -125,7 +126,7 @@ def test_pictures_are_made_at_the_end_of_every_phase_on_disk_and_in_tensorboard(
 
 @pytest.mark.parametrize("step", [3, STEPS])
 def test_a_checkpoint_gives_back_the_averaged_generator_with_its_levels_and_growth(trained, step):
-    runner = trained(NAMES[1])
+    runner = trained(NAMES[1], **EVERY_STEP)
     grown = load_grown(Path(runner.work_dir) / f"iter_{step}.pth")
     assert (grown.resolution, grown.fade) == ((8, 0.5) if step == 3 else (16, 1))
     assert grown.images_seen == 8 * step
@@ -179,14 +180,14 @@ def test_weights_that_are_not_finite_end_the_training_and_are_not_saved(configur
 
 
 def test_weights_alone_go_on_where_they_stood_and_the_last_step_is_saved(trained):
-    first = trained(NAMES[1])
+    first = trained(NAMES[1], **EVERY_STEP)
     rest = trained(NAMES[1], work="rest", load_from=str(Path(first.work_dir) / "iter_5.pth"))
     assert [entry["kimg"] for entry in scalars(rest)] == [pytest.approx(0.008 * n) for n in range(6, STEPS + 1)]
     assert (Path(rest.work_dir) / f"iter_{STEPS - 5}.pth").exists()
 
 
 def test_what_lies_ahead_may_change_when_a_run_goes_on(trained):
-    first = trained(NAMES[1])
+    first = trained(NAMES[1], **EVERY_STEP)
     growth = {"images": 128, "stabilise": 16, "fade": 16, "batches": {"4": 8, "8": 8, "16": 16}}
     resumed = {"load_from": str(Path(first.work_dir) / "iter_9.pth"), "resume": True}
     rest = trained(NAMES[1], work="rest", **resumed, **{"model.growth": growth})
@@ -262,26 +263,19 @@ def test_a_network_that_does_not_exist_has_no_optimizer(configured):
 PLAIN = {"optimizer": {"type": "SGD", "lr": 0.002}}
 
 
-def test_two_processes_equal_one_that_has_batches_of_both(launched):
+def test_two_processes_equal_one_that_has_batches_of_both_and_take_over_from_each_other(launched):
     """Weights after twelve steps agree to 1e-5: sums are taken in another order."""
-    one, two = (launched(NAMES[1], world, f"{world}", **PLAIN) for world in (1, 2))
-    states = [torch.load(work / "iter_12.pth", weights_only=True)["state_dict"] for work in (one, two)]
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-5)
-    biases = [value for name, value in states[0].items() if name.endswith("bias")]
+    one, two = (launched(NAMES[1], world, f"{world}", **EVERY_STEP, **PLAIN) for world in (1, 2))
+    half = {"load_from": str(two / "iter_7.pth"), "resume": True}
+    taken_over, again = (launched(NAMES[1], world, f"{world}-resumed", **half, **PLAIN) for world in (1, 2))
+    expected, *others = (torch.load(work / "iter_12.pth")["state_dict"] for work in (one, two, taken_over, again))
+    for state in others:
+        assert state.keys() == expected.keys()
+        for name, value in state.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+    assert_equal(others[0], others[2])
+    biases = [value for name, value in expected.items() if name.endswith("bias")]
     assert sum(bool(value.abs().max() > 1e-3) for value in biases) >= 8  # they began at zero
-
-
-def test_a_run_goes_on_with_another_number_of_processes(launched):
-    two = launched(NAMES[1], 2, "two", **PLAIN)
-    checkpoint = str(two / "iter_7.pth")
-    one = launched(NAMES[1], 1, "one", load_from=checkpoint, resume=True, **PLAIN)
-    states = [torch.load(work / "iter_12.pth", weights_only=True)["state_dict"] for work in (one, two)]
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-5)
-    again = launched(NAMES[1], 2, "again", load_from=checkpoint, resume=True, **PLAIN)
-    assert_equal(torch.load(again / "iter_12.pth", weights_only=True)["state_dict"], states[1])
 
 
 def test_a_step_in_bfloat16_moves_everything(trained, monkeypatch):
