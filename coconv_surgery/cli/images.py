@@ -9,6 +9,16 @@ from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader, Subset
 
 from coconv_surgery.calibration.batches import BATCH
+from coconv_surgery.tracing.inputs import InputSize
+
+
+def image_sides(input_size: InputSize) -> tuple[int, ...]:
+    """Height and width of an input size.
+
+    >>> image_sides(224), image_sides((3, 224, 320))
+    ((224, 224), (224, 320))
+    """
+    return (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)[-2:]
 
 
 def image_batches(
@@ -30,8 +40,7 @@ def image_batches(
     """
     arguments: dict[str, Any] = {}
     if input_size is not None:
-        sides = (input_size, input_size) if isinstance(input_size, int) else input_size[-2:]
-        arguments["input_size"] = (3, *sides)
+        arguments["input_size"] = (3, *image_sides(input_size))
     config = resolve_model_data_config(model, args=arguments)
     try:
         found = ImageDataset(str(folder), transform=create_transform(**config, is_training=False))

@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch.nn as nn
 
+from coconv_surgery.cli.images import image_sides
 from coconv_surgery.layers.arguments import kind, near_miss
 from coconv_surgery.tracing.inputs import Inputs, InputSize
 
@@ -45,16 +46,14 @@ def build(target: str, arguments: Mapping[str, Any] | None = None, *, pretrained
             f"{target} is a file, which does not say of which architecture its weights are: name the network, and give "
             "the file by --weights"
         )
-    if target.startswith(_HUBS):
+    if target.startswith(_HUBS) or timm.is_model(target):
         return _module(timm.create_model(target, pretrained=pretrained, **given), target)
     if target.startswith(_TORCHVISION):
         return _of_torchvision(target.removeprefix(_TORCHVISION), given, pretrained)
     if ":" in target:
         return _made(target, {**given, **({"pretrained": True} if pretrained else {})})
-    if not timm.is_model(target):
-        hint = near_miss(target, timm.list_models(), count=3)
-        raise ValueError(f"timm has no model {target!r}: {hint or f'give {FORMS}'}")
-    return _module(timm.create_model(target, pretrained=pretrained, **given), target)
+    hint = near_miss(target, timm.list_models(), count=3)
+    raise ValueError(f"timm has no model {target!r}: {hint or f'give {FORMS}'}")
 
 
 def inputs_of(network: nn.Module, target: str, input_size: InputSize | None) -> Inputs | None:
@@ -80,8 +79,7 @@ def inputs_of(network: nn.Module, target: str, input_size: InputSize | None) -> 
 
     if input_size is None:
         return example_inputs(network, resized_to(Config.fromfile(target).get("test_pipeline", [])))
-    sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)[-2:]
-    return example_inputs(network, sides)
+    return example_inputs(network, image_sides(input_size))
 
 
 def is_config(target: str) -> bool:
@@ -137,23 +135,16 @@ def _detector(path: str) -> nn.Module:
 
 
 def _of_torchvision(name: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model, get_model_builder, list_models
 
     if name not in list_models():
         hint = near_miss(name, list_models(), count=3) or "torchvision.models.list_models() lists them"
         raise ValueError(f"torchvision has no model {name!r}: {hint}")
     arguments.setdefault("weights", "DEFAULT" if pretrained else None)
-    if not pretrained and "weights_backbone" not in arguments and "." not in name:
-        arguments.update(_without_backbone(name))
+    # Its detectors and segmenters load weights of their backbone otherwise.
+    if not pretrained and "weights_backbone" in inspect.signature(get_model_builder(name)).parameters:
+        arguments.setdefault("weights_backbone", None)
     return _module(get_model(name, **arguments), name)
-
-
-def _without_backbone(name: str) -> dict[str, None]:
-    """Detectors and segmenters of torchvision load weights of their backbone otherwise."""
-    from torchvision.models import get_model_builder
-
-    names = inspect.signature(get_model_builder(name)).parameters
-    return {"weights_backbone": None} if "weights_backbone" in names else {}
 
 
 def _made(target: str, arguments: dict[str, Any]) -> nn.Module:

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from coconv_surgery.demo.shapes import write_shapes
 from coconv_surgery.demo.training import run_logged
 from coconv_surgery.generation.images import FolderImages
-from coconv_surgery.generation.sampling import Grown, load_grown
+from coconv_surgery.generation.sampling import Grown, grid, load_grown
 from coconv_surgery.generation.scores import real_images, score
 from coconv_surgery.mmengine.paths import config_path
 from coconv_surgery.viz.samples import save_samples
@@ -48,7 +48,7 @@ def train_and_generate(output: Path, progress: Progress) -> str:
     _train(output, progress)
     data = config.train_dataloader.dataset
     held_out = FolderImages(output / "data" / "shapes64" / "val", data.resolution, crop=data.crop)
-    pictures = {"drawn": torch.cat(list(real_images(held_out, data.resolution, _PICTURED)))}
+    pictures = {"drawn": grid(torch.cat(list(real_images(held_out, data.resolution, _PICTURED))))}
     lines = ["ProGAN and CoProGAN, trained from scratch on drawn shapes of 32×32 pixels, with the same seed"]
     for name, build in _NETWORKS.items():
         progress(1.0, f"scoring {name}")
@@ -59,7 +59,7 @@ def train_and_generate(output: Path, progress: Progress) -> str:
             score(each, held_out, ["swd"], mirror=config.model.mirror)["SWD×10³ average"]
             for each in (Grown(untrained.eval(), data.resolution, 1.0, 0), grown)
         )
-        pictures[f"{name}, SWD {after:.0f}"] = torch.cat(list(grown.images(_PICTURED)))
+        pictures[f"{name}, SWD {after:.0f}"] = grid(torch.cat(list(grown.images(_PICTURED))))
         lines.append(f"{name}: SWD×10³ {before:.1f} untrained, {after:.1f} after {grown.images_seen:,} images")
     save_samples(output / "generation.png", pictures)
     lines.append(

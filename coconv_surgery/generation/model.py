@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
@@ -83,7 +84,8 @@ class ProGAN(BaseModel):  # type: ignore[misc]
         data_preprocessor: Any = None,
     ) -> None:
         super().__init__(data_preprocessor)
-        given = {} if growth is None else mapping(growth, "growth", "a schedule", keys=_GROWTH)
+        keys = [each.name for each in fields(Growth) if each.init and each.name != "resolution"]
+        given = {} if growth is None else mapping(growth, "growth", "a schedule", keys=keys)
         self.growth = Growth(resolution=resolution, **given)
         weights = {"penalty": penalty, "target": target, "drift": drift}
         self.weights = {name: _number(value, name) for name, value in weights.items()}
@@ -242,9 +244,6 @@ def _number(value: Any, name: str) -> float:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}={value} must be at least 0")
     return float(value)
-
-
-_GROWTH = ("images", "stabilise", "fade", "batches", "start")
 
 
 def _bare(network: Any) -> nn.Module:
