@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from coconv_surgery.cli import main
+from coconv_cli import main
 
 # Whether the operator for depthwise levels was built on this machine makes no difference: its tests build their own.
 os.environ["COCONV_NATIVE"] = "0"

@@ -1,5 +1,6 @@
 """A converted network and the file of its weights."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from coconv_surgery.checkpoint.header import beside_tensors, is_json, read_header, write_header
+from coconv_surgery.checkpoint.header import beside_tensors, check_network, is_json, read_header, write_header
 from coconv_surgery.checkpoint.origin import plan_told
 from coconv_surgery.checkpoint.reading import is_safetensors, read_checkpoint, weights_in
-from coconv_surgery.checkpoint.tensors import can_hold, cannot_write, check_loadable, each_once, held_once, is_expanded
+from coconv_surgery.checkpoint.tensors import cannot_write, check_fit, check_loadable, each_once, held_once, is_expanded
 from coconv_surgery.layers.arguments import flag
 from coconv_surgery.layers.files import whole_file
 from coconv_surgery.layers.metadata import unchecked_levels
@@ -24,7 +25,9 @@ from coconv_surgery.tracing.finding import find_intact_sites
 from coconv_surgery.tracing.switching import mark_calibrated
 
 
-def save_converted(model: nn.Module, path: str | Path, *, guard: bool = False) -> None:
+def save_converted(
+    model: nn.Module, path: str | Path, *, guard: bool = False, network: Mapping[str, Any] | None = None
+) -> None:
     """Write a network's weights, with its plan as the file's metadata.
 
     A tensor that the network holds under several names is written once. The file is written whole: whatever goes wrong,
@@ -35,14 +38,18 @@ def save_converted(model: nn.Module, path: str | Path, *, guard: bool = False) -
         path: The file, ``.safetensors`` by custom.
         guard: Whether to add the entry of :func:`guard`, so that no plain network loads the file strictly; the network
             does not get it.
+        network: What the network is, so that ``coconv`` takes the file for it: the ``target`` that the command line
+            would take, such as timm's name of it, and the ``arguments`` that it is built with.
 
     Raises:
-        TypeError: If ``model`` is not a module, or one whose weights are sharded, or ``path`` is not a path.
+        TypeError: If ``model`` is not a module, or one whose weights are sharded, or ``path`` is not a path, or
+            ``network`` not a dict of that.
         ValueError: If a contextual convolution was pruned, or the network holds what a safetensors file has no place
             for; all of it is named.
         OSError: If it cannot be written.
     """
     plan, guard = get_plan(model), flag(guard, "guard")
+    network = None if network is None else check_network(network, "network")
     for name, module in model.named_modules():
         check_unsharded(module, path_of(name), "load the gathered weights into a whole network, and save that")
     state: dict[str, Any] = {name: value for name, value in model.state_dict().items() if not name.startswith(GUARD)}
@@ -60,7 +67,7 @@ def save_converted(model: nn.Module, path: str | Path, *, guard: bool = False) -
         tensors.update([guard_of(plan)])
     with whole_file(path, "path") as passing:
         try:
-            save_file(tensors, passing, metadata=write_header(plan, shared, extra))
+            save_file(tensors, passing, metadata=write_header(plan, shared, extra, network))
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
 
@@ -92,18 +99,8 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         weights |= beside_tensors(read_header(path), weights, path)
     own = model.state_dict()
     weights, own = ({name: held[name] for name in held if not is_guard(name)} for held in (weights, own))
-    both = [name for name in own.keys() & weights.keys() if isinstance(own[name], torch.Tensor)]
-    problems = {
-        "missing": own.keys() - weights.keys(),
-        "unexpected": weights.keys() - own.keys(),
-        "of another shape": [name for name in both if own[name].shape != weights[name].shape],
-        "of which the network holds one for several that differ": [
-            name for name in both if own[name].shape == weights[name].shape and not can_hold(own[name], weights[name])
-        ],
-    }
-    if any(problems.values()):
-        words = "; ".join(f"{len(names)} {kind}, as {min(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"the weights in {path} do not fit {type(model).__name__}: {words}")
+    check_fit(model, own, weights, path)
+    both = [name for name in own if isinstance(own[name], torch.Tensor)]
     expanded = {name: (own[name], weights.pop(name)) for name in both if is_expanded(own[name])}
     with ExitStack() as undo:
         switch_to_plan(model, find_intact_sites(model), complete_plan(model, plan), undo)

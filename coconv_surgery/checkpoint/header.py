@@ -8,24 +8,28 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from coconv_surgery.checkpoint.reading import CheckpointError
-from coconv_surgery.layers.arguments import file_to_read, kind, shown
+from coconv_surgery.layers.arguments import file_to_read, kind, mapping, shown, text
 from coconv_surgery.planning import notes
 from coconv_surgery.planning.plan import Plan, read_plan_text
 
 _PLAN = notes.KEY
 _SHARED = "coconv_shared"
 _EXTRA = "coconv_extra_state"
+_NETWORK = "coconv_network"
 
 
-def write_header(plan: Plan, shared: Mapping[str, str], extra: Mapping[str, Any]) -> dict[str, str]:
+def write_header(
+    plan: Plan, shared: Mapping[str, str], extra: Mapping[str, Any], network: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """Make the header of a file.
 
     Args:
         plan: The plan of the network whose weights it holds.
         shared: Names of tensors that are written under another name, which they stand for here.
         extra: What else the state dict holds, see :func:`is_json`.
+        network: What the network is, see :func:`check_network`.
     """
-    values = {_SHARED: shared, _EXTRA: extra}
+    values = {_SHARED: shared, _EXTRA: extra, _NETWORK: network}
     return {_PLAN: plan.to_json(), **{key: json.dumps(value) for key, value in values.items() if value}}
 
 
@@ -52,6 +56,38 @@ def plan_in_header(header: Mapping[str, str], path: str | Path) -> Plan | None:
         PlanError: If it cannot be read.
     """
     return read_plan_text(header[_PLAN], f"the plan in {path}") if _PLAN in header else None
+
+
+def check_network(value: Any, name: str) -> dict[str, Any]:
+    """Check what says of which network the weights of a file are.
+
+    Args:
+        value: A dict of the ``target`` that names it on the command line, and the ``arguments`` to build it with.
+        name: What it is, for the message.
+
+    Raises:
+        TypeError: If it is not that.
+        ValueError: If it has other keys, or arguments that are not JSON.
+    """
+    network = mapping(value, name, "target and arguments", keys=("target", "arguments"))
+    text(network.get("target"), f"{name}: target")
+    if not is_json(mapping(network.setdefault("arguments", {}), f"{name}: arguments", "values by name")):
+        raise ValueError(f"{name}: arguments: a file has place for text, numbers, lists and dicts of them alone")
+    return network
+
+
+def network_in_header(header: Mapping[str, str], path: str | Path) -> dict[str, Any] | None:
+    """What a file says of its network, as :func:`check_network` has it; None if it does not.
+
+    Raises:
+        CheckpointError: If it says something else.
+    """
+    if _NETWORK not in header:
+        return None
+    try:
+        return check_network(_read(header, _NETWORK, path), _NETWORK)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def beside_tensors(header: Mapping[str, str], tensors: Mapping[str, Any], path: str | Path) -> dict[str, Any]:

@@ -35,6 +35,42 @@ def check_loadable(model: nn.Module, weights: Mapping[str, torch.Tensor], path: 
             raise ValueError(f"{path}: {name} {kind}; it must be an ordinary tensor")
 
 
+def check_fit(model: nn.Module, own: Mapping[str, Any], weights: Mapping[str, Any], path: str | Path) -> None:
+    """Check that a network holds all of some weights and nothing else.
+
+    Args:
+        model: The network, for the message.
+        own: What it holds, by name.
+        weights: What it would be given, by name.
+        path: Where that comes from, for the message.
+
+    Raises:
+        ValueError: If names or shapes differ, or it holds one tensor for several that differ; one of each kind is
+            named.
+    """
+    both = [name for name in own if name in weights and isinstance(own[name], torch.Tensor)]
+    fitting = [name for name in both if own[name].shape == weights[name].shape]
+    problems = {
+        "missing": sorted(own.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - own.keys()),
+        "of another shape": [
+            f"{name} ({_shape(weights[name])}, and {_shape(own[name])} in the network)"
+            for name in both
+            if name not in fitting
+        ],
+        "of which the network holds one for several that differ": [
+            name for name in fitting if not can_hold(own[name], weights[name])
+        ],
+    }
+    if any(problems.values()):
+        words = "; ".join(f"{len(names)} {kind}, as {names[0]}" for kind, names in problems.items() if names)
+        raise ValueError(f"the weights in {path} do not fit {type(model).__name__}: {words}")
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a number"
+
+
 def cannot_write(tensor: torch.Tensor) -> str | None:
     """Why a safetensors file has no place for a tensor, or None."""
     return _not_ordinary(tensor) or (None if _has_place_for(tensor.dtype) else f"is of type {tensor.dtype}")

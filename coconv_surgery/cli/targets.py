@@ -7,21 +7,32 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch.nn as nn
 
+from coconv_surgery.checkpoint.converted import load_converted
+from coconv_surgery.checkpoint.header import is_json, network_in_header, read_header
+from coconv_surgery.checkpoint.origin import read_plan
+from coconv_surgery.checkpoint.reading import is_safetensors
 from coconv_surgery.cli.images import image_sides
 from coconv_surgery.layers.arguments import kind, near_miss
-from coconv_surgery.tracing.inputs import Inputs, InputSize
+from coconv_surgery.layers.functional import Pair
+from coconv_surgery.paper.counting import count as count_cost
+from coconv_surgery.planning.plan import Plan
+from coconv_surgery.surgery import apply_plan, complete_plan, plan_conversion
+from coconv_surgery.tracing.inputs import Inputs, InputSize, infer_inputs
 
 FORMS = (
-    "a name of timm's (or hf_hub:… or local-dir:…), torchvision/NAME, package.module:factory, or the .py of an "
-    "MMDetection config"
+    "a name of timm's (or hf_hub:… or local-dir:…), torchvision/NAME, package.module:factory, a file that coconv "
+    "convert wrote, or the .py of an MMDetection config"
 )
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:", "local_dir:")
 _TORCHVISION = "torchvision/"
+# What of a builder's arguments reads files, and a file may not ask for.
+_READING = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+_READING |= {"weights", "weights_backbone"}
 
 
 def build(target: str, arguments: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> nn.Module:
@@ -38,14 +49,10 @@ def build(target: str, arguments: Mapping[str, Any] | None = None, *, pretrained
     """
     given = dict(arguments or {})
     if is_config(target):
-        if given or pretrained:
-            raise ValueError(f"{target} is a config, which says all of its network: change it there")
+        _refuse_arguments(target, {**given, **({"pretrained": True} if pretrained else {})})
         return _detector(target)
     if Path(target).is_file():
-        raise ValueError(
-            f"{target} is a file, which does not say of which architecture its weights are: name the network, and give "
-            "the file by --weights"
-        )
+        return _of_file(target, given, pretrained)
     if target.startswith(_HUBS) or timm.is_model(target):
         return _module(timm.create_model(target, pretrained=pretrained, **given), target)
     if target.startswith(_TORCHVISION):
@@ -72,19 +79,90 @@ def inputs_of(network: nn.Module, target: str, input_size: InputSize | None) -> 
     """
     if not is_config(target):
         return None
-    from mmengine.config import Config
-
     from coconv_surgery.mmdet.inputs import example_inputs
-    from coconv_surgery.mmengine.options import resized_to
 
-    if input_size is None:
-        return example_inputs(network, resized_to(Config.fromfile(target).get("test_pipeline", [])))
-    return example_inputs(network, image_sides(input_size))
+    return example_inputs(network, _sides_in(target) if input_size is None else image_sides(input_size))
 
 
 def is_config(target: str) -> bool:
     """Whether a target is a config of MMDetection."""
     return target.endswith(".py")
+
+
+def is_file(target: str) -> bool:
+    """Whether a target is a file of weights."""
+    return Path(target).is_file() and not is_config(target)
+
+
+def describe(target: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a file is told of the network whose weights it holds, as of :func:`~coconv_surgery.save_converted`.
+
+    Returns:
+        That; None if the arguments cannot be written down.
+    """
+    if is_file(target):
+        told = network_in_header(read_header(target), target)
+        return told and describe(told["target"], {**told["arguments"], **arguments})
+    network = {"target": target, "arguments": dict(arguments)}
+    return network if is_json(network) else None
+
+
+def plan_as_chosen(
+    network: nn.Module, target: str, *, policy: str, input_size: InputSize | None, **choices: Any
+) -> Plan:
+    """Plan the conversion of a network by what the command line has.
+
+    Args:
+        network: What :func:`build` has built.
+        target: What named it.
+        policy: The policy's name.
+        input_size: The size, if one was given.
+        **choices: Patterns and settings of the policy; those that are empty or None were not given.
+    """
+    inputs = inputs_of(network, target, input_size)
+    given = {name: value for name, value in choices.items() if value not in (None, ())}
+    size = input_size if inputs is None else None
+    return plan_conversion(network, policy, input_size=size, example_inputs=inputs, **given)
+
+
+def convert_as_chosen(network: nn.Module, **choices: Any) -> nn.Module:
+    """Convert a network in place by what the command line has, as :func:`plan_as_chosen`."""
+    return apply_plan(network, plan_as_chosen(network, "", **choices))
+
+
+def replay(network: nn.Module, plan: Plan) -> nn.Module:
+    """Convert a network in place by a plan, whose classifier may have had other outputs."""
+    return apply_plan(network, complete_plan(network, plan))
+
+
+def read_plan_file(path: Path) -> Plan:
+    """Read a plan, of a file of its own or of one of weights.
+
+    Raises:
+        PlanError: If there is none.
+        CheckpointError: If it is a file of weights that tells no plan.
+    """
+    with open(path, "rb") as file:
+        is_text = b"\0" not in file.read(1024)
+    return Plan.from_json(path) if is_text else read_plan(path)
+
+
+def count(target: str, arguments: Mapping[str, Any], input_size: InputSize | None) -> tuple[int, int, str]:
+    """Count what a network costs.
+
+    Returns:
+        Its parameters, its multiply-adds, and the size of the input that takes them.
+    """
+    if is_config(target):
+        from coconv_surgery.mmdet.flops import count_config
+
+        _refuse_arguments(target, arguments)
+        sides = image_sides(input_size) if input_size is not None else _sides_in(target)
+        return *count_config(target, cast(Pair, sides)), "×".join(map(str, sides))
+    network = build(target, arguments).eval()
+    inputs = infer_inputs(network, input_size)
+    cost = count_cost(network, *inputs.args, **inputs.kwargs)
+    return cost.parameters, cost.multiply_adds, str(inputs)
 
 
 def read_arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -108,14 +186,33 @@ def read_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def read_size(value: str) -> int | tuple[int, ...]:
-    """Read an input size: ``224``, ``224x320`` or ``3x224x320``; commas do as well.
+def _refuse_arguments(config: str, arguments: Mapping[str, Any]) -> None:
+    if arguments:
+        raise ValueError(f"{config} is a config, which says all of its network: change it there")
 
-    >>> read_size("224"), read_size("3x224x320")
-    (224, (3, 224, 320))
-    """
-    sides = tuple(int(side) for side in value.lower().replace("×", "x").replace(",", "x").split("x"))
-    return sides[0] if len(sides) == 1 else sides
+
+def _sides_in(config: str) -> tuple[int, ...]:
+    from mmengine.config import Config
+
+    from coconv_surgery.mmengine.options import resized_to
+
+    return tuple(resized_to(Config.fromfile(config).get("test_pipeline", [])))
+
+
+def _of_file(path: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
+    if pretrained:
+        raise ValueError(f"{path} holds the weights of its network: leave out --pretrained")
+    told = network_in_header(read_header(path), path) if is_safetensors(path) else None
+    if told is None:
+        raise ValueError(
+            f"{path} is a file that does not say of which network its weights are: name the network, and give the file "
+            "by --weights"
+        )
+    name, given = told["target"], told["arguments"]
+    # What a file says is not to be trusted: it may name a library's network, and no code, and no other file.
+    if not (timm.is_model(name) or name.startswith(_TORCHVISION)) or given.keys() & _READING:
+        raise ValueError(f"{path} is of {name}: name that yourself, if you trust it, and give the file by --weights")
+    return load_converted(build(name, {**given, **arguments}), path)
 
 
 def _detector(path: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -161,15 +162,16 @@ class Plan:
             f"{f'; calibrated on {self.calibrated:,} images' if self.calibrated else ''}"
         )
 
-    def table(self, *, every_conv: bool = False) -> str:
+    def table(self, *, every_conv: bool = False, width: int | None = None) -> str:
         """Lay the plan out as an aligned table.
 
         Args:
             every_conv: Show 1×1 convolutions and the like as well, which the summary just counts.
+            width: Characters in a line; where the table takes more, each row becomes a paragraph. Default: any number.
         """
         shown = self.rows if flag(every_conv, "every_conv") else self.in_question
         header = ("conv", "channels", "map", "levels", "dilations", "splits", "left alone because")
-        return align([header, *map(_cells, shown)])
+        return align([header, *map(_cells, shown)], width)
 
     def __str__(self) -> str:
         return f"{self.table()}\npolicy: {self.policy}\ninput: {self.input}\ntraced: {self.traced}\n{self.summary()}"
@@ -255,14 +257,35 @@ def read_plan_text(content: str | bytes, source: str | Path) -> Plan:
         raise PlanError(f"{source} is not a complete plan: {error}") from error
 
 
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Lay rows of text out in columns, a rule under the first."""
+def align(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """Lay rows of text out in columns, a rule under the first.
+
+    Args:
+        rows: Cells of each row, those of the header first.
+        width: Characters in a line. Where columns take more, each row becomes a paragraph. Default: any number.
+
+    >>> print(align([("conv", "levels"), ("layer1.conv1", "4")], width=18))
+    layer1.conv1
+      levels  4
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if width is not None and sum(widths) + 2 * len(widths) - 2 > width:
+        return "\n".join(_paragraph(rows[0], row, width) for row in rows[1:])
     rule = ["─" * width for width in widths]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [rows[0], rule, *rows[1:]]
     )
+
+
+def _paragraph(header: Sequence[str], row: Sequence[str], width: int) -> str:
+    """A row, its first cell above the others, which are told by name."""
+    indent = max(map(len, header[1:]), default=0) + 4
+    lines = textwrap.wrap(row[0], width) or [""]
+    for name, cell in zip(header[1:], row[1:], strict=True):
+        label = f"  {name}".ljust(indent)
+        lines += textwrap.wrap(cell, max(width, indent + 8), initial_indent=label, subsequent_indent=" " * indent)
+    return "\n".join(lines)
 
 
 def _as_row(row: Any) -> PlanRow:

@@ -4,15 +4,60 @@ import json
 import platform
 import re
 import statistics
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 from coconv_surgery.sweep.check import CONVERTED, CRASHED, FAILED, NOT_BUILT, Row
-from coconv_surgery.sweep.collections import Collection
+from coconv_surgery.sweep.collections import COLLECTIONS, Collection
+from coconv_surgery.sweep.walk import read_rows
 from coconv_surgery.viz.tables import markdown_table
+
+# Seconds from one writing of the pages to the next, while a sweep goes on.
+_EVERY = 30
+
+
+class Pages:
+    """The pages of a folder of sweeps, kept up while one goes on.
+
+    Args:
+        name: The collection that is swept.
+        folder: Where its rows are, and its page will be, beside ``index.md``.
+        command: The command that makes them.
+    """
+
+    def __init__(self, name: str, folder: Path, command: str) -> None:
+        self.path = folder / f"{name}.md"
+        self._name, self._folder, self._command = name, folder, command
+        self._written = time.monotonic()
+
+    def renew(self) -> None:
+        """Write them, if they were not for a while."""
+        if time.monotonic() - self._written > _EVERY:
+            self.write()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Write them at the end, however that comes."""
+        try:
+            yield
+        finally:
+            self.write()
+
+    def write(self) -> None:
+        """Write them, of the rows that there are."""
+        tables = {name: read_rows(self._folder / f"{name}.csv") for name in COLLECTIONS}
+        if rows := tables[self._name]:
+            rows.sort(key=lambda row: (row.family, row.name))
+            self.path.write_text(render(COLLECTIONS[self._name], rows, self._command), encoding="utf-8")
+            index = render_index({name: found for name, found in tables.items() if found})
+            (self._folder / "index.md").write_text(index, encoding="utf-8")
+        self._written = time.monotonic()
 
 
 def render(collection: Collection, rows: Sequence[Row], command: str) -> str:
@@ -109,8 +154,8 @@ def _totals(rows: Sequence[Row]) -> str:
         f"{sum(row.converted for row in converted):,} convolutions converted; of {convs:,} 3×3 convolutions, "
         f"{sum(row.one_level for row in converted):,} have room for one level only and {sum(reasons.values()):,} are "
         "left alone",
-        f"{statistics.median(seconds):.2f} s to plan, convert and revert the median network, {max(seconds):.1f} s the "
-        "slowest",
+        f"{statistics.median(seconds or [0]):.2f} s to plan, convert and revert the median network, "
+        f"{max(seconds, default=0):.1f} s the slowest",
     ]
     bullets = "\n".join(f"- {line}" for line in lines)
     why = markdown_table(

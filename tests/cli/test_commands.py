@@ -1,8 +1,12 @@
 """The command line, as a process."""
 
+import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +15,12 @@ import torch
 from PIL import Image
 
 import coconv_surgery as cs
+from coconv_cli import console, main, measuring, options
+from coconv_surgery.bench.run import Target
+from coconv_surgery.bench.speed import ENGINES
+from coconv_surgery.layers.levels import SplitRule
+from coconv_surgery.planning.policies import POLICIES
+from coconv_surgery.sweep.collections import COLLECTIONS
 from coconv_surgery.sweep.walk import read_rows
 
 
@@ -26,17 +36,141 @@ WITHOUT_CLICK = "import sys; sys.modules['click'] = None; "
 
 
 def test_without_click_the_command_says_in_one_line_what_to_install():
-    code = WITHOUT_CLICK + "from coconv_surgery.cli import main; main()"
+    code = WITHOUT_CLICK + "from coconv_cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "coconv: click is not installed: pip install 'coconv-surgery[cli]'\n"
 
 
-def test_without_click_an_import_of_the_commands_fails_and_does_not_exit():
-    code = WITHOUT_CLICK + "\ntry: import coconv_surgery.cli.commands\nexcept ImportError as error: print(error)"
+def test_what_the_command_does_can_be_imported_without_click():
+    code = WITHOUT_CLICK + "import coconv_surgery.cli.targets, coconv_surgery.cli.running, coconv_surgery.cli.weights"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "click is not installed: pip install 'coconv-surgery[cli]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["run", "--help"], ["--version"]])
+def test_help_does_not_wait_for_torch(arguments):
+    code = (
+        "import sys; sys.argv = ['coconv', *sys.argv[1:]]\nfrom coconv_cli import main\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules, 'timm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stdout.endswith("0 False False\n")
+
+
+def test_tab_completes_commands_and_options():
+    command = Path(sys.executable).with_name("coconv")
+    for words, expected in (("coconv pl", "plan"), ("coconv plan --pol", "--policy")):
+        asked = {"_COCONV_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = subprocess.run([command], capture_output=True, text=True, env={**os.environ, **asked})
+        assert done.stdout == f"plain,{expected}\n"
+
+
+def test_the_choices_are_those_of_the_library():
+    assert tuple(POLICIES) == options.POLICIES
+    assert get_args(SplitRule) == options.SPLITS
+    assert get_args(Target) == measuring.BENCHMARKS
+    assert measuring.ENGINES == ENGINES
+    assert tuple(COLLECTIONS) == measuring.COLLECTIONS
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(coconv, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["coconv", "--debug", "plan", "resnet5"])
+    with pytest.raises(ValueError, match="timm has no model 'resnet5'"):
+        main()
+
+
+def test_what_is_not_installed_is_told_with_its_extra():
+    code = "import sys; sys.modules['pebble'] = None; sys.argv = ['coconv', 'sweep', 'timm']\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "from coconv_cli import main; main()"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "coconv: pebble is not installed: pip install 'coconv-surgery[sweep]'\n"
+
+
+def test_a_plan_goes_to_standard_output_as_json_alone(coconv):
+    done = coconv("plan", "test_resnet", "--json", "-")
+    assert done.code == 0, done.err
+    assert cs.Plan.from_json(done.out) == cs.plan_conversion(timm.create_model("test_resnet"))
+
+
+def test_a_narrow_terminal_gets_paragraphs(coconv, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = coconv("plan", "test_resnet")
+    assert code == 0
+    table, _summary = out.rstrip("\n").rsplit("\n", 1)
+    assert "\n  levels              4\n" in table
+    assert max(map(len, table.splitlines())) <= 40
+
+
+def test_colours_are_left_out_where_they_are_not_wanted(tmp_path):
+    command = Path(sys.executable).with_name("coconv")
+    terminal = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    shown = [
+        subprocess.run(
+            [command, "shapes", tmp_path / name, "--train", "2", "--val", "2", "--size", "64"],
+            capture_output=True,
+            text=True,
+            env={**terminal, **extra},
+        ).stderr
+        for name, extra in (("colour", {}), ("plain", {"NO_COLOR": "1"}))
+    ]
+    assert [bool(re.search(r"\x1b\[[0-9;]*3[0-9]", text)) for text in shown] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "resnet18", "--json", "none/plan.json"),
+        ("plan", "resnet18", "--figure", "none/plan.png"),
+        ("convert", "resnet18", "-o", "none/net.safetensors"),
+        ("export", "resnet18", "-o", "none/net.onnx"),
+        ("demo", "-o", "file/demo"),
+        ("bench", "layers", "-o", "file/bench"),
+        ("shapes", "file"),
+    ],
+)
+def test_where_it_would_write_is_checked_before_any_work(coconv, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(timm, "create_model", None)  # which any work would call
+    done = coconv(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert "none does not exist" in done.err or "file" in done.err
+
+
+def test_a_figure_of_an_unknown_kind_is_refused_before_any_work(coconv, tmp_path, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", None)
+    assert "the suffix of" in coconv("plan", "resnet18", "--figure", tmp_path / "plan.docx").err
+
+
+def test_progress_shows_in_a_log(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_PATIENCE", 0)
+    assert list(console.tracked("ab", "letters")) == ["a", "b"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.partition(" after")[0] for line in err.splitlines()] == [
+        "coconv:   0%",
+        "coconv:  50%",
+        "coconv: 100%",
+    ]
+
+
+def test_work_that_takes_long_shows_in_a_log_and_its_prints_are_not_the_result(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_PATIENCE", 0)
+    with console.doing("counting"):
+        print("a library's warning")
+        time.sleep(0.2)
+    assert sorted(capsys.readouterr().err.splitlines()) == ["a library's warning", "coconv: counting …"]
+
+
+def test_weights_that_do_not_fit_are_named_in_one_line(coconv, tmp_path):
+    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "w.pth")
+    done = coconv("convert", "test_resnet", "--weights", tmp_path / "w.pth", "-o", tmp_path / "out.safetensors")
+    assert done.code == 1
+    assert "do not fit ResNet: 2 of another shape, as fc.weight (7×" in done.err
+    assert done.err.count("\n") == 1
 
 
 def test_plan_prints_the_table_and_the_summary_and_saves_json_and_a_picture(coconv, tmp_path):

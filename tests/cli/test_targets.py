@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coconv_surgery as cs
+from coconv_cli.options import read_size
 from coconv_surgery.cli import targets
 from coconv_surgery.mmengine.paths import config_path
 
@@ -105,7 +106,7 @@ def test_convert_writes_the_network_of_a_factory(coconv, own, tmp_path):
         ("none.py", "none.py: there is no such config"),
         (
             "weights.pth",
-            "weights.pth is a file, which does not say of which architecture its weights are",
+            "weights.pth is a file that does not say of which network its weights are",
         ),
     ],
 )
@@ -113,6 +114,61 @@ def test_a_target_that_names_no_network_is_one_message(own, tmp_path, target, me
     (tmp_path / "weights.pth").touch()
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         targets.build(target)
+
+
+@pytest.fixture
+def ours(coconv, tmp_path):
+    """A file that the command wrote."""
+    path = tmp_path / "ours.safetensors"
+    done = coconv("convert", "test_resnet", "--policy", "stage", "--arg", "num_classes=7", "-o", path)
+    assert done.code == 0, done.err
+    return path
+
+
+def test_a_file_of_ours_is_a_target(ours, coconv):
+    network = targets.build(str(ours))
+    assert network.num_classes == 7
+    assert cs.get_plan(network) == cs.read_plan(ours)
+    done = coconv("plan", ours)
+    assert done.out == f"{cs.read_plan(ours).table()}\n{cs.read_plan(ours).summary()}\n"
+    assert "GFLOPs" in coconv("flops", ours).out
+
+
+def test_a_file_of_ours_stays_one_when_it_is_converted_anew(ours, coconv, tmp_path):
+    again = tmp_path / "again.safetensors"
+    assert coconv("convert", ours, "--policy", "top", "-o", again).code == 0
+    assert cs.get_plan(targets.build(str(again))).policy == "top"
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"target": "os:system", "arguments": {"command": "true"}},
+        {"target": "local-dir:elsewhere"},
+        {"target": "test_resnet", "arguments": {"checkpoint_path": "other.pth"}},
+        {"target": "torchvision/resnet18", "arguments": {"weights": "DEFAULT"}},
+    ],
+)
+def test_a_file_names_no_code_and_no_other_file(tmp_path, network):
+    path = tmp_path / "net.safetensors"
+    cs.save_converted(cs.convert(timm.create_model("test_resnet")), path, network=network)
+    with pytest.raises(ValueError, match="name that yourself, if you trust it"):
+        targets.build(str(path))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"target": 3}, "network: target"),
+        ({"name": "resnet18"}, "network has no key 'name'"),
+        ({"target": "resnet18", "arguments": {"act_layer": nn.ReLU}}, "network: arguments: a file has place for"),
+        ("resnet18", "network must be a dict of target and arguments"),
+    ],
+)
+def test_what_a_file_is_told_of_its_network_is_checked_first(tmp_path, network, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        cs.save_converted(nn.Conv2d(3, 8, 3), tmp_path / "net.safetensors", network=network)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_config_takes_no_arguments(own):
@@ -128,7 +184,7 @@ def test_an_argument_that_is_no_pair_is_named(pair):
 
 @given(st.lists(st.integers(1, 999), min_size=1, max_size=3), st.sampled_from("x,X×"))
 def test_a_size_is_sides_between_crosses_or_commas(sides, cross):
-    found = targets.read_size(cross.join(map(str, sides)))
+    found = read_size(cross.join(map(str, sides)))
     assert found == (sides[0] if len(sides) == 1 else tuple(sides))
 
 

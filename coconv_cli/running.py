@@ -1,0 +1,73 @@
+"""Commands that run something of the user's."""
+
+# ruff: noqa: D301 (click's \b keeps the lines of an example apart)
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coconv_cli import options
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@options.planning(policy=None)
+@options.plan
+@click.option(
+    "-o",
+    "--output",
+    type=options.Output(folder=True),
+    help="Where plans are written. Default: where the script is told to write, else the current folder.",
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="SCRIPT [ARGUMENTS]...")
+def run(command: tuple[str, ...], plan_path: Path | None, output: Path | None, **choices: Any) -> None:
+    """Run a training script, unedited, on converted networks.
+
+    Our models are registered with timm, and every network that the script makes through timm.create_model or
+    torchvision.models.get_model is converted as it is made: by --policy, or by the --plan that an earlier run wrote.
+    With neither, nothing is converted. A module runs as -m and its name.
+
+    Networks are planned for --input-size, or else for the size that timm says, whatever the script trains at.
+
+    \b
+    coconv run --policy resolution -- train.py DATA --model resnet50 --output runs/1
+    coconv run --plan runs/1/coconv-plan-resnet50.json -- validate.py DATA --model resnet50 --checkpoint last.pth
+    coconv run -- train.py DATA --model coresnet50
+    torchrun --nproc-per-node 2 -m coconv_surgery run --policy resolution -- train.py DATA --model resnet50
+    """
+    from coconv_surgery.cli import targets
+    from coconv_surgery.cli.running import Converting, check_command, output_folder
+    from coconv_surgery.cli.running import run as run_command
+    from coconv_surgery.planning.policies import get_policy
+
+    check_command(command)
+    policy = choices["policy"]
+    given = [f"--{name.replace('_', '-')}" for name in choices if options.is_given(name)]
+    if plan_path is not None and given:
+        raise click.UsageError(f"--plan already decides everything: leave out {given[0]}")
+    if plan_path is None and policy is None and given:
+        raise click.UsageError(f"{given[0]} says how to convert: give --policy as well")
+    root = click.get_current_context().find_root()
+    if plan_path is None and policy is None:
+        root.meta["tracebacks"] = True
+        run_command(command)
+        return
+    if plan_path is not None:
+        change = functools.partial(targets.replay, plan=targets.read_plan_file(plan_path))
+    else:
+        get_policy(policy)
+        change = functools.partial(targets.convert_as_chosen, **choices)
+    converting = Converting(change, output or output_folder(command))
+    with converting.in_force():
+        root.meta["tracebacks"] = True  # from here on errors are the script's
+        run_command(command)
+    if not converting.count:
+        sys.exit(
+            "coconv: nothing was converted: the script made no network by timm.create_model or "
+            "torchvision.models.get_model in this process"
+        )
+
+
+COMMANDS = (run,)

@@ -1,0 +1,187 @@
+"""Scripts run unedited on converted networks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+
+import coconv_surgery as cs
+
+TRAIN = """
+import argparse, sys, torch
+from timm import create_model
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model")
+parser.add_argument("--output", default=".")
+parser.add_argument("--initial-checkpoint", default="")
+args = parser.parse_args()
+assert __name__ == "__main__"
+model = create_model(args.model, num_classes=3, checkpoint_path=args.initial_checkpoint)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+for _ in range(2):
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    optimizer.step()
+torch.save(model.state_dict(), f"{args.output}/last.pth")
+print("trained")
+"""
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """A script in a folder of its own, called from another."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "train.py").write_text(TRAIN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return Path("scripts") / "train.py"
+
+
+AT_64 = ("run", "--policy", "resolution", "--input-size", 64)
+
+
+def test_a_script_trains_the_converted_network_and_its_checkpoint_says_so(coconv, train):
+    make = timm.create_model
+    done = coconv(*AT_64, "--include", "layer1.*", "--", train, "--model", "test_resnet", "--output", "runs")
+    assert done.code == 0, done.err
+    assert done.out == "trained\n"
+    assert "coconv: test_resnet, converted by resolution for 1×3×64×64" in done.err
+    plan = cs.Plan.from_json("runs/coconv-plan-test_resnet.json")
+    assert [row.name for row in plan.converted] == [row.name for row in cs.plan_of("runs/last.pth").converted]
+    assert all(row.name.startswith("layer1.") for row in plan.converted)
+    assert timm.create_model is timm.models.create_model is make
+
+
+def test_options_of_the_script_are_its_own_without_a_dash_too(coconv, train):
+    done = coconv(*AT_64, train, "--model", "test_resnet", "--output=.")
+    assert done.code == 0, done.err
+    assert Path("coconv-plan-test_resnet.json").exists()
+
+
+def test_without_a_policy_our_models_are_registered_and_nothing_is_converted(coconv, train):
+    for name, converted in (("coresnet18", True), ("test_resnet", False)):
+        assert coconv("run", "--", train, "--model", name).code == 0
+        assert (cs.plan_of("last.pth") is not None) is converted
+    assert not list(Path().glob("coconv-plan*"))
+
+
+def test_what_torchvision_makes_is_converted(coconv, train):
+    train.write_text(
+        "import torchvision\n"
+        "model = torchvision.models.get_model('resnet18', weights=None)\n"
+        "torchvision.models.get_model('squeezenet1_1')\n"
+        "print(type(model.layer1[0].conv1).__name__)"
+    )
+    done = coconv("run", "--policy", "stage", "--input-size", 64, "-o", "plans", "--", train)
+    assert (done.code, done.out) == (0, "CoConv2d\n"), done.err
+    assert sorted(path.name for path in Path("plans").iterdir()) == [
+        "coconv-plan-resnet18.json",
+        "coconv-plan-squeezenet1_1-2.json",
+    ]
+    assert not isinstance(torchvision.models.get_model("resnet18").layer1[0].conv1, cs.CoConv2d)
+
+
+def test_a_plan_of_an_earlier_run_holds_for_another_number_of_classes(coconv, train):
+    cs.plan_conversion(timm.create_model("test_resnet"), "stage(2,2,2,1)").to_json("plan.json")
+    assert coconv("run", "--plan", "plan.json", "--", train, "--model", "test_resnet").code == 0
+    assert cs.plan_of("last.pth").policy == "stage(2,2,2,1)"
+    # A checkpoint tells its plan, too; and is loaded into the network once that is converted.
+    done = coconv(
+        *("run", "--plan", "last.pth", "-o", "again", "--"),
+        *(train, "--model", "test_resnet", "--initial-checkpoint", "last.pth"),
+    )
+    assert done.code == 0, done.err
+    assert cs.Plan.from_json("again/coconv-plan-test_resnet.json").policy == "stage(2,2,2,1)"
+
+
+def test_a_checkpoint_of_other_levels_is_refused_as_it_is_loaded(coconv, train):
+    assert coconv("run", "--policy", "stage(2,2,2,1)", "--", train, "--model", "test_resnet").code == 0
+    with pytest.raises(RuntimeError, match="levels"):
+        run_here(*AT_64, "--", train, "--model", "test_resnet", "--initial-checkpoint", "last.pth")
+
+
+def run_here(*arguments):
+    from coconv_cli.app import app
+
+    app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def test_a_script_that_makes_no_network_is_told_at_the_end(coconv, train):
+    train.write_text("import torchvision\ntorchvision.models.resnet18()")
+    done = coconv(*AT_64, "--", train)
+    assert done.code == 1
+    assert "nothing was converted: the script made no network by timm.create_model or" in done.err
+
+
+def test_a_module_is_run_by_its_name(coconv, train):
+    assert coconv("run", "--", "-m", "scripts.train", "--model", "coresnet18").code == 0
+    assert cs.plan_of("last.pth") is not None
+
+
+def run(*command, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+def test_an_error_of_the_script_has_its_traceback(train, tmp_path):
+    train.write_text("def fail():\n    raise ValueError('of the script')\nfail()")
+    done = run("-m", "coconv_surgery", "run", "--", train, cwd=tmp_path)
+    assert done.returncode == 1
+    assert 'scripts/train.py", line 2, in fail' in done.stderr
+    assert done.stderr.endswith("ValueError: of the script\n")
+
+
+TWO = """
+import os, torch, torch.distributed as dist, timm
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = timm.create_model("test_resnet", num_classes=2)
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+parallel(torch.randn(2, 3, 64, 64) + dist.get_rank()).sum().backward()
+torch.optim.SGD(model.parameters(), lr=0.1).step()
+torch.save(model.state_dict(), f"rank{dist.get_rank()}.pth")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_convert_alike_and_one_of_them_says_so(train, tmp_path):
+    train.write_text(TWO)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "coconv_surgery")
+    done = run(*torchrun, *AT_64, "--", train, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("coconv: test_resnet, converted by resolution") == 1
+    first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
+    assert cs.plan_of(first) == cs.plan_of(second) == cs.Plan.from_json(tmp_path / "coconv-plan-test_resnet.json")
+    assert all(torch.equal(first[name], second[name]) for name in first if "running" not in name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--policy", "stage", "--", "none.py"], 1, "there is no script 'none.py': give its path, or -m and a module"),
+        (["--", "-m"], 1, "-m: give a module, as in -m package.train"),
+        (
+            ["--include", "layer1.*", "--", "scripts/train.py"],
+            2,
+            "--include says how to convert: give --policy",
+        ),
+        (["--plan", "plan.json", "--policy", "top", "--", "scripts/train.py"], 2, "leave out --policy"),
+        (["--plan", "plan.json", "--", "scripts/train.py"], 1, "plan.json is not a plan"),
+        (["--policy", "stag", "--", "scripts/train.py"], 1, "did you mean 'stage'"),
+        (["--policy", "stage"], 2, "Missing argument"),
+    ],
+)
+def test_a_mistake_is_one_message_before_the_script_starts(coconv, train, arguments, code, message):
+    train.write_text("print('started')")
+    Path("plan.json").write_text(json.dumps({}))
+    done = coconv("run", *arguments)
+    assert (done.code, done.out) == (code, "")
+    assert message in done.err
