@@ -69,7 +69,8 @@ def effective_receptive_field(
 
     The gradient with respect to the image of the sum of all channels in the middle of the output; its absolute value,
     summed over colours, and averaged over images. It is measured on a copy in evaluation mode, on the device and in the
-    dtype of the network. With other weights it is another: training widens it.
+    dtype of the network. Weights decide: training widens the field, and in many new networks of timm's the residual
+    branches give zero (``zero_init_last``), so that what they see does not count yet.
 
     Args:
         model: The network, which stays what it is.
@@ -158,7 +159,7 @@ def _one_by_one(batch: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _gradient(twin: nn.Module, image: torch.Tensor, outputs: list[Any], size: Any) -> tuple[str, torch.Tensor]:
     try:
-        with torch.enable_grad():
+        with torch.set_grad_enabled(True):
             list(tensors_in(twin(image.clone())))
     except Exception as error:  # the network's own code
         raise ValueError(f"{type(twin).__name__} does not run on these images ({in_words(error)})") from error

@@ -185,12 +185,19 @@ def _take(operation: Operation) -> Reading:
     if len(axes) == 2:
         raise UnknownRuleError
     for axis in axes:
-        relations[axis] = Lookup(lambda _: [first]) if single else Taps(step, [first])
+        relations[axis] = _picked(first, step, 1 if single else operation.output[dim], source.shape[dim])
         grid[axis] = 1 if single else operation.output[dim]
         dims[axis] = None if single else dims[axis]
     if single:
         dims = [held - 1 if held is not None and held > dim else held for held in dims]
     return Reading([(source.node, relations[0], relations[1])], (grid[0], grid[1]), (dims[0], dims[1]))
+
+
+def _picked(first: int, step: int, count: int, side: int) -> Lookup:
+    # Beyond what was cut off there is no more of the map, unless it ends there itself.
+    low = -math.inf if first == 0 else 0
+    high = math.inf if first + step * count >= side else count
+    return Lookup(lambda y: [first + step * y] if low <= y < high else [])
 
 
 def _start(operation: Operation, side: int) -> tuple[int, int]:

@@ -96,13 +96,20 @@ class Spots:
             mask[low - top : high - top, first - left : last - left] |= spots.mask
         return Spots(mask, top, left)
 
+    def clipped(self, height: int, width: int) -> "Spots":
+        """Those on a map."""
+        bottom, right = self._ends
+        if self.top >= 0 and self.left >= 0 and bottom <= height and right <= width:
+            return self
+        return Spots(self.within(height, width), 0, 0)
+
     def within(self, height: int, width: int) -> Mask:
         """Those on a map, as a mask of it."""
         mask = np.zeros((height, width), bool)
-        rows, columns = np.nonzero(self.mask)
-        rows, columns = rows + self.top, columns + self.left
-        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-        mask[rows[inside], columns[inside]] = True
+        (bottom, right), top, left = self._ends, max(self.top, 0), max(self.left, 0)
+        if top < min(bottom, height) and left < min(right, width):
+            part = self.mask[top - self.top : height - self.top, left - self.left : width - self.left]
+            mask[top : top + part.shape[0], left : left + part.shape[1]] = part
         return mask
 
     @property

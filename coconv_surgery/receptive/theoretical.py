@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch.fx as fx
 import torch.nn as nn
 
@@ -15,8 +14,9 @@ from coconv_surgery.layers.arguments import flag, instance
 from coconv_surgery.layers.functional import Pair
 from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
 from coconv_surgery.planning.plan import align
+from coconv_surgery.receptive.rules import Map
 from coconv_surgery.receptive.spots import Mask
-from coconv_surgery.receptive.watching import Seen, Watch
+from coconv_surgery.receptive.watching import Watch
 from coconv_surgery.tracing.finding import find_sites
 from coconv_surgery.tracing.inputs import BlankInputs, Inputs, InputSize, infer_inputs
 from coconv_surgery.tracing.objects import in_words
@@ -189,24 +189,22 @@ def _field(watch: Watch, name: str, size: Pair) -> LayerField:
     calls = watch.outputs.get(name)
     if not calls:
         return LayerField(name, None, None, None, unknown="it is not called")
-    fields = [_of_map(name, watch.seen_from(place), size) for place in calls if place is not None]
+    fields = [_of_map(name, watch, place, size) for place in calls if place is not None]
     if not fields:
         return LayerField(name, None, None, None, unknown="what it reads does not come from the image")
     # A convolution that is called on several maps: the largest field, or the one that is not known.
     return max(fields, key=lambda found: (found.unknown is not None, found.pixels or 0))
 
 
-def _of_map(name: str, seen: Seen, size: Pair) -> LayerField:
+def _of_map(name: str, watch: Watch, place: Map, size: Pair) -> LayerField:
+    seen = watch.seen_from(place, padded=False)
     if seen.unknown:
         return LayerField(name, None, None, None, seen.through, f"no rule for {', '.join(seen.unknown)}")
     if seen.spots is None:
         return LayerField(name, None, None, None, unknown="what it reads does not come from the image")
-    mask = seen.spots.within(*size)
-    if seen.through:
-        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-        extent = tuple(int(line[-1] - line[0] + 1) if len(line) else 0 for line in (rows, columns))
-        return LayerField(name, (extent[0], extent[1]), int(mask.sum()), mask, seen.through)
-    return LayerField(name, seen.spots.extent, int(seen.spots.mask.sum()), mask)
+    # Where the whole image is read, there is nothing beyond its edges.
+    spots = seen.spots if seen.through else watch.seen_from(place, padded=True).spots or seen.spots
+    return LayerField(name, spots.extent, int(spots.mask.sum()), seen.spots.within(*size), seen.through)
 
 
 def _cells(row: LayerField) -> tuple[str, ...]:

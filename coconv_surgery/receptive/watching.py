@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from coconv_surgery.layers.functional import Pair
 from coconv_surgery.receptive.rules import (
     Map,
     Operation,
@@ -27,6 +28,7 @@ Place = tuple[Any, ...]
 
 @dataclass
 class _Node:
+    grid: Pair
     steps: tuple[Step, ...] = ()
     note: str | None = None
     unknown: str | None = None
@@ -78,7 +80,7 @@ class Watch:
             raise ValueError("none of the inputs is a batch of images")
         shape = tuple(image.shape)
         grid = shape[-2], shape[-1]
-        self._enter(image, grid, (len(shape) - 2, len(shape) - 1), _Node())
+        self._enter(image, (len(shape) - 2, len(shape) - 1), _Node(grid))
         with torch.no_grad(), _Operations(self):
             return model(*args, **kwargs) if call is None else call(model, *args, **kwargs)
 
@@ -100,7 +102,7 @@ class Watch:
         # Some of its numbers were written by way of another tensor.
         sources = [storage.last, *([held[1]] if held else [])]
         reading = read_everything(sources, None)
-        return self._enter(tensor, reading.grid, reading.dims, _Node(tuple(reading.steps), None, "a write in place"))
+        return self._enter(tensor, reading.dims, _Node(reading.grid, tuple(reading.steps), None, "a write in place"))
 
     def note(self, func: Any, args: Iterable[Any], kwargs: Mapping[str, Any], results: Any) -> None:
         """Note what an operation that has run read."""
@@ -132,7 +134,7 @@ class Watch:
         except (UnknownRuleError, IndexError, KeyError, TypeError, ValueError):
             unknown = operation.name
             reading = read_everything(list(operation.maps.values()), None)
-        self._enter(output, reading.grid, reading.dims, _Node(tuple(reading.steps), reading.note, unknown))
+        self._enter(output, reading.dims, _Node(reading.grid, tuple(reading.steps), reading.note, unknown))
 
     def _note_write(self, tensor: torch.Tensor) -> None:
         if (held := self._maps.get(id(tensor))) is not None:
@@ -141,15 +143,20 @@ class Watch:
             self._storages[memory] = _Storage(version, _place(tensor), held[1])
             self._maps[id(tensor)] = (tensor, held[1], version)
 
-    def _enter(self, tensor: torch.Tensor, grid: Any, dims: Any, node: _Node) -> Map:
+    def _enter(self, tensor: torch.Tensor, dims: Any, node: _Node) -> Map:
         self._nodes.append(node)
-        found = Map(len(self._nodes) - 1, grid, dims, tuple(tensor.shape))
+        found = Map(len(self._nodes) - 1, node.grid, dims, tuple(tensor.shape))
         storage = self._storages.get(_memory(tensor))
         self._maps[id(tensor)] = (tensor, found, storage.version if storage else 0)
         return found
 
-    def seen_from(self, place: Map) -> Seen:
-        """What the position in the middle of a map can see."""
+    def seen_from(self, place: Map, *, padded: bool) -> Seen:
+        """What the position in the middle of a map can see.
+
+        Args:
+            place: The map.
+            padded: Whether maps go on beyond their edges, as if all padding were more of the image.
+        """
         height, width = place.grid
         waiting = {place.node: Spots.at(height // 2, width // 2)}
         through: dict[str, None] = {}
@@ -162,6 +169,8 @@ class Watch:
             unknown |= dict.fromkeys([node.unknown] if node.unknown else [])
             for source, vertical, horizontal in node.steps:
                 read_there = spots.read_by(vertical, horizontal)
+                if not padded:
+                    read_there = read_there.clipped(*self._nodes[source].grid)
                 before = waiting.get(source)
                 waiting[source] = read_there if before is None else before.union(read_there)
         return Seen(waiting.get(0), tuple(through), tuple(unknown))

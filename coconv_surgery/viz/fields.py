@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from coconv_surgery.layers.arguments import instance, mapping
 from coconv_surgery.receptive.effective import EffectiveField
@@ -43,7 +44,7 @@ def plot_receptive_fields(
         axes.axhline(side, color=theme.muted, linewidth=1, linestyle=":", label=f"side of the image, {side}")
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("convolution, in the order of calls")
         axes.set_ylabel("side of the field, in pixels")
         axes.margins(x=0.01)

@@ -90,7 +90,7 @@ BODIES = {
     "channels last": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2),
     "instance norm": F.instance_norm,
     "transposed": lambda x: F.conv_transpose2d(x, torch.ones(8, 8, 3, 3, dtype=x.dtype), stride=2, padding=1),
-    "shuffle": lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2)[:, :, 1:-1, 1:-1], 2).repeat(1, 1, 1, 1),
+    "shuffle": lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2)[:, :, 1:-1, 1:-1], 2),
 }
 
 
@@ -118,7 +118,8 @@ def test_reverted_is_the_network_before_and_nothing_of_it_changes():
     before, after = cs.receptive_fields(model, reverted=True), cs.receptive_fields(model)
     assert str(before) == str(cs.receptive_fields(plain))
     assert after["layer1.0.conv1"].size > before["layer1.0.conv1"].size
-    assert model.training and cs.get_plan(model) == plan
+    assert model.training
+    assert cs.get_plan(model) == plan
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -132,14 +133,14 @@ def recursion(layers):
 
 def test_vgg_and_resnet_have_the_known_fields():
     vgg = cs.receptive_fields(timm.create_model("vgg16"))
-    stages = [[(3, 1)] * count + [(2, 2)] for count in (2, 2, 3, 3)]
-    assert vgg["features.28"].size == (196, 196) == (recursion(sum(stages, []) + [(3, 1)] * 3),) * 2
+    stages = [layer for count in (2, 2, 3, 3) for layer in [(3, 1)] * count + [(2, 2)]]
+    assert vgg["features.28"].size == (196, 196) == (recursion(stages + [(3, 1)] * 3),) * 2
     resnet = cs.receptive_fields(timm.create_model("resnet50"))
     blocks = [(3, 1)] * 3 + [(3, 2)] + [(3, 1)] * 3 + [(3, 2)] + [(3, 1)] * 5 + [(3, 2)] + [(3, 1)] * 2
     assert resnet["layer4.2.conv3"].size == (427, 427) == (recursion([(7, 2), (3, 2), *blocks]),) * 2
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "convnext_atto", "densenet121", "hrnet_w18_small", "tresnet_m"])
+@pytest.mark.parametrize("name", ["efficientnet_b0", "convnext_atto", "hrnet_w18_small", "tresnet_m"])
 def test_every_field_of_a_family_is_known_or_the_operation_is_named(name):
     report = cs.receptive_fields(timm.create_model(name))
     unknown = {row.unknown for row in report.rows} - {None}
@@ -149,7 +150,9 @@ def test_every_field_of_a_family_is_known_or_the_operation_is_named(name):
 
 def test_squeeze_and_excitation_sees_the_whole_image_and_says_through_what():
     field = cs.receptive_fields(timm.create_model("efficientnet_b0"), 64, names="conv_head").rows[0]
-    assert field.size == (64, 64) and field.whole and field.through == ("mean",)
+    assert field.size == (64, 64)
+    assert field.whole
+    assert field.through == ("mean",)
     assert field.remark == "through mean: whole image"
 
 
@@ -170,7 +173,7 @@ def test_a_write_by_way_of_a_part_is_not_overlooked():
 
 
 def test_a_network_that_does_not_run_is_named():
-    with pytest.raises(ValueError, match="Linear does not run|Sequential does not run"):
+    with pytest.raises(ValueError, match="Sequential does not run on these inputs"):
         cs.receptive_fields(nn.Sequential(conv(3, 8), nn.Flatten(), nn.Linear(5, 5)), SIZE)
 
 
