@@ -21,6 +21,8 @@ from coconv_surgery.layers.switch import register_coconv, to_coconv_, to_conv_
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow
 from coconv_surgery.planning.policies import Policy, ResolutionPolicy, StagePolicy, TopPolicy, UniformPolicy
 from coconv_surgery.planning.reasons import Reason
+from coconv_surgery.receptive.effective import EffectiveField, effective_receptive_field
+from coconv_surgery.receptive.theoretical import FieldReport, LayerField, receptive_fields
 from coconv_surgery.surgery import (
     CalibratedWeightsWarning,
     NoChangeWarning,
@@ -45,7 +47,10 @@ __all__ = [
     "CoResNet",
     "Deployment",
     "DeploymentError",
+    "EffectiveField",
+    "FieldReport",
     "Inputs",
+    "LayerField",
     "Levels",
     "NoChangeWarning",
     "PlainWeightsWarning",
@@ -64,6 +69,7 @@ __all__ = [
     "coconv2d",
     "convert",
     "deploy",
+    "effective_receptive_field",
     "export_authors_state_dict",
     "get_deployment",
     "get_plan",
@@ -74,6 +80,7 @@ __all__ = [
     "plan_conversion",
     "plan_of",
     "read_plan",
+    "receptive_fields",
     "register_coconv",
     "revert",
     "save_converted",

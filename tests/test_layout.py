@@ -11,7 +11,19 @@ import coconv_surgery
 PACKAGE = Path(coconv_surgery.__file__).parent
 ROOMS = [
     *("layers", "tracing", "planning", "merging", "calibration", "surgery", "deployment", "checkpoint", "zoo"),
-    *("mmengine", "classification", "generation", "mmdet", "viz", "sweep", "bench", "paper", "demo", "cli"),
+    *(
+        "mmengine",
+        "classification",
+        "generation",
+        "mmdet",
+        "receptive",
+        "viz",
+        "sweep",
+        "bench",
+        "paper",
+        "demo",
+        "cli",
+    ),
 ]
 # Files of a room, in order.
 FILES = {
@@ -32,6 +44,7 @@ FILES = {
         *("report", "forms", "comparing", "kernels", "norms", "graphs", "blocks"),
         *("watching", "checking", "deciding", "deploying", "exporting"),
     ],
+    "receptive": ["spots", "rules", "watching", "theoretical", "effective"],
     "generation": [
         *(
             "growth",
