@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-long trust fuzz fuzz-files bench evidence lock clean
+.PHONY: setup demo test test-long test-versions trust fuzz fuzz-files bench evidence lock clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ test: setup
 # What takes minutes alone.
 test-long: setup
 	$(BIN)/pytest -m long
+
+# The core on the lowest and the newest torch and timm, in .venv-lowest and .venv-newest: docs/versions.md.
+test-versions: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/versions.py
 
 # What is promised, with the number of cases that passed: docs/trust.md.
 trust: setup
@@ -66,4 +70,4 @@ lock:
 		--no-emit-index-url --no-annotate --custom-compile-command "make lock" --output-file constraints.txt
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-lowest .venv-newest

@@ -156,7 +156,7 @@ class CoConv2d(nn.Conv2d):
     @property
     def splits(self) -> tuple[int, ...]:
         """Output channels of each level."""
-        return cast(tuple[int, ...], self._coconv_levels.splits)  # numbers: complete_levels() saw to it
+        return cast("tuple[int, ...]", self._coconv_levels.splits)  # numbers: complete_levels() saw to it
 
     # What it inherits does the same, but with that a strict export does not say of the levels that they are
     # convolutions, which is what some quantisers go by.

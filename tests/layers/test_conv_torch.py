@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import onnxruntime
 import pytest
 import torch
 import torch.fx
@@ -127,6 +126,7 @@ def test_exported_with_a_dynamic_batch_it_takes_any(coconv):
 
 @pytest.mark.parametrize("kind", ["plain", "strided", "grouped", "reflect", "pairs"])
 def test_onnxruntime_computes_the_same_for_any_batch(kind, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
     coconv = build(kind).eval()
     file = tmp_path / "coconv.onnx"
     batch = ({0: "batch"},)

@@ -5,17 +5,17 @@ import copy
 import pytest
 import timm
 import torch
-from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
 import coconv_surgery as cs
 
 
 def test_a_detector_that_keeps_its_anchors_by_size_runs_as_before():
-    backbone = RTDetrResNetConfig(
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.RTDetrResNetConfig(
         embedding_size=16, hidden_sizes=[32, 64, 64, 128], depths=[1] * 4, out_features=["stage2", "stage3", "stage4"]
     )
-    network = RTDetrForObjectDetection(
-        RTDetrConfig(
+    network = transformers.RTDetrForObjectDetection(
+        transformers.RTDetrConfig(
             backbone_config=backbone,
             encoder_in_channels=[64, 64, 128],
             encoder_hidden_dim=32,
