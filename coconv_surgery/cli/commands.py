@@ -137,9 +137,9 @@ def plan(
     if json_path is not None:
         found.to_json(json_path)
     if figure is not None:
-        from coconv_surgery.viz.plan import draw_plan
+        from coconv_surgery.viz.plan import plot_plan
 
-        draw_plan(found, figure, title=target)
+        plot_plan(found, figure, title=target)
 
 
 @app.command()
