@@ -3,10 +3,9 @@
 import bisect
 import functools
 
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
-_POINTS = 72  # to the inch
+_DPI = 720  # fine enough that hinting does not count
 
 
 @functools.lru_cache(maxsize=4096)
@@ -24,10 +23,10 @@ def width_of(text: str, size: float, weight: str = "normal") -> float:
     >>> width_of("layer1", 8) < width_of("layer1.0.conv2", 8) < 1
     True
     """
-    if not text.strip():
-        return 0.0
-    extents = TextPath((0, 0), text.replace("$", r"\$"), prop=FontProperties(weight=weight, size=size)).get_extents()
-    return float(extents.x1) / _POINTS
+    font = get_font(findfont(FontProperties(weight=weight)))
+    font.set_size(size, _DPI)
+    font.set_text(text)
+    return float(font.get_width_height()[0]) / 64 / _DPI
 
 
 def shortened(text: str, size: float, room: float, weight: str = "normal") -> str:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from coconv_surgery.layers.arguments import instance, text
 from coconv_surgery.layers.functional import pair
@@ -104,13 +105,15 @@ def _explain(figure: Figure, theme: Theme, rows: Sequence[PlanRow], highest: int
 
 
 def _draw_shares(axes: Axes, theme: Theme, rows: Sequence[PlanRow], places: Sequence[float], highest: int) -> None:
+    bars = []
     for row, place in zip(rows, places, strict=True):
         bottom = 0.0
         for dilation, channels in zip(row.dilations, row.splits, strict=True):
             share = channels / row.signature.out_channels
             colour = theme.dilation(max(pair(dilation)), highest) if row.converted else theme.faint
-            axes.bar(place, share, BAR, bottom, color=colour)
+            bars.append(Rectangle((place - BAR / 2, bottom), BAR, share, facecolor=colour, linewidth=0))
             bottom += share
+    axes.add_collection(PatchCollection(bars, match_original=True), autolim=False)
     axes.set(ylim=(0, 1), yticks=(0, 0.5, 1), yticklabels=("0", "50", "100 %"))
     _name_axis(axes, "channels")
 
