@@ -49,7 +49,7 @@ def plan(
     from coconv_surgery.surgery import get_plan
 
     if figure is not None:
-        from coconv_surgery.viz.plan import draw_plan
+        from coconv_surgery.viz.plan import plot_plan
         from coconv_surgery.viz.theme import picture_file
 
         picture_file(figure)
@@ -67,7 +67,7 @@ def plan(
         if json_path is not None:
             found.to_json(json_path)
     if figure is not None:
-        draw_plan(found, figure, title=target)
+        plot_plan(found, figure, title=target)
 
 
 @click.command()

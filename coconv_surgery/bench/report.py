@@ -103,9 +103,9 @@ def save(
     files.data.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     files.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if files.picture is not None:
-        from coconv_surgery.viz.timings import Panel, draw_timings
+        from coconv_surgery.viz.timings import Panel, plot_timings
 
-        draw_timings([Panel(*panel) for panel in panels], files.picture, header["device"])
+        plot_timings([Panel(*panel) for panel in panels], files.picture, header["device"])
     return files
 
 

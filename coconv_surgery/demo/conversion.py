@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from coconv_surgery.surgery import convert, get_plan, revert
-from coconv_surgery.viz.plan import draw_plan
+from coconv_surgery.viz.plan import plot_plan
 
 
 def convert_and_compare(name: str, output: Path) -> str:
@@ -41,7 +41,7 @@ def convert_and_compare(name: str, output: Path) -> str:
             raise RuntimeError(f"reverting {name} did not restore its outputs")
     (output / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
     plan.to_json(output / "plan.json")
-    draw_plan(plan, output / "plan.png", title=name)
+    plot_plan(plan, output / "plan.png", title=name)
     change = (after - before).norm() / before.norm()
     return "\n".join(
         [

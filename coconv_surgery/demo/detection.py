@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from coconv_surgery.demo.shapes import CLASSES, write_shapes
 from coconv_surgery.demo.training import run_logged
 from coconv_surgery.mmengine.paths import config_path
-from coconv_surgery.viz.detections import Boxes, save_detections
+from coconv_surgery.viz.detections import Boxes, plot_detections
 
 _CONFIG = "shapes/ssd_coresnet18_shapes.py"
 _PICTURED = 4
@@ -98,4 +98,4 @@ def _picture(config: Path, checkpoint: Path, data: Path, picture: Path) -> None:
         images.append(path)
         truth.append(Boxes(corners, [category_index[object["category_id"]] for object in objects]))
         found.append(Boxes(predicted.bboxes, predicted.labels, predicted.scores))
-    save_detections(picture, images, truth, found, CLASSES)
+    plot_detections(picture, images, truth, found, CLASSES)

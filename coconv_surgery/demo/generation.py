@@ -15,7 +15,7 @@ from coconv_surgery.generation.images import FolderImages
 from coconv_surgery.generation.sampling import Grown, grid, load_grown
 from coconv_surgery.generation.scores import real_images, score
 from coconv_surgery.mmengine.paths import config_path
-from coconv_surgery.viz.samples import save_samples
+from coconv_surgery.viz.samples import plot_samples
 from coconv_surgery.zoo.progan import Generator, coprogan, progan
 
 _NETWORKS: dict[str, Callable[..., Generator]] = {"ProGAN": progan, "CoProGAN": coprogan}
@@ -61,7 +61,7 @@ def train_and_generate(output: Path, progress: Progress) -> str:
         )
         pictures[f"{name}, SWD {after:.0f}"] = grid(torch.cat(list(grown.images(_PICTURED))))
         lines.append(f"{name}: SWD×10³ {before:.1f} untrained, {after:.1f} after {grown.images_seen:,} images")
-    save_samples(output / "generation.png", pictures)
+    plot_samples(output / "generation.png", pictures)
     lines.append(
         f"against {len(held_out)} held-out images, on average over 32×32 and 16×16 pixels; one seed says nothing"
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from matplotlib import colormaps, rc_context
 from matplotlib.backend_bases import FigureCanvasBase
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from coconv_surgery.layers.arguments import choice, file_to_write
@@ -98,6 +98,30 @@ def drawing(path: str | Path, width: float, height: float, mode: Mode = "light")
         yield figure, theme
         # An SVG tells when it was made otherwise, and would differ each time.
         figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever stands out more from a colour.
+
+    >>> ink_on("#f0e442"), ink_on("#0072b2")
+    ('#000000', '#ffffff')
+    """
+    return "#000000" if contrast(colour, "#000000") > contrast(colour, "#ffffff") else "#ffffff"
+
+
+def contrast(first: str, second: str) -> float:
+    """The contrast of two colours, from 1 to 21, as WCAG defines it.
+
+    >>> round(contrast("white", "black"))
+    21
+    """
+    low, high = sorted((_luminance(first), _luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
+    return sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def picture_file(path: str | Path) -> Path:

@@ -2,24 +2,11 @@
 
 import itertools
 
-import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
 
-from coconv_surgery.viz.theme import THEMES, drawing, picture_file
+from coconv_surgery.viz.theme import THEMES, contrast, drawing, ink_on, picture_file
 
 pytestmark = pytest.mark.parametrize("mode", THEMES)
-
-
-def luminance(colour):
-    channels = np.array(to_rgb(colour))
-    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return linear @ (0.2126, 0.7152, 0.0722)
-
-
-def contrast(first, second):
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_text_has_the_contrast_that_wcag_asks_for(mode):
@@ -35,7 +22,11 @@ def test_every_colour_stands_out_from_the_page(mode):
 def test_levels_differ_in_lightness_alone(mode):
     for highest in (2, 4, 8):
         levels = [THEMES[mode].dilation(level, highest) for level in range(1, highest + 1)]
-        assert all(luminance(first) < luminance(second) for first, second in itertools.pairwise(levels))
+        assert all(contrast(first, "black") < contrast(second, "black") for first, second in itertools.pairwise(levels))
+
+
+def test_text_on_every_colour_has_contrast(mode):
+    assert min(contrast(colour, ink_on(colour)) for colour in THEMES[mode].categories) > 4.5
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
