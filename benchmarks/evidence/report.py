@@ -7,19 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 from scipy import stats
 
 from coconv_surgery.viz.tables import markdown_table
+from coconv_surgery.viz.theme import LIGHT, drawing
 from evidence.log import logged
 
 PAGE = Path(__file__).parents[2] / "docs" / "calibration.md"
 _WAYS = ("plain", "cold", "norms recalibrated", "calibrated")
 _MORE = ("calibrated, channels in place", "calibrated, plain ones too")
-_COLOURS = {"plain": "#666666", "cold": "#3b6fb6", "norms recalibrated": "#8a63b8", "calibrated": "#d1603d"}
+_COLOURS = dict(zip(_WAYS, (LIGHT.muted, *LIGHT.categories), strict=False))
 _EPOCHS = (0, 1, 4)
 
 
@@ -166,27 +163,29 @@ def _draw_classifiers() -> None:
     networks = {network: runs for network, runs in sorted(_runs("a").items()) if network}
     if not networks:
         return
-    figure, axes = plt.subplots(1, len(networks), figsize=(4 * len(networks), 3.6), sharey=True, squeeze=False)
-    for axis, (network, runs) in zip(axes[0], networks.items(), strict=True):
-        for way in _WAYS:
-            values = [[100 - run[way][i] for run in runs] for i in range(3)]
-            means = [statistics.mean(each) for each in values]
-            axis.errorbar(
-                _EPOCHS,
-                means,
-                [interval(each) for each in values],
-                color=_COLOURS[way],
-                marker="o",
-                capsize=3,
-                label=way,
+    with drawing(_picture("classifiers"), 4 * len(networks), 3.6) as (figure, _):
+        axes = figure.subplots(1, len(networks), sharey=True, squeeze=False)
+        for axis, (network, runs) in zip(axes[0], networks.items(), strict=True):
+            for way in _WAYS:
+                values = [[100 - run[way][i] for run in runs] for i in range(3)]
+                means = [statistics.mean(each) for each in values]
+                axis.errorbar(
+                    _EPOCHS,
+                    means,
+                    [interval(each) for each in values],
+                    color=_COLOURS[way],
+                    marker="o",
+                    capsize=3,
+                    label=way,
+                )
+            axis.set(
+                title=f"{network}, {len(runs)} seeds", xlabel="epochs of fine-tuning", xticks=_EPOCHS, yscale="log"
             )
-        axis.set(title=f"{network}, {len(runs)} seeds", xlabel="epochs of fine-tuning", xticks=_EPOCHS, yscale="log")
-        ticks = (2, 5, 10, 20, 50, 100)
-        axis.set_yticks(ticks, [str(tick) for tick in ticks])
-        axis.minorticks_off()
-    axes[0][0].set_ylabel("error on digits, %")
-    axes[0][-1].legend(loc="upper right", frameon=False)
-    _save(figure, "classifiers")
+            ticks = (2, 5, 10, 20, 50, 100)
+            axis.set_yticks(ticks, [str(tick) for tick in ticks])
+            axis.minorticks_off()
+        axes[0][0].set_ylabel("error on digits, %")
+        axes[0][-1].legend(loc="upper right", frameon=False)
 
 
 def _draw_detectors() -> None:
@@ -194,23 +193,21 @@ def _draw_detectors() -> None:
     if not runs:
         return
     ways = ("plain", "cold", "calibrated, channels in place", "calibrated")
-    figure, axis = plt.subplots(figsize=(7, 3.2))
-    for offset, key, colour in ((-0.2, "mAP", "#3b6fb6"), (0.2, "AP50", "#d1603d")):
-        values = [[run[way][key] for run in runs] for way in ways]
-        places = [number + offset for number in range(len(ways))]
-        means, spreads = [statistics.mean(each) for each in values], [interval(each) for each in values]
-        axis.barh(places, means, 0.38, xerr=spreads, color=colour, label=key, capsize=3)
-        for place, mean, spread in zip(places, means, spreads, strict=True):
-            axis.text(mean + spread + 0.01, place, f"{mean:.3f}", va="center", fontsize=8)
-    axis.set(yticks=range(len(ways)), yticklabels=ways, xlim=(0, 1.15), title=f"Detection of shapes, {len(runs)} seeds")
-    axis.invert_yaxis()
-    axis.legend(loc="center right", bbox_to_anchor=(1, 0.64), frameon=False)
-    _save(figure, "detectors")
+    with drawing(_picture("detectors"), 7, 3.2) as (figure, theme):
+        axis = figure.subplots()
+        for offset, key, colour in ((-0.2, "mAP", theme.categories[0]), (0.2, "AP50", theme.categories[1])):
+            values = [[run[way][key] for run in runs] for way in ways]
+            places = [number + offset for number in range(len(ways))]
+            means, spreads = [statistics.mean(each) for each in values], [interval(each) for each in values]
+            axis.barh(places, means, 0.38, xerr=spreads, color=colour, label=key, capsize=3)
+            for place, mean, spread in zip(places, means, spreads, strict=True):
+                axis.text(mean + spread + 0.01, place, f"{mean:.3f}", va="center", fontsize=8)
+        axis.set(
+            yticks=range(len(ways)), yticklabels=ways, xlim=(0, 1.15), title=f"Detection of shapes, {len(runs)} seeds"
+        )
+        axis.invert_yaxis()
+        axis.legend(loc="center right", bbox_to_anchor=(1, 0.64), frameon=False)
 
 
-def _save(figure: Any, name: str) -> None:
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(PAGE.parent / f"calibration-{name}.png", dpi=120)
-    plt.close(figure)
+def _picture(name: str) -> Path:
+    return PAGE.parent / f"calibration-{name}.png"

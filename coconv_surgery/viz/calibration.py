@@ -5,7 +5,7 @@ from pathlib import Path
 from coconv_surgery.calibration.report import Calibration
 from coconv_surgery.layers.arguments import instance, text
 from coconv_surgery.viz.lettering import shortened
-from coconv_surgery.viz.strips import WIDTH, lay_out
+from coconv_surgery.viz.strips import WIDTH, lay_out, name_axis
 from coconv_surgery.viz.theme import Mode, drawing
 
 _PANEL, _TOP = 1.3, 0.74  # inches
@@ -56,7 +56,7 @@ def plot_calibration(calibration: Calibration, path: str | Path, title: str = ""
             axes.plot(strip.places, cold, "o", color=theme.muted, markersize=3.5, label="before")
             axes.plot(strip.places, solved, "o", color=theme.categories[0], markersize=3.5, label="after")
             axes.set(ylim=(0, highest))
-            axes.set_ylabel("error", fontsize=7.5)
+            name_axis(axes, "error")
         figure.legend(
             *axes.get_legend_handles_labels(),
             loc="upper left",

@@ -12,7 +12,7 @@ from coconv_surgery.layers.arguments import instance, text
 from coconv_surgery.layers.functional import pair
 from coconv_surgery.planning.plan import Plan, PlanRow
 from coconv_surgery.viz.lettering import shortened
-from coconv_surgery.viz.strips import BAR, WIDTH, Sheet, lay_out
+from coconv_surgery.viz.strips import BAR, WIDTH, Sheet, lay_out, name_axis
 from coconv_surgery.viz.theme import Mode, Theme, drawing
 
 _SHARES, _SIDES = 0.78, 0.46  # heights, in inches
@@ -115,7 +115,7 @@ def _draw_shares(axes: Axes, theme: Theme, rows: Sequence[PlanRow], places: Sequ
             bottom += share
     axes.add_collection(PatchCollection(bars, match_original=True), autolim=False)
     axes.set(ylim=(0, 1), yticks=(0, 0.5, 1), yticklabels=("0", "50", "100 %"))
-    _name_axis(axes, "channels")
+    name_axis(axes, "channels")
 
 
 def _draw_sides(
@@ -123,7 +123,8 @@ def _draw_sides(
 ) -> None:
     """A bar up to the smallest map of a convolution, and a line on to the largest."""
     sides = [_sides(row) for row in rows]
-    axes.bar(places, [min(each) for each in sides], BAR, color=theme.muted)
+    bars = [Rectangle((place - BAR / 2, 0), BAR, min(each)) for place, each in zip(places, sides, strict=True)]
+    axes.add_collection(PatchCollection(bars, facecolor=theme.muted, linewidth=0), autolim=False)
     axes.vlines(places, [min(each) for each in sides], [max(each) for each in sides], color=theme.muted, linewidth=1.2)
     known = [side for row in of_all for side in _sides(row) if side]
     lowest, largest = min(known).bit_length() - 1, (max(known) - 1).bit_length()  # powers of two around them
@@ -131,13 +132,8 @@ def _draw_sides(
     step = max(1, -(-(largest - lowest) // 2))
     ticks = [2**exponent for exponent in range(lowest, largest + 1, step)]
     axes.set(ylim=(2 ** (lowest - 1), 2**largest * 1.9), yticks=ticks, yticklabels=[str(tick) for tick in ticks])
-    _name_axis(axes, "map side")
+    name_axis(axes, "map side")
 
 
 def _sides(row: PlanRow) -> list[int]:
     return [min(size) for size in row.output_sizes] or [0]
-
-
-def _name_axis(axes: Axes, name: str) -> None:
-    axes.set_ylabel(name, fontsize=7.5)
-    axes.yaxis.set_label_coords(-0.46 / axes.get_window_extent().width * axes.get_figure().dpi, 0.5)

@@ -149,6 +149,21 @@ def lay_out(names: Sequence[str]) -> Sheet:
     return Sheet(tuple(strips), room, ".".join(names[0].split(".")[:common]))
 
 
+def name_axis(axes: Axes, name: str) -> None:
+    """Name the vertical axis of a panel, in line with those of the others."""
+    axes.annotate(
+        name,
+        (0, 0.5),
+        xycoords="axes fraction",
+        xytext=(-36, 0),
+        textcoords="offset points",
+        rotation=90,
+        fontsize=7.5,
+        ha="center",
+        va="center",
+    )
+
+
 def _stacked(panels: Sequence[float]) -> float:
     return sum(panels) + _BETWEEN_PANELS * (len(panels) - 1)
 
