@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, requires
 
 import click
 
-from coconv_cli import demos, gans, measuring, networks, running
+from coconv_cli import demos, gans, measuring, networks, reporting, running
 
 _MISTAKES = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 
@@ -64,6 +64,6 @@ def _extra_with(module: str) -> str | None:
     return next((match[1] for match in found if match and match[1] != "test"), None)
 
 
-for _room in (networks, running, measuring, gans, demos):
+for _room in (networks, reporting, running, measuring, gans, demos):
     for _command in _room.COMMANDS:
         app.add_command(_command)

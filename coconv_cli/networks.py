@@ -112,7 +112,7 @@ def convert(
     from coconv_surgery.cli.weights import load
     from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan
 
-    _check_weights(checkpoint, pretrained)
+    options.check_weights(checkpoint, pretrained)
     if targets.is_config(target):
         raise click.UsageError(
             'a config converts by itself, by model=dict(type="CoConvSurgery", …): see configs/convert/'
@@ -186,7 +186,7 @@ def export(
     from coconv_surgery.deployment.exporting import export, files_of
     from coconv_surgery.tracing.inputs import infer_inputs
 
-    _check_weights(checkpoint, pretrained)
+    options.check_weights(checkpoint, pretrained)
     if targets.is_config(target) and (pretrained or arguments):
         raise click.UsageError("a config says all of its network: give the weights of a detector by --checkpoint")
     given = targets.read_arguments(arguments)
@@ -237,11 +237,6 @@ def flops(
         parameters, count, at = targets.count(target, given, shape or input_size)
     click.echo(f"parameters  {parameters:,}")
     click.echo(f"GFLOPs      {count / 1e9:.3f} at {at}, a multiply-add as one")
-
-
-def _check_weights(checkpoint: Path | None, pretrained: bool) -> None:
-    if checkpoint is not None and pretrained:
-        raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
 
 
 COMMANDS = (plan, convert, export, flops)

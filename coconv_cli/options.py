@@ -110,3 +110,23 @@ def planning(*, policy: str | None = "resolution") -> Callable[[Command], Comman
 def is_given(name: str) -> bool:
     """Whether an option stands on the command line."""
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def check_weights(checkpoint: Path | None, pretrained: bool) -> None:
+    """Check that weights are asked for once."""
+    if checkpoint is not None and pretrained:
+        raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
+
+
+def words_of(name: str) -> list[str]:
+    """An option as it stands on the command line, if it does."""
+    context = click.get_current_context()
+    option = next((option for option in context.command.params if option.name == name), None)
+    if not isinstance(option, click.Option) or not is_given(name):
+        return []
+    value, flag = context.params[name], max(option.opts, key=len)
+    if option.is_flag:
+        return [flag]
+    if isinstance(value, tuple) and not option.multiple:
+        value = "x".join(map(str, value))
+    return [word for one in (value if option.multiple else [value]) for word in (flag, str(one))]

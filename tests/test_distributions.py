@@ -117,6 +117,7 @@ def test_the_wheel_holds_the_package_its_types_configs_and_licence_and_no_tests(
     information = wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"
     assert {name.split("/")[0] for name in names} == {"coconv_cli", "coconv_surgery", information}
     assert {"coconv_surgery/py.typed", f"{information}/licenses/LICENSE"} <= set(names)
+    assert "coconv_surgery/reporting/page.html" in names
     configs = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.py")}
     assert {f"coconv_surgery/.mim/{config}" for config in configs} <= set(names)
 

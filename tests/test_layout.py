@@ -21,6 +21,7 @@ ROOMS = [
         "sweep",
         "bench",
         "paper",
+        "reporting",
         "demo",
         "cli",
     ),

@@ -78,8 +78,12 @@ class FieldReport:
         """The field of a convolution, by its name."""
         return {row.name: row for row in self.rows}[name]
 
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table: a header and a row for each convolution, as text."""
+        return [("conv", "field", "pixels seen", "of image", "remark"), *map(_cells, self.rows)]
+
     def __str__(self) -> str:
-        return align([("conv", "field", "pixels seen", "of image", "remark"), *map(_cells, self.rows)])
+        return align(self.cells())
 
 
 def receptive_fields(

@@ -82,7 +82,7 @@ def plot_effective_fields(
 
 def _draw_field(axes: Any, field: EffectiveField, name: str, theme: Theme) -> Any:
     # Square roots, so that what is weak can be seen as well.
-    image = axes.imshow(field.weight, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
+    image = axes.imshow(field.weight, cmap="viridis", norm=PowerNorm(0.5, 0, 1))
     row, column = (places.mean() for places in field.inside.nonzero())
     corner = column - field.side / 2, row - field.side / 2
     axes.add_patch(Rectangle(corner, field.side, field.side, fill=False, edgecolor="#ffffff", linewidth=1.2))

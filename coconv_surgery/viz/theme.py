@@ -30,7 +30,7 @@ class Theme:
         muted: What is there to compare with: plain networks, what is left alone.
         faint: Grid lines and frames.
         categories: For things without an order, in the order of their use.
-        span: The part of ``cividis`` that stands out from the paper, for things with an order.
+        span: The part of ``viridis`` that stands out from the paper, for things with an order.
     """
 
     paper: str
@@ -49,7 +49,7 @@ class Theme:
         low, high = self.span
         # Pictures with few levels and with many show the same level in the same colour.
         of = max(highest, 4) - 1
-        return to_hex(colormaps["cividis"](low + (high - low) * (dilation - 1) / of))
+        return to_hex(colormaps["viridis"](low + (high - low) * (dilation - 1) / of))
 
     @property
     def settings(self) -> dict[Any, Any]:
@@ -69,8 +69,8 @@ class Theme:
         }
 
 
-LIGHT = Theme("#ffffff", "#1f2328", "#8c959f", "#d8dee4", _CATEGORIES, (0.05, 0.9))
-DARK = Theme("#0d1117", "#e6edf3", "#7d8590", "#30363d", _CATEGORIES_ON_DARK, (0.3, 1.0))
+LIGHT = Theme("#ffffff", "#1f2328", "#8c959f", "#d8dee4", _CATEGORIES, (0.0, 0.9))
+DARK = Theme("#0d1117", "#e6edf3", "#7d8590", "#30363d", _CATEGORIES_ON_DARK, (0.25, 1.0))
 THEMES: dict[Mode, Theme] = {"light": LIGHT, "dark": DARK}
 
 

@@ -19,7 +19,7 @@ def test_every_colour_stands_out_from_the_page(mode):
     assert min(contrast(colour, theme.paper) for colour in (theme.muted, *theme.categories, *levels)) > 1.5
 
 
-def test_levels_differ_in_lightness_alone(mode):
+def test_a_level_is_the_lighter_the_higher_its_dilation(mode):
     for highest in (2, 4, 8):
         levels = [THEMES[mode].dilation(level, highest) for level in range(1, highest + 1)]
         assert all(contrast(first, "black") < contrast(second, "black") for first, second in itertools.pairwise(levels))

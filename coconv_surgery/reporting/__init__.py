@@ -1,0 +1,1 @@
+"""A page about the conversion of one network."""
