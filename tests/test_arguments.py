@@ -219,7 +219,7 @@ def test_numpys_integers_are_whole_numbers_wherever_one_is_meant(kind):
     assert convolve(stride=two, splits=(four, four), dilations=(kind(1), two)).shape == (1, 8, 5, 5)
     assert cs.split_channels(kind(8), two) == (4, 4)
     assert cs.UniformPolicy(two, min_channels=two) == cs.UniformPolicy(2, min_channels=2)
-    assert cs.StagePolicy((four, two)) == cs.StagePolicy((4, 2))
+    assert cs.StagePolicy((four, two, two, two)) == cs.StagePolicy((4, 2, 2, 2))
     for answer in (two, (kind(1), two), cs.Levels((kind(1), two), (four, four))):
         for arguments in ({"overrides": {"conv": answer}}, {"policy": lambda conv, answer=answer: answer}):
             assert plan(input_size=side, **arguments).rows[0].dilations == (1, 2)

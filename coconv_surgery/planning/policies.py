@@ -126,8 +126,8 @@ class StagePolicy(LevelPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        form = "must be numbers of at least 1, one for each stage"
-        self._set("stages", whole_numbers(self.stages, "stages", form))
+        form = "must be four numbers of at least 1, for reductions 4, 8, 16 and 32"
+        self._set("stages", whole_numbers(self.stages, "stages", form, lengths=[4]))
 
     def levels(self, conv: TracedConv) -> int:
         """Number of levels of the convolution's stage."""
@@ -135,7 +135,7 @@ class StagePolicy(LevelPolicy):
             raise ValueError(f"{type(self).__name__} needs an image among the inputs to know the reduction")
         reduction = min(conv.network_size) / self.resolution(conv)
         stage = round(math.log2(reduction)) - 2
-        return self.stages[max(0, min(stage, len(self.stages) - 1))]
+        return self.stages[max(0, min(stage, 3))]
 
 
 @dataclass(frozen=True)

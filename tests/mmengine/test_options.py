@@ -24,8 +24,8 @@ def test_a_policys_numbers_may_stand_in_its_name(policy):
 
 
 def test_a_policys_settings_stand_beside_numbers_in_its_name():
-    policy = {"type": "stage(3,3)", "min_channels": np.int64(8), "_scope_": "mmdet"}
-    assert read(policy=policy).choices()["policy"] == StagePolicy((3, 3), min_channels=8)
+    policy = {"type": "stage(3,3,2,1)", "min_channels": np.int64(8), "_scope_": "mmdet"}
+    assert read(policy=policy).choices()["policy"] == StagePolicy((3, 3, 2, 1), min_channels=8)
 
 
 def test_levels_are_written_as_a_dict():

@@ -94,13 +94,14 @@ def test_a_policy_may_give_levels_in_full(net):
         (lambda: cs.ResolutionPolicy(max_levels=0), "max_levels=0"),
         (lambda: cs.UniformPolicy(0), "count=0"),
         (lambda: cs.StagePolicy(()), r"stages=\(\)"),
+        (lambda: get_policy("stage(4,3,2)"), r"stages=\(4, 3, 2\) must be four numbers of at least 1, for reductions 4"),
         (lambda: cs.UniformPolicy(split="odd"), "split='odd'"),
         (lambda: cs.UniformPolicy(shared="mean"), "shared='mean'"),
         (lambda: cs.UniformPolicy(min_channels=0), "min_channels=0"),
         (lambda: get_policy("Resolution"), "did you mean 'resolution'"),
         (lambda: get_policy("resolution(0)"), r"policy 'resolution\(0\)': max_levels=0 must be at least 1"),
         (lambda: named_policy("stage", stags=(1, 2)), "policy 'stage' has no key 'stags': did you mean 'stages'"),
-        (lambda: named_policy("stage(1)", stages=(1,)), r"policy 'stage\(1\)': .*stages"),
+        (lambda: named_policy("stage(1,1,1,1)", stages=(1,)), r"policy 'stage\(1,1,1,1\)': .*stages"),
     ],
 )
 def test_a_wrong_setting_is_named(policy, message):
