@@ -25,9 +25,9 @@ LR = 0.05
 FINE_TUNING_LR = 0.01
 SCRATCH = {
     "plain": None,
-    "(1,1,1)": "stage(1,1,1)",
-    "(2,2,1)": "stage(2,2,1)",
-    "(3,2,1)": "stage(3,2,1)",
+    "(1,1,1)": "stage(1,1,1,1)",
+    "(2,2,1)": "stage(2,2,1,1)",
+    "(3,2,1)": "stage(3,2,1,1)",
     "top(3,2,1)": "top(3,2,1)",
     "resolution": "resolution",
 }
