@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-long test-versions trust fuzz fuzz-files bench evidence lock clean
+.PHONY: setup demo docs notebooks test test-long test-versions trust fuzz fuzz-files bench evidence lock clean
 
 setup: $(VENV)/.installed
 
@@ -17,17 +17,25 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision "setuptools<81" wheel ninja
 	PATH="$(abspath $(BIN)):$$PATH" CFLAGS="-O2 -g0" \
 		$(BIN)/python -m pip install --no-build-isolation --constraint constraints.txt mmcv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,generation,interop,mmdet,study,sweep,test,viz]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,docs,generation,interop,mmdet,study,sweep,test,viz]"
 	touch $@
 
 demo: setup
 	$(BIN)/coconv demo --detection
 
-test: setup
+test: setup docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# Into docs/_build; a warning is an error.
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -q -j auto docs docs/_build
+
+# Run the notebooks of docs/notebooks/ anew, and keep what they print and draw: ten minutes on two cores.
+notebooks: setup
+	PYTHONPATH=tests $(BIN)/python -m notebooks
 
 # What takes minutes alone.
 test-long: setup

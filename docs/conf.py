@@ -1,0 +1,67 @@
+"""How Sphinx builds the site."""
+
+import re
+import sys
+from pathlib import Path
+
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import coconv_surgery  # noqa: E402
+
+project = "coconv_surgery"
+author = "The coconv_surgery developers"
+copyright = "the coconv_surgery developers"
+version = release = coconv_surgery.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "coconv_surgery"
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # outputs are stored: `make notebooks`
+copybutton_prompt_text = "$ "
+copybutton_only_copy_prompt_lines = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+napoleon_use_ivar = True
+
+# What highlighters do not know: plans, with their arrows, and shells that print tables.
+suppress_warnings = ["misc.highlighting_failure"]
+
+FOLDER_LINK = re.compile(r"\]\((\.\./[^)#]+?)/?\)")
+
+
+def link_folders_by_their_readme(app: Sphinx, docname: str, source: list[str]) -> None:
+    """A link to a folder of the repository leads to its README.md, which the site then carries along."""
+    page = (HERE / docname).parent
+
+    def readme(link: re.Match[str]) -> str:
+        return f"]({link[1]}/README.md)" if (page / link[1]).is_dir() else link[0]
+
+    source[0] = FOLDER_LINK.sub(readme, source[0])
+
+
+def shorten(app: Sphinx, env: object, node: pending_xref, contents: object) -> object:
+    """Docstrings name a thing by its module; the site has it where it is imported from."""
+    name = str(node.get("reftarget", "")).rpartition(".")[2]
+    if node.get("refdomain") != "py" or name not in coconv_surgery.__all__:
+        return None
+    domain = app.env.get_domain("py")
+    return domain.resolve_xref(
+        app.env, node["refdoc"], app.builder, "obj", f"coconv_surgery.{name}", node, contents
+    )
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the two."""
+    app.connect("source-read", link_folders_by_their_readme)
+    app.connect("missing-reference", shorten)

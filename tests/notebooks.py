@@ -1,0 +1,48 @@
+"""Run the notebooks of docs/notebooks/ and keep what they print and draw.
+
+    PYTHONPATH=tests python -m notebooks
+
+runs all of them, in an empty folder each, and stores their outputs; ``make notebooks`` does so.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
+PAGES = sorted(FOLDER.glob("*.ipynb"))
+
+
+def execute(path):
+    """The notebook of a file, with the outputs of a run in an empty folder."""
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        client = NotebookClient(
+            notebook, timeout=600, resources={"metadata": {"path": folder}}, record_timing=False, store_widget_state=False
+        )
+        return client.execute()
+
+
+def store(path):
+    """Run a notebook and write it with its outputs, less what differs from machine to machine."""
+    notebook = execute(path)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        cell.metadata = {}
+    text = nbformat.writes(notebook)
+    assert "/tmp" not in text, f"{path} shows a path of this machine"
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    for page in [Path(name) for name in sys.argv[1:]] or PAGES:
+        store(page)
+        print(page.name)
