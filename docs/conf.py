@@ -37,17 +37,22 @@ napoleon_use_ivar = True
 # What highlighters do not know: plans, with their arrows, and shells that print tables.
 suppress_warnings = ["misc.highlighting_failure"]
 
-FOLDER_LINK = re.compile(r"\]\((\.\./[^)#]+?)/?\)")
+LINK = re.compile(r"\[([^\]]*)\]\((\.\./[^)#]+)\)")
 
 
-def link_folders_by_their_readme(app: Sphinx, docname: str, source: list[str]) -> None:
-    """A link to a folder of the repository leads to its README.md, which the site then carries along."""
+def link_what_lies_outside(app: Sphinx, docname: str, source: list[str]) -> None:
+    """A file of the repository is carried along; a folder is its README.md, or without one its name alone."""
     page = (HERE / docname).parent
 
-    def readme(link: re.Match[str]) -> str:
-        return f"]({link[1]}/README.md)" if (page / link[1]).is_dir() else link[0]
+    def carried(link: re.Match[str]) -> str:
+        label, target = link[1], Path(link[2])
+        if (page / target).resolve().is_relative_to(HERE):
+            return link[0]
+        if (page / target).is_dir():
+            target = target / "README.md"
+        return f"[{label}](path:{target.as_posix()})" if (page / target).exists() else label
 
-    source[0] = FOLDER_LINK.sub(readme, source[0])
+    source[0] = LINK.sub(carried, source[0])
 
 
 def shorten(app: Sphinx, env: object, node: pending_xref, contents: object) -> object:
@@ -56,12 +61,10 @@ def shorten(app: Sphinx, env: object, node: pending_xref, contents: object) -> o
     if node.get("refdomain") != "py" or name not in coconv_surgery.__all__:
         return None
     domain = app.env.get_domain("py")
-    return domain.resolve_xref(
-        app.env, node["refdoc"], app.builder, "obj", f"coconv_surgery.{name}", node, contents
-    )
+    return domain.resolve_xref(app.env, node["refdoc"], app.builder, "obj", f"coconv_surgery.{name}", node, contents)
 
 
 def setup(app: Sphinx) -> None:
     """Connect the two."""
-    app.connect("source-read", link_folders_by_their_readme)
+    app.connect("source-read", link_what_lies_outside)
     app.connect("missing-reference", shorten)

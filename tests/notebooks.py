@@ -17,14 +17,17 @@ FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
 PAGES = sorted(FOLDER.glob("*.ipynb"))
 
 
+def read(path):
+    """The notebook of a file."""
+    return nbformat.read(path, as_version=4)
+
+
 def execute(path):
     """The notebook of a file, with the outputs of a run in an empty folder."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     with tempfile.TemporaryDirectory() as folder:
-        client = NotebookClient(
-            notebook, timeout=600, resources={"metadata": {"path": folder}}, record_timing=False, store_widget_state=False
-        )
-        return client.execute()
+        resources = {"metadata": {"path": folder}}
+        return NotebookClient(notebook, timeout=600, resources=resources, record_timing=False).execute()
 
 
 def store(path):
@@ -36,8 +39,11 @@ def store(path):
     }
     for cell in notebook.cells:
         cell.metadata = {}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # warnings
     text = nbformat.writes(notebook)
-    assert "/tmp" not in text, f"{path} shows a path of this machine"
+    for folder in (sys.prefix, tempfile.gettempdir()):
+        assert folder not in text, f"{path} shows a path of this machine"
     path.write_text(text + "\n", encoding="utf-8")
 
 

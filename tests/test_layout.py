@@ -1,4 +1,4 @@
-"""The house: rooms in the order in which they may import from each other, and what the README says of them."""
+"""The house: rooms in the order in which they may import from each other, and what the documentation says of them."""
 
 import ast
 import re
@@ -122,9 +122,9 @@ def test_tests_have_the_same_rooms():
     assert rooms <= {*ROOMS, "fuzz"}, "which takes networks through all of them"
 
 
-def test_the_readme_shows_the_rooms_in_this_order():
-    readme = (PACKAGE.parent / "README.md").read_text()
-    section = readme.partition("## Architecture")[2].partition("\n## ")[0]
+def test_the_documentation_shows_the_rooms_in_this_order():
+    page = (PACKAGE.parent / "docs" / "contributing.md").read_text()
+    section = page.partition("## Architecture")[2].partition("\n## ")[0]
     shown = re.findall(r"`(\w+)(?:/|\.py)`", section)
     assert [room for room in shown if room in ROOMS] == ROOMS
     assert len([line for line in section.splitlines() if line.startswith("|")]) <= 17, "a header, a rule, fifteen lines"
