@@ -22,7 +22,6 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "coconv_surgery"
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # outputs are stored: `make notebooks`
 copybutton_prompt_text = "$ "
@@ -34,8 +33,10 @@ autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
 
-# What highlighters do not know: plans, with their arrows, and shells that print tables.
-suppress_warnings = ["misc.highlighting_failure"]
+# What docstrings name of ours must be on the site, but for what is not public; other projects' pages are not asked.
+nitpicky = True
+nitpick_ignore = [("py:class", "coconv_surgery.tracing.sites.Site")]
+nitpick_ignore_regex = [("py:.*", r"(?!coconv_surgery\.).*"), ("py:.*", r"coconv_surgery\..*\._\w+")]
 
 LINK = re.compile(r"\[([^\]]*)\]\((\.\./[^)#]+)\)")
 

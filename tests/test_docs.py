@@ -8,7 +8,6 @@ Python is compiled and commands are parsed. Weights that timm would download are
 import contextlib
 import importlib.util
 import io
-import os
 import re
 import shlex
 from importlib.metadata import metadata
@@ -174,7 +173,6 @@ def test_the_api_reference_has_every_public_name():
 @pytest.mark.long
 @pytest.mark.parametrize("page", notebooks.PAGES, ids=lambda page: page.stem)
 def test_a_notebook_runs(page):
-    os.environ["OMP_NUM_THREADS"] = "2"
     cells = notebooks.execute(page).cells
     assert any(cell.get("outputs") for cell in cells)
 

@@ -63,6 +63,7 @@ PROMISES = {
     "Losses and scores of GANs are those of their papers": [
         *("generation.test_losses", "generation.test_wasserstein", "generation.test_scores"),
     ],
+    "Every block of code in the documentation runs": ["test_docs"],
     "Exporters, scripters, quantisers and counters take it": [
         "deployment.test_exporters",
         "deployment.test_quantisers",
