@@ -43,10 +43,15 @@ def store(path):
         cell.metadata = {}
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # warnings
-    text = nbformat.writes(notebook)
     for folder in (sys.prefix, tempfile.gettempdir()):
-        assert folder not in text, f"{path} shows a path of this machine"
-    path.write_text(text + "\n", encoding="utf-8")
+        assert folder not in printed(notebook), f"{path} shows a path of this machine"
+    path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+
+
+def printed(notebook):
+    """All text of a notebook's outputs."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
 if __name__ == "__main__":
