@@ -29,9 +29,9 @@ test: setup docs
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-# Into docs/_build; a warning is an error.
+# Into docs/_build/html; a warning is an error.
 docs: setup
-	$(BIN)/sphinx-build -W --keep-going -q -j auto docs docs/_build
+	$(BIN)/sphinx-build -W --keep-going -q -j auto docs docs/_build/html
 
 # Run the notebooks of docs/notebooks/ anew, and keep what they print and draw: ten minutes on two cores.
 notebooks: setup
