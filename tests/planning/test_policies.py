@@ -94,7 +94,10 @@ def test_a_policy_may_give_levels_in_full(net):
         (lambda: cs.ResolutionPolicy(max_levels=0), "max_levels=0"),
         (lambda: cs.UniformPolicy(0), "count=0"),
         (lambda: cs.StagePolicy(()), r"stages=\(\)"),
-        (lambda: get_policy("stage(4,3,2)"), r"stages=\(4, 3, 2\) must be four numbers of at least 1, for reductions 4"),
+        (
+            lambda: get_policy("stage(4,3,2)"),
+            r"stages=\(4, 3, 2\) must be four numbers of at least 1, for reductions 4",
+        ),
         (lambda: cs.UniformPolicy(split="odd"), "split='odd'"),
         (lambda: cs.UniformPolicy(shared="mean"), "shared='mean'"),
         (lambda: cs.UniformPolicy(min_channels=0), "min_channels=0"),
