@@ -54,11 +54,11 @@ def plan(
 
         picture_file(figure)
     given = targets.read_arguments(arguments)
-    chosen = any(map(options.is_given, choices))
     with doing(f"planning {target}"):
         network = targets.build(target, given)
-        told = targets.is_file(target) and not chosen
-        found = get_plan(network) if told else targets.plan_as_chosen(network, target, **choices)
+        found = get_plan(network)
+        if not found.converted or options.asks_for_a_plan(choices):
+            found = targets.plan_as_chosen(network, target, **choices)
     if str(json_path) == "-":
         click.echo(found.to_json())
     else:
@@ -131,22 +131,25 @@ def convert(
     with doing(f"creating {target}"):
         network = targets.build(target, built_with, pretrained=pretrained)
         kind = load(network, checkpoint)
-    told = kind == "converted" or targets.is_file(target)
+    told = kind == "converted" or (checkpoint is None and bool(get_plan(network).converted))
     if folder is not None and (told or kind == "authors"):
         raise click.UsageError(
             f"{checkpoint or target} holds the weights of a converted network: --calibrate needs plain ones"
         )
     with doing(f"converting {target}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NoChangeWarning)  # the summary says so
+        before = get_plan(network)
         if replayed is not None:
             apply_plan(network, replayed)
-        elif given or not told:
+        elif options.asks_for_a_plan(choices) or not told:
             apply_plan(network, targets.plan_as_chosen(network, target, **choices))
     if folder is not None:
         batches = image_batches(network, folder, images, choices["input_size"])
         click.echo(calibrate(network, batches, max_images=images, also=also or None, progress=True))
     with doing(f"writing {output}"):
         save_converted(network, output, network=targets.describe(target, built_with))
+    if told and before.diff(get_plan(network)):
+        click.echo("coconv: the weights were trained at other levels: fine-tune them", err=True)
     click.echo(get_plan(network).summary())
     click.echo(f"weights and plan: {output}")
 

@@ -1,7 +1,7 @@
 """Options and kinds of values that several commands share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,15 @@ def planning(*, policy: str | None = "resolution") -> Callable[[Command], Comman
         return command
 
     return add
+
+
+def asks_for_a_plan(choices: Iterable[str]) -> bool:
+    """Whether options of planning stand on the command line, which want a plan other than the one that there is.
+
+    Args:
+        choices: Their names. The size of the input alone asks for no other plan.
+    """
+    return any(is_given(name) for name in choices if name != "input_size")
 
 
 def is_given(name: str) -> bool:

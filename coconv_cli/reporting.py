@@ -48,8 +48,10 @@ def report(
     from coconv_surgery.reporting.page import write_page
 
     options.check_weights(checkpoint, pretrained)
+    if folder is None and options.is_given("images"):
+        raise click.UsageError("--images says how to calibrate: give --calibrate FOLDER as well")
     given = targets.read_arguments(arguments)
-    chosen = any(map(options.is_given, choices))
+    chosen = options.asks_for_a_plan(choices)
     with doing(f"creating {target}") as tell:
         findings = examine(
             target,
@@ -64,7 +66,7 @@ def report(
             **choices,
         )
         tell(f"writing {output}")
-        write_page(findings, output, _commands(target))
+        write_page(findings, output, _commands(target) if findings.plan.converted else _commands(target)[:1])
     click.echo(findings.plan.summary())
     click.echo(f"page: {output}")
 
@@ -109,12 +111,10 @@ def fields(
 
             picture_file(path)
     given = targets.read_arguments(arguments)
-    chosen = any(map(options.is_given, choices))
+    chosen = options.asks_for_a_plan(choices)
     with doing(f"measuring {target}"):
-        network, inputs, _ = converted_network(
-            target, given, checkpoint=checkpoint, pretrained=pretrained, anew=chosen, **choices
-        )
-        networks = before_and_after(network)
+        subject = converted_network(target, given, checkpoint=checkpoint, pretrained=pretrained, anew=chosen, **choices)
+        inputs, networks = subject.inputs, before_and_after(subject.network)
         reports = {
             name: receptive_fields(each, example_inputs=inputs, names=only or None) for name, each in networks.items()
         }

@@ -4,6 +4,7 @@
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,25 @@ from coconv_cli import options
     type=options.Output(folder=True),
     help="Where plans are written. Default: where the script is told to write, else the current folder.",
 )
+@click.option(
+    "--network",
+    "networks",
+    multiple=True,
+    metavar="GLOB",
+    help="Only networks that are made by such a name, and not a teacher, say. Repeatable.",
+)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="SCRIPT [ARGUMENTS]...")
-def run(command: tuple[str, ...], plan_path: Path | None, output: Path | None, **choices: Any) -> None:
+def run(
+    command: tuple[str, ...], plan_path: Path | None, output: Path | None, networks: tuple[str, ...], **choices: Any
+) -> None:
     """Run a training script, unedited, on converted networks.
 
     Our models are registered with timm, and every network that the script makes through timm.create_model or
     torchvision.models.get_model is converted as it is made: by --policy, or by the --plan that an earlier run wrote.
-    With neither, nothing is converted. A module runs as -m and its name.
+    With neither, nothing is converted. A module is run by -- -m and its name.
 
-    Networks are planned for --input-size, or else for the size that timm says, whatever the script trains at.
+    Networks are planned for --input-size, or else for the size that timm says, whatever the script trains at. What the
+    script makes in other ways, or in processes that it spawns itself, is not converted.
 
     \b
     coconv run --policy resolution -- train.py DATA --model resnet50 --output runs/1
@@ -47,27 +58,39 @@ def run(command: tuple[str, ...], plan_path: Path | None, output: Path | None, *
     given = [f"--{name.replace('_', '-')}" for name in choices if options.is_given(name)]
     if plan_path is not None and given:
         raise click.UsageError(f"--plan already decides everything: leave out {given[0]}")
-    if plan_path is None and policy is None and given:
-        raise click.UsageError(f"{given[0]} says how to convert: give --policy as well")
-    root = click.get_current_context().find_root()
     if plan_path is None and policy is None:
-        root.meta["tracebacks"] = True
-        run_command(command)
+        if given or networks:
+            raise click.UsageError(f"{(*given, '--network')[0]} says how to convert: give --policy as well")
+        _as_python_would(functools.partial(run_command, command))
         return
     if plan_path is not None:
         change = functools.partial(targets.replay, plan=targets.read_plan_file(plan_path))
     else:
         get_policy(policy)
         change = functools.partial(targets.convert_as_chosen, **choices)
-    converting = Converting(change, output or output_folder(command))
-    with converting.in_force():
-        root.meta["tracebacks"] = True  # from here on errors are the script's
-        run_command(command)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    converting = Converting(change, output or output_folder(command), networks or ("*",))
+    try:
+        with converting.in_force():
+            _as_python_would(functools.partial(run_command, command))
+    except SystemExit as end:
+        if end.code or converting.count:
+            raise
     if not converting.count:
         sys.exit(
-            "coconv: nothing was converted: the script made no network by timm.create_model or "
+            "coconv: nothing was converted: the script made no network with 3×3 convolutions by timm.create_model or "
             "torchvision.models.get_model in this process"
         )
+
+
+def _as_python_would(work: Callable[[], None]) -> None:
+    """Run something whose errors are not ours: they are shown and end the process as they would without us."""
+    try:
+        work()
+    except (Exception, KeyboardInterrupt) as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 COMMANDS = (run,)

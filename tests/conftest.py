@@ -13,6 +13,8 @@ from coconv_cli import main
 
 # Whether the operator for depthwise levels was built on this machine makes no difference: its tests build their own.
 os.environ["COCONV_NATIVE"] = "0"
+# OpenVINO reports each import from a process that it forks, which can block whatever is imported next; not in CI.
+os.environ.setdefault("CI", "true")
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,8 @@ class Done(NamedTuple):
 @pytest.fixture
 def coconv(monkeypatch, capsys):
     """Run the command in this process: what it exits with, and what it prints."""
+
+    monkeypatch.delenv("COLUMNS", raising=False)  # which pytest sets
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["coconv", *map(str, arguments)])

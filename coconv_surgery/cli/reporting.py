@@ -4,7 +4,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -20,6 +20,22 @@ from coconv_surgery.tracing.inputs import Inputs, infer_inputs
 _RANDOM = "random, with norms that start at zero set to one"
 
 
+class Subject(NamedTuple):
+    """A converted network.
+
+    Attributes:
+        network: The network, in evaluation mode.
+        inputs: What it is called with.
+        weights: Where its weights are from, in words.
+        were_plain: Whether they were trained in plain convolutions.
+    """
+
+    network: nn.Module
+    inputs: Inputs
+    weights: str
+    were_plain: bool
+
+
 def converted_network(
     target: str,
     arguments: Mapping[str, Any],
@@ -28,7 +44,7 @@ def converted_network(
     pretrained: bool,
     anew: bool,
     **choices: Any,
-) -> tuple[nn.Module, Inputs, str]:
+) -> Subject:
     """Build the network of a target and convert it, unless it is already.
 
     Args:
@@ -40,10 +56,10 @@ def converted_network(
         **choices: As of :func:`~coconv_surgery.cli.targets.plan_as_chosen`.
 
     Returns:
-        The network, what it is called with, and where its weights are from, in words.
+        The network, and what there is to know of it.
     """
     network = targets.build(target, arguments, pretrained=pretrained)
-    load(network, checkpoint)
+    kind = load(network, checkpoint)
     file = checkpoint or (Path(target) if targets.is_file(target) else None)
     words = f"of {file.name}" if file else "of the library" if pretrained else _RANDOM
     if words == _RANDOM:
@@ -52,8 +68,9 @@ def converted_network(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NoChangeWarning)  # the plan says so
             apply_plan(network, targets.plan_as_chosen(network, target, **choices))
+        kind = "plain" if kind == "none" and pretrained else kind
     inputs = targets.inputs_of(network, target, choices["input_size"]) or infer_inputs(network, choices["input_size"])
-    return network.eval(), inputs, words
+    return Subject(network.eval(), inputs, words, were_plain=kind == "plain")
 
 
 def examine(
@@ -80,13 +97,23 @@ def examine(
     Raises:
         ValueError: If it is to be calibrated and its weights are not those of a plain network.
     """
-    network, inputs, words = converted_network(target, arguments, **how)
-    networks, calibration, batch = before_and_after(network), None, None
+    subject = converted_network(target, arguments, **how)
+    networks, calibration, batch = before_and_after(subject.network), None, None
     if folder is not None:
-        if words == _RANDOM:
-            raise ValueError("--calibrate needs trained weights: give --pretrained or --checkpoint as well")
+        if not subject.were_plain:
+            raise ValueError("--calibrate needs weights of a plain network: give them by --checkpoint or --pretrained")
         tell(f"calibrating {target}")
-        batches = image_batches(network, folder, images, how["input_size"])
-        calibration = calibrate(network, batches, max_images=images)
+        batches = image_batches(subject.network, folder, images, how["input_size"])
+        calibration = calibrate(subject.network, batches, max_images=images)
         batch = torch.cat([images for images, _ in itertools.islice(batches, 1)])[:8]
-    return gather(target, networks, inputs, words, calibration=calibration, images=batch, rounds=rounds, tell=tell)
+    return gather(
+        target,
+        networks,
+        subject.inputs,
+        subject.weights,
+        were_plain=subject.were_plain,
+        calibration=calibration,
+        images=batch,
+        rounds=rounds,
+        tell=tell,
+    )

@@ -1,13 +1,17 @@
 """A script run as it is, with every network that it makes converted as it is made."""
 
+import builtins
 import functools
+import importlib.util
 import inspect
 import os
 import re
 import runpy
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -17,6 +21,7 @@ import torch.nn as nn
 from timm.models import load_checkpoint
 
 from coconv_surgery.layers.arguments import shown
+from coconv_surgery.planning.plan import Plan
 from coconv_surgery.surgery import get_plan
 
 Maker = Callable[..., nn.Module]
@@ -31,13 +36,21 @@ def check_command(command: Sequence[str]) -> None:
         command: As it would follow ``python``.
 
     Raises:
-        ValueError: If it names no module.
+        ValueError: If it names no module, or none that there is.
         FileNotFoundError: If there is no such script.
     """
-    if list(command) == ["-m"]:
-        raise ValueError("-m: give a module, as in -m package.train")
-    if command[0] != "-m" and not os.path.exists(command[0]):
-        raise FileNotFoundError(f"there is no script {shown(command[0])}: give its path, or -m and a module")
+    script, *arguments = command
+    if script == "-m":
+        if not arguments:
+            raise ValueError("-m: give a module, as in -m package.train")
+        sys.path.insert(0, os.getcwd())
+        try:
+            if importlib.util.find_spec(arguments[0].partition(".")[0]) is None:
+                raise ValueError(f"there is no module {shown(arguments[0])}")
+        finally:
+            sys.path.pop(0)
+    elif not os.path.isfile(script):
+        raise FileNotFoundError(f"there is no script {shown(script)}: give its path, or -m and a module")
 
 
 def run(command: Sequence[str]) -> None:
@@ -49,36 +62,49 @@ def run(command: Sequence[str]) -> None:
     script, *arguments = command
     if script == "-m":
         sys.argv = arguments
-        sys.path.insert(0, os.getcwd())
+        sys.path[0] = os.getcwd()
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         return
     sys.argv = [script, *arguments]
-    sys.path.insert(0, str(Path(script).resolve().parent))
-    runpy.run_path(script, run_name="__main__")
+    path = Path(script).absolute()
+    sys.path[0] = str(path.resolve().parent)
+    # runpy would take the module away at the end, when whatever runs at exit may want it.
+    main = ModuleType("__main__")
+    main.__file__, main.__dict__["__builtins__"] = str(path), builtins
+    sys.modules["__main__"] = main
+    exec(compile(path.read_bytes(), path, "exec"), main.__dict__)
 
 
 class Converting:
     """Converts what ``timm.create_model`` and ``torchvision.models.get_model`` make.
 
+    Plans are written by the first process of a distributed run alone.
+
     Args:
         change: Converts a network in place.
-        folder: Where its plan is written, by the first process of a distributed run alone.
+        folder: Where plans are written, once it is there; if it never comes, the current folder has them at the end.
+        names: Patterns of the names by which networks are made that are converted. Default: all.
 
     Attributes:
-        count: How many networks were converted.
+        count: How many networks have become contextual.
     """
 
-    def __init__(self, change: Callable[[nn.Module], nn.Module], folder: Path) -> None:
+    def __init__(self, change: Callable[[nn.Module], nn.Module], folder: Path, names: Sequence[str] = ("*",)) -> None:
         self.count = 0
-        self._change, self._folder = change, folder
-        self._is_within = False
+        self._change, self._folder, self._names = change, folder, names
+        self._at = threading.local()
+        self._pending: dict[str, Plan] = {}
+        self._made = 0
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """Within, networks are converted as they are made, whoever imports what makes them, and from where."""
         makers = [timm.create_model, *_of_torchvision()]
-        with _replaced({make: self.converting(make) for make in makers}):
-            yield
+        try:
+            with _replaced({make: self.converting(make) for make in makers}):
+                yield
+        finally:
+            self._write(Path() if not self._folder.is_dir() else self._folder)
 
     def converting(self, make: Maker) -> Maker:
         """What makes a converted network as ``make`` makes a plain one; a file of weights is loaded once it is."""
@@ -86,33 +112,52 @@ class Converting:
 
         @functools.wraps(make)
         def made(*args: Any, **kwargs: Any) -> nn.Module:
-            if self._is_within:  # a maker that is called by another, whose network will be converted
-                return make(*args, **kwargs)
             given = signature.bind(*args, **kwargs)
+            name = str(next(iter(given.arguments.values())))
+            is_within = getattr(self._at, "is_within", False)  # of another maker, whose network will be converted
+            if is_within or not any(fnmatchcase(name, pattern) for pattern in self._names):
+                return make(*args, **kwargs)
             checkpoint = given.arguments.pop("checkpoint_path", None)
-            self._is_within = True
+            self._at.is_within = True
             try:
-                network = self._change(make(*given.args, **given.kwargs))
+                network = make(*given.args, **given.kwargs)
+                self._convert(network, name)
             finally:
-                self._is_within = False
-            self._tell(network, str(next(iter(given.arguments.values()))))
+                self._at.is_within = False
             if checkpoint:
                 load_checkpoint(network, checkpoint)
+            elif any(value for key, value in _flat(given).items() if key in ("pretrained", "weights")):
+                _say(f"{name}: its weights were trained in plain convolutions; fine-tune it")
             return network
 
         return made
 
-    def _tell(self, network: nn.Module, name: str) -> None:
-        self.count += 1
-        if _rank() > 0:
-            return
-        number = f"-{self.count}" if self.count > 1 else ""
-        stem = re.sub(r"[^\w.-]+", "-", f"coconv-plan-{name}")
-        path = self._folder / f"{stem}{number}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _convert(self, network: nn.Module, name: str) -> None:
+        if get_plan(network).converted:
+            _say(f"{name} is contextual already, and stays as it is")
+        else:
+            try:
+                self._change(network)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         plan = get_plan(network)
-        plan.to_json(path)
-        print(f"coconv: {name}, converted by {plan.policy} for {plan.input}\n{plan}\nplan: {path}", file=sys.stderr)
+        if not plan.converted:
+            _say(f"{name} has no convolution to convert, and stays plain: {plan.summary()}")
+            return
+        self.count += 1
+        self._made += 1
+        number = f"-{self._made}" if self._made > 1 else ""
+        self._pending[re.sub(r"[^\w.-]+", "-", f"coconv-plan-{name}") + f"{number}.json"] = plan
+        _say(f"{name}, converted by {plan.policy} for {plan.input}\n{plan}")
+        if self._folder.is_dir():
+            self._write(self._folder)
+
+    def _write(self, folder: Path) -> None:
+        while self._pending:
+            name, plan = self._pending.popitem()
+            if _is_first():
+                plan.to_json(folder / name)
+                _say(f"plan: {folder / name}")
 
 
 def output_folder(command: Sequence[str]) -> Path:
@@ -121,15 +166,30 @@ def output_folder(command: Sequence[str]) -> Path:
     >>> str(output_folder(["train.py", "data", "--output_dir=runs/1"]))
     'runs/1'
     """
+    found = Path()
     for word, following in zip(command, [*command[1:], ""], strict=True):
         option, equals, value = word.partition("=")
         if option.startswith("--") and option[2:].replace("_", "-") in _FOLDERS:
-            return Path(value if equals else following)
-    return Path()
+            found = Path(value if equals else following)
+    return found
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+def _flat(given: inspect.BoundArguments) -> dict[str, Any]:
+    """Arguments by name, those of ``**kwargs`` as well."""
+    named = dict(given.arguments)
+    for name, parameter in given.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(name, {}))
+    return named
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+
+
+def _say(line: str) -> None:
+    if _is_first():
+        print(f"coconv: {line}", file=sys.stderr)
 
 
 def _of_torchvision() -> list[Maker]:

@@ -1,11 +1,12 @@
 """Networks as the command line names them."""
 
 import ast
+import functools
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +15,11 @@ import torch.nn as nn
 
 from coconv_surgery.checkpoint.converted import load_converted
 from coconv_surgery.checkpoint.header import is_json, network_in_header, read_header
+from coconv_surgery.checkpoint.hub import coconv_converted
 from coconv_surgery.checkpoint.origin import read_plan
 from coconv_surgery.checkpoint.reading import is_safetensors
 from coconv_surgery.cli.images import image_sides
-from coconv_surgery.layers.arguments import kind, near_miss
+from coconv_surgery.layers.arguments import kind, near_miss, shown
 from coconv_surgery.layers.functional import Pair
 from coconv_surgery.paper.counting import count as count_cost
 from coconv_surgery.planning.plan import Plan
@@ -54,11 +56,13 @@ def build(target: str, arguments: Mapping[str, Any] | None = None, *, pretrained
     if Path(target).is_file():
         return _of_file(target, given, pretrained)
     if target.startswith(_HUBS) or timm.is_model(target):
-        return _module(timm.create_model(target, pretrained=pretrained, **given), target)
+        return _module(functools.partial(timm.create_model, target, pretrained=pretrained), given, target)
     if target.startswith(_TORCHVISION):
-        return _of_torchvision(target.removeprefix(_TORCHVISION), given, pretrained)
+        return _of_torchvision(target, given, pretrained)
     if ":" in target:
-        return _made(target, {**given, **({"pretrained": True} if pretrained else {})})
+        return _module(_factory(target), {**given, **({"pretrained": True} if pretrained else {})}, target)
+    if Path(target).is_dir():
+        raise ValueError(f"{target} is a folder: give local-dir:{target} if save_for_hf wrote it, else {FORMS}")
     hint = near_miss(target, timm.list_models(), count=3)
     raise ValueError(f"timm has no model {target!r}: {hint or f'give {FORMS}'}")
 
@@ -210,8 +214,11 @@ def _of_file(path: str, arguments: dict[str, Any], pretrained: bool) -> nn.Modul
         )
     name, given = told["target"], told["arguments"]
     # What a file says is not to be trusted: it may name a library's network, and no code, and no other file.
-    if not (timm.is_model(name) or name.startswith(_TORCHVISION)) or given.keys() & _READING:
-        raise ValueError(f"{path} is of {name}: name that yourself, if you trust it, and give the file by --weights")
+    is_ours = timm.is_model(name) and name != coconv_converted.__name__  # which reads a folder or a hub
+    if not (is_ours or name.startswith(_TORCHVISION)) or given.keys() & _READING:
+        raise ValueError(
+            f"{path} is of {shown(name)}: name that yourself, if you trust it, and give the file by --weights"
+        )
     return load_converted(build(name, {**given, **arguments}), path)
 
 
@@ -231,9 +238,10 @@ def _detector(path: str) -> nn.Module:
     return build_detector(model)
 
 
-def _of_torchvision(name: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
+def _of_torchvision(target: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
     from torchvision.models import get_model, get_model_builder, list_models
 
+    name = target.removeprefix(_TORCHVISION)
     if name not in list_models():
         hint = near_miss(name, list_models(), count=3) or "torchvision.models.list_models() lists them"
         raise ValueError(f"torchvision has no model {name!r}: {hint}")
@@ -241,14 +249,14 @@ def _of_torchvision(name: str, arguments: dict[str, Any], pretrained: bool) -> n
     # Its detectors and segmenters load weights of their backbone otherwise.
     if not pretrained and "weights_backbone" in inspect.signature(get_model_builder(name)).parameters:
         arguments.setdefault("weights_backbone", None)
-    return _module(get_model(name, **arguments), name)
+    return _module(functools.partial(get_model, name), arguments, target)
 
 
-def _made(target: str, arguments: dict[str, Any]) -> nn.Module:
+def _factory(target: str) -> Callable[..., Any]:
     place, _, name = target.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        factory = importlib.import_module(place)
+        factory: Any = importlib.import_module(place)
         for part in name.split("."):
             factory = getattr(factory, part)
     except (ImportError, AttributeError, ValueError) as error:
@@ -257,10 +265,17 @@ def _made(target: str, arguments: dict[str, Any]) -> nn.Module:
         sys.path.remove(os.getcwd())
     if not callable(factory):
         raise TypeError(f"{target} is not a function or a class, but {kind(factory)}")
-    return _module(factory(**arguments), target)
+    return cast(Callable[..., Any], factory)
 
 
-def _module(made: Any, target: str) -> nn.Module:
+def _module(make: Callable[..., Any], arguments: Mapping[str, Any], target: str) -> nn.Module:
+    try:
+        made = make(**arguments)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={shown(value)}" for name, value in arguments.items() if value is not None)
+        raise ValueError(
+            f"{shown(target)} cannot be built{f' with {given}' if given else ''}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(made, nn.Module):
         raise TypeError(f"{target} makes {kind(made)}, not a torch.nn.Module")
     return made

@@ -28,7 +28,9 @@ class Findings:
     Attributes:
         title: What named the network.
         plan: How it is converted.
+        input: Size of what it is called with.
         weights: Where its weights are from, in words.
+        were_plain: Whether they were trained in plain convolutions.
         example: One of its contextual convolutions, if it has any.
         costs: What the network costs, by ``"before"`` and ``"after"``.
         fields: Theoretical receptive fields, likewise.
@@ -41,7 +43,9 @@ class Findings:
 
     title: str
     plan: Plan
+    input: str
     weights: str
+    were_plain: bool
     example: CoConv2d | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     fields: Mapping[str, FieldReport] = field(default_factory=dict)
@@ -71,6 +75,7 @@ def gather(
     inputs: Inputs,
     weights: str,
     *,
+    were_plain: bool,
     calibration: Calibration | None = None,
     images: torch.Tensor | None = None,
     rounds: int = 0,
@@ -83,6 +88,7 @@ def gather(
         networks: As of :func:`before_and_after`.
         inputs: What they are called with.
         weights: Where their weights are from, in words.
+        were_plain: Whether they were trained in plain convolutions.
         calibration: What a calibration did, if there was one.
         images: ``(N, channels, height, width)`` to measure effective receptive fields on. Default: random ones.
         rounds: How often each is timed; 0 for not at all.
@@ -121,7 +127,19 @@ def gather(
     example = next((module for module in networks["after"].modules() if isinstance(module, CoConv2d)), None)
     device = next((parameter.device for parameter in networks["after"].parameters()), torch.device("cpu"))
     return Findings(
-        title, plan, weights, example, costs, fields, effective, calibration, speed, machine(device), missing
+        title,
+        plan,
+        str(inputs),
+        weights,
+        were_plain,
+        example,
+        costs,
+        fields,
+        effective,
+        calibration,
+        speed,
+        machine(device),
+        missing,
     )
 
 

@@ -65,6 +65,7 @@ class Theme:
             "grid.color": self.faint,
             "grid.linewidth": 0.6,
             "legend.frameon": False,
+            "text.parse_math": False,  # names of layers are no formulas
             "svg.hashsalt": "coconv_surgery",  # the same picture is the same file
         }
 

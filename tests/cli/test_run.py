@@ -39,7 +39,8 @@ def train(tmp_path, monkeypatch):
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "train.py").write_text(TRAIN)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # which a script becomes
     return Path("scripts") / "train.py"
 
 
@@ -48,6 +49,7 @@ AT_64 = ("run", "--policy", "resolution", "--input-size", 64)
 
 def test_a_script_trains_the_converted_network_and_its_checkpoint_says_so(coconv, train):
     make = timm.create_model
+    Path("runs").mkdir()
     done = coconv(*AT_64, "--include", "layer1.*", "--", train, "--model", "test_resnet", "--output", "runs")
     assert done.code == 0, done.err
     assert done.out == "trained\n"
@@ -102,21 +104,100 @@ def test_a_plan_of_an_earlier_run_holds_for_another_number_of_classes(coconv, tr
 
 def test_a_checkpoint_of_other_levels_is_refused_as_it_is_loaded(coconv, train):
     assert coconv("run", "--policy", "stage(2,2,2,1)", "--", train, "--model", "test_resnet").code == 0
-    with pytest.raises(RuntimeError, match="levels"):
-        run_here(*AT_64, "--", train, "--model", "test_resnet", "--initial-checkpoint", "last.pth")
-
-
-def run_here(*arguments):
-    from coconv_cli.app import app
-
-    app([str(argument) for argument in arguments], standalone_mode=False)
-
-
-def test_a_script_that_makes_no_network_is_told_at_the_end(coconv, train):
-    train.write_text("import torchvision\ntorchvision.models.resnet18()")
-    done = coconv(*AT_64, "--", train)
+    done = coconv(*AT_64, "--", train, "--model", "test_resnet", "--initial-checkpoint", "last.pth")
     assert done.code == 1
-    assert "nothing was converted: the script made no network by timm.create_model or" in done.err
+    assert "RuntimeError" in done.err
+    assert "levels" in done.err
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torchvision; torchvision.models.resnet18()",
+        "import sys, torchvision; torchvision.models.resnet18(); sys.exit()",
+        "import timm; timm.create_model('vit_tiny_patch16_224')",
+    ],
+)
+def test_a_script_that_leaves_nothing_converted_is_told_at_the_end(coconv, train, code):
+    train.write_text(code)
+    done = coconv("run", "--policy", "stage", "--", train)
+    assert done.code == 1
+    assert "nothing was converted: the script made no network with 3×3 convolutions by timm.create_model" in done.err
+    assert not list(Path().glob("coconv-plan*"))
+
+
+def test_a_script_keeps_its_exit_code_and_its_interrupt(coconv, train):
+    train.write_text("import sys, timm; timm.create_model('test_resnet'); sys.exit(3)")
+    assert coconv(*AT_64, "--", train).code == 3
+    train.write_text("raise KeyboardInterrupt")
+    done = coconv(*AT_64, "--", train)
+    assert done.code == 130
+    assert "Traceback" in done.err
+    train.write_text("raise EOFError('truncated')")
+    assert coconv(*AT_64, "--", train).err.endswith("EOFError: truncated\n")
+
+
+def test_a_network_that_is_contextual_already_stays_as_it_is(coconv, train):
+    model = cs.convert(timm.create_model("test_resnet", num_classes=3), "stage(2,2,2,1)")
+    timm.models.save_for_hf(model, "folder", **cs.hub_arguments(model))
+    done = coconv(*AT_64, "--", train, "--model", "local-dir:folder")
+    assert done.code == 0, done.err
+    assert "local-dir:folder is contextual already, and stays as it is" in done.err
+    assert cs.plan_of("last.pth").policy == "stage(2,2,2,1)"
+
+
+def test_a_teacher_can_be_left_out(coconv, train):
+    train.write_text(
+        "import timm\nfor name in ('test_resnet', 'test_byobnet'):\n"
+        "    print(any(hasattr(module, 'dilations') for module in timm.create_model(name).modules()))"
+    )
+    done = coconv(*AT_64, "--network", "test_resnet", "--", train)
+    assert done.out.split() == ["True", "False"]
+
+
+def test_threads_make_converted_networks_at_once(coconv, train):
+    train.write_text(
+        "import timm\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(2) as pool:\n"
+        "    models = list(pool.map(timm.create_model, ['test_resnet'] * 4))\n"
+        "print([any(hasattr(module, 'dilations') for module in model.modules()) for model in models])"
+    )
+    assert coconv(*AT_64, "--", train).out == "[True, True, True, True]\n"
+
+
+OUTPUTS = """
+import os, sys, timm
+timm.create_model("test_resnet")
+{what}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "arguments", "where"),
+    [
+        ("os.makedirs('new')", ["--output", "new"], "new"),
+        ("open('new.csv', 'w').close()", ["--output", "new.csv"], "."),
+        ("", ["--output-dir", "s3://bucket/run"], "."),
+        ("os.makedirs('two')", ["--output", "one", "--output", "two"], "two"),
+        ("os.makedirs('new'); sys.exit(4)", ["--output=new"], "new"),
+    ],
+)
+def test_a_plan_waits_for_the_folder_that_the_script_makes(coconv, train, what, arguments, where):
+    train.write_text(OUTPUTS.format(what=what))
+    done = coconv(*AT_64, "--", train, *arguments)
+    assert done.code in (0, 4), done.err
+    assert (Path(where) / "coconv-plan-test_resnet.json").exists()
+    assert len(list(Path().rglob("coconv-plan*"))) == 1
+
+
+def test_a_script_sees_what_python_would_show_it(coconv, train):
+    train.write_text(
+        "import os, pickle, sys\n"
+        "class Mine: pass\n"
+        "pickle.dumps(Mine())\n"
+        "print(__name__, os.path.isabs(__file__), sys.argv, sys.path[0] == os.path.dirname(os.path.realpath(__file__)))"
+    )
+    assert coconv("run", "--", train, "a").out == f"__main__ True {[str(train), 'a']} True\n"
 
 
 def test_a_module_is_run_by_its_name(coconv, train):
@@ -168,6 +249,9 @@ def test_two_processes_convert_alike_and_one_of_them_says_so(train, tmp_path):
     [
         (["--policy", "stage", "--", "none.py"], 1, "there is no script 'none.py': give its path, or -m and a module"),
         (["--", "-m"], 1, "-m: give a module, as in -m package.train"),
+        (["--", "-m", "nosuch.module"], 1, "there is no module 'nosuch.module'"),
+        (["--", "scripts"], 1, "there is no script 'scripts'"),
+        (["--network", "x", "--", "scripts/train.py"], 2, "--network says how to convert: give --policy as well"),
         (
             ["--include", "layer1.*", "--", "scripts/train.py"],
             2,

@@ -145,6 +145,7 @@ def test_a_file_of_ours_stays_one_when_it_is_converted_anew(ours, coconv, tmp_pa
     [
         {"target": "os:system", "arguments": {"command": "true"}},
         {"target": "local-dir:elsewhere"},
+        {"target": "coconv_converted", "arguments": {"network": "local-dir:elsewhere", "plan": ""}},
         {"target": "test_resnet", "arguments": {"checkpoint_path": "other.pth"}},
         {"target": "torchvision/resnet18", "arguments": {"weights": "DEFAULT"}},
     ],
@@ -169,6 +170,47 @@ def test_what_a_file_is_told_of_its_network_is_checked_first(tmp_path, network, 
     with pytest.raises((TypeError, ValueError), match=message):
         cs.save_converted(nn.Conv2d(3, 8, 3), tmp_path / "net.safetensors", network=network)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", [("plan",), ("convert", "-o", "again.safetensors")])
+def test_the_size_of_the_input_asks_for_no_other_plan(ours, coconv, tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    command, *options = what
+    done = coconv(command, ours, "--input-size", 96, *options)
+    assert done.code == 0, done.err
+    assert cs.read_plan(ours).summary() in done.out
+    assert command == "plan" or cs.read_plan("again.safetensors") == cs.read_plan(ours)
+
+
+def test_a_folder_of_a_converted_network_keeps_its_plan(coconv, tmp_path):
+    model = cs.convert(timm.create_model("test_resnet"), "stage(2,2,2,1)")
+    timm.models.save_for_hf(model, tmp_path / "folder", **cs.hub_arguments(model))
+    output = tmp_path / "out.safetensors"
+    assert coconv("convert", f"local-dir:{tmp_path / 'folder'}", "--pretrained", "-o", output).code == 0
+    assert cs.read_plan(output) == cs.get_plan(model)
+
+
+def test_weights_that_get_other_levels_than_they_were_trained_at_are_told(ours, coconv, tmp_path):
+    done = coconv("convert", ours, "--policy", "top", "-o", tmp_path / "again.safetensors")
+    assert "coconv: the weights were trained at other levels: fine-tune them" in done.err
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "message"),
+    [
+        ("torchvision/resnet18", {"weights": "nosuch"}, "'torchvision/resnet18' cannot be built with weights='nosuch'"),
+        ("resnet18", {"foo": 1}, "'resnet18' cannot be built with foo=1: TypeError"),
+        ("test_resnet", {"act_layer": "nosuch"}, "'test_resnet' cannot be built with act_layer='nosuch'"),
+    ],
+)
+def test_arguments_that_do_not_suit_are_named(target, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        targets.build(target, arguments)
+
+
+def test_a_folder_is_not_taken_for_a_name(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: give local-dir:"):
+        targets.build(str(tmp_path))
 
 
 def test_a_config_takes_no_arguments(own):

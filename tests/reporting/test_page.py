@@ -64,7 +64,7 @@ def test_it_says_what_was_done_and_measured(page):
         "multiply-adds",
         "time over the plain one",
         "calibrated on 4 images",
-        "Weights: of w.pth",
+        "Weights: of w.pth, trained in plain convolutions: calibrated",
         "quartiles",
     ):
         assert part in text
@@ -130,8 +130,33 @@ def test_what_cannot_be_measured_is_said(coconv, tmp_path):
 def test_calibration_without_trained_weights_is_refused(coconv, tmp_path):
     done = coconv("report", "test_resnet", "--calibrate", tmp_path, "-o", tmp_path / "page.html")
     assert done.code == 1
-    assert "--calibrate needs trained weights" in done.err
+    assert "--calibrate needs weights of a plain network" in done.err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_calibration_of_a_converted_networks_weights_is_refused(coconv, page, tmp_path):
+    cs.save_converted(cs.convert(timm.create_model("test_resnet")), tmp_path / "converted.safetensors")
+    options = ("--weights", tmp_path / "converted.safetensors", "--calibrate", page.with_name("images"))
+    done = coconv("report", "test_resnet", *options, "-o", tmp_path / "page.html")
+    assert done.code == 1
+    assert "--calibrate needs weights of a plain network" in done.err
+
+
+def test_names_are_shown_as_they_are(coconv, tmp_path, monkeypatch):
+    (tmp_path / "odd_names.py").write_text(
+        "import torch.nn as nn\n"
+        "class Odd(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.add_module('a$frac$<b>', nn.Conv2d(3, 8, 3, padding=1))\n"
+        "        self.last = nn.Conv2d(8, 4, 1)\n"
+        "    def forward(self, x):\n"
+        "        return self.last(self.get_submodule('a$frac$<b>')(x))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    done = coconv("report", "odd_names:Odd", "--input-size", 32, "-o", "page.html")
+    assert done.code == 0, done.err
+    assert "<td>a$frac$&lt;b&gt;</td>" in (tmp_path / "page.html").read_text()
 
 
 def test_a_name_of_another_kind_of_file_is_refused_first(coconv, tmp_path):
