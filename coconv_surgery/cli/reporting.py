@@ -107,7 +107,7 @@ def examine(
         calibration = calibrate(subject.network, batches, max_images=images)
         batch = torch.cat([images for images, _ in itertools.islice(batches, 1)])[:8]
     return gather(
-        target,
+        Path(target).name if targets.is_config(target) or targets.is_file(target) else target,
         networks,
         subject.inputs,
         subject.weights,

@@ -1,6 +1,7 @@
 """The page: one file of HTML that needs no other, and no network."""
 
 import base64
+import functools
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,11 @@ def _pictures(findings: Findings) -> dict[str, Picture]:
     drawn: dict[str, tuple[Callable[..., None], Any, str]] = {}
     plan = findings.plan
     if plan.in_question:
-        drawn["plan"] = plot_plan, plan, "Share of the output channels at each dilation, and side of the output map"
+        drawn["plan"] = (
+            functools.partial(plot_plan, title=findings.title),
+            plan,
+            "Share of the output channels at each dilation, and side of the output map",
+        )
     if findings.example is not None:
         drawn["coconv"] = plot_coconv, findings.example, "A contextual convolution of this network"
     if any(row.size for report in findings.fields.values() for row in report.rows):

@@ -124,7 +124,7 @@ def test_what_cannot_be_measured_is_said(coconv, tmp_path):
         "report", "torchvision/squeezenet1_1", "--input-size", 64, "--exclude", "*", "-o", tmp_path / "p.html"
     )
     assert done.code == 0, done.err
-    assert "Not measured: no convolution is converted" in text_of(tmp_path / "p.html")
+    assert "Not measured (effective receptive fields): no convolution is converted" in text_of(tmp_path / "p.html")
 
 
 def test_calibration_without_trained_weights_is_refused(coconv, tmp_path):
