@@ -27,7 +27,7 @@ test: setup docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --all-extras -n 2 --dist worksteal
 
 # Into docs/_build/html; a warning is an error.
 docs: setup
@@ -39,7 +39,7 @@ notebooks: setup
 
 # What takes minutes alone.
 test-long: setup
-	$(BIN)/pytest -m long
+	$(BIN)/pytest --all-extras -m long
 
 # The core on the lowest and the newest torch and timm, in .venv-lowest and .venv-newest: docs/versions.md.
 test-versions: setup
@@ -47,7 +47,7 @@ test-versions: setup
 
 # What is promised, with the number of cases that passed: docs/trust.md.
 trust: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --junitxml=.report.xml
+	OMP_NUM_THREADS=1 $(BIN)/pytest --all-extras -n 2 --dist worksteal --junitxml=.report.xml
 	PYTHONPATH=tests $(BIN)/python -m trust .report.xml
 
 # Two thousand random networks, or as many as 30 minutes allow; it prints what it did.

@@ -358,9 +358,10 @@ def ddp(net):
     ],
 )
 def test_bad_input_is_one_clear_error_and_no_change(net, image, change, arguments, error, message):
-    before, modules = net(image), snapshot(net)
+    before, changed = net(image), change(net)
+    modules = snapshot(net)
     with pytest.raises(error, match=message):
-        cs.convert(change(net), **{"input_size": 32, **arguments})
+        cs.convert(changed, **{"input_size": 32, **arguments})
     assert same(snapshot(net), modules)
     assert torch.equal(net(image), before)
 

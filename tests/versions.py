@@ -1,30 +1,45 @@
 """The core on the lowest and on the newest torch and timm, by ``make test-versions``, which writes docs/versions.md.
 
-Each has an environment of its own, which stays: the core dependencies, what runs tests, and nothing of the extras.
+Each has an environment of its own, which stays: the core's dependencies, the command's, and what runs tests.
 """
 
 import argparse
+import os
 import platform
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 from packaging.requirements import Requirement
 
+from coconv_surgery.bench.report import cpu_name
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "versions.md"
-TOOLS = ("filelock", "hypothesis", "mlxtend", "packaging", "pytest", "pytest-xdist", "pyyaml", "safetensors", "scipy")
+TOOLS = ("filelock", "hypothesis", "mlxtend", "packaging", "pytest", "pyyaml", "safetensors", "scipy")
 # What needs torch and timm alone; a file that needs more says so, and is skipped.
 TESTS = (
     *("tests/layers", "tests/tracing", "tests/planning", "tests/calibration", "tests/zoo"),
     *("tests/test_all_or_nothing.py", "tests/test_merging.py", "tests/test_surgery.py"),
 )
 VERSIONS = "import platform, torch, timm; print(platform.python_version(), torch.__version__, timm.__version__)"
-TABLE = """| | Python | torch | timm | passed | failed | skipped | tests |
+TABLE = """| | Python | torch | timm | passed | failed | known to fail | skipped |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
+START, END = "<!-- table -->\n", "<!-- end -->\n"
+
+
+class Counts(NamedTuple):
+    """Tests by what became of them."""
+
+    passed: int
+    failed: int
+    known_to_fail: int
+    skipped: int
 
 
 def core() -> list[Requirement]:
@@ -46,42 +61,45 @@ def environment(name: str, requirements: list[str]) -> Path:
     folder = ROOT / f".venv-{name}"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--upgrade", "--editable", ROOT, *TOOLS, *requirements]
-    subprocess.run(install, check=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--upgrade", "--editable", f"{ROOT}[cli]"]
+    subprocess.run([*install, *TOOLS, *requirements], check=True)
     return python
 
 
-def run(python: Path, tests: list[str]) -> dict[str, int]:
-    """How many passed, failed and were skipped."""
-    report = python.parents[1] / "report.xml"
-    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", f"--junitxml={report}", *tests]
-    subprocess.run(command, cwd=ROOT, check=False)
-    suite = ElementTree.parse(report).getroot()[0]
-    count = {key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
-    failed = count["failures"] + count["errors"]
-    return {"passed": count["tests"] - failed - count["skipped"], "failed": failed, "skipped": count["skipped"]}
+def run(python: Path, tests: list[str]) -> Counts:
+    """Run tests in one process; what they print is kept in the environment."""
+    report, log = python.parents[1] / "report.xml", python.parents[1] / "tests.log"
+    command = [python, "-m", "pytest", "-q", "--show-capture=no", f"--junitxml={report}", *tests]
+    with log.open("w") as output:
+        subprocess.run(command, cwd=ROOT, check=False, stdout=output, stderr=subprocess.STDOUT)
+    (suite,) = ElementTree.parse(report).getroot()
+    tests_, failures, errors, skipped = (int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped"))
+    known = len(suite.findall(".//skipped[@type='pytest.xfail']"))
+    return Counts(tests_ - failures - errors - skipped, failures + errors, known, skipped - known)
 
 
-def row(name: str, requirements: list[str], tests: list[str]) -> tuple[str, int]:
-    """A line of the table, and how many failed."""
-    python = environment(name, requirements)
-    counts = run(python, tests)
+def row(name: str, python: Path, counts: Counts) -> str:
+    """A line of the table."""
     versions = subprocess.run([python, "-c", VERSIONS], check=True, capture_output=True, text=True).stdout.split()
-    shown = ", ".join(test.removeprefix("tests/") for test in tests)
-    return f"| {name} | {' | '.join((*versions, *map(str, counts.values()), shown))} |", counts["failed"]
+    return f"| {name} | {' | '.join((*versions, *map(str, counts)))} |\n"
 
 
 def main() -> None:
-    """Run both, print the table and put it into the page, in place of the one before."""
+    """Run both side by side, print the table and put it into the page, in place of the one before."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tests", nargs="*", default=TESTS, help="what to run instead of all tests of the core")
     tests = list(parser.parse_args().tests)
-    rows, failures = zip(*(row(name, wanted, tests) for name, wanted in CHOICES.items()), strict=True)
-    table = f"{platform.machine()}, {platform.system()}:\n\n{TABLE}" + "\n".join(rows) + "\n"
+    pythons = [environment(name, requirements) for name, requirements in CHOICES.items()]
+    with ThreadPoolExecutor() as threads:
+        results = list(threads.map(run, pythons, [tests] * len(pythons)))
+    machine = f"{cpu_name()}, {os.cpu_count()} cores, {platform.freedesktop_os_release()['PRETTY_NAME']}"
+    shown = ", ".join(f"`{test}`" for test in tests)
+    rows = "".join(map(row, CHOICES, pythons, results))
+    table = f"{machine}. Of {shown}:\n\n{TABLE}{rows}"
     print(table)
-    before, _, rest = PAGE.read_text().partition("<!-- table -->\n")
-    PAGE.write_text(f"{before}<!-- table -->\n{table}<!-- end -->\n{rest.partition('<!-- end -->' + chr(10))[2]}")
-    sys.exit(any(failures))
+    before, _, rest = PAGE.read_text().partition(START)
+    PAGE.write_text(f"{before}{START}{table}{END}{rest.partition(END)[2]}")
+    sys.exit(any(counts.failed for counts in results))
 
 
 CHOICES = {"lowest": lowest(), "newest": newest()}

@@ -40,7 +40,7 @@ def machine(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
-        processor = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        processor = f"{cpu_name()}, {torch.get_num_threads()} threads"
     versions = {package: _version(package) for package in ("torch", "timm", "mmdet")}
     operator = "not built or switched off" if operators() is None else "built"
     header = {"device": processor, "Python": platform.python_version(), **versions}
@@ -200,7 +200,8 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor of this machine calls itself, on Linux; elsewhere what Python calls it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

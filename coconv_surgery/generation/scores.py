@@ -22,7 +22,8 @@ try:
     from torchmetrics.image import FrechetInceptionDistance, InceptionScore
     from torchmetrics.image.fid import NoTrainInceptionV3
 except ImportError as error:
-    raise ImportError(f"{error.name} is not installed: pip install 'coconv-surgery[generation]'") from error
+    message = f"{error.name} is not installed: pip install 'coconv-surgery[generation]'"
+    raise ImportError(message, name=error.name) from error
 
 Score = Literal["swd", "ms-ssim", "fid", "is"]
 SCORES: tuple[Score, ...] = get_args(Score)

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def build_depthwise() -> Path:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             try:
                 load(_NAME, [str(_SOURCE)], extra_cflags=list(_FLAGS), build_directory=folder, is_python_module=False)
-            except (ImportError, OSError, RuntimeError) as error:
+            except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
                 reason = str(error).partition("\n")[0]
                 raise RuntimeError(
                     f"the operator for depthwise levels was not compiled, and they go one by one ({reason}): install a "

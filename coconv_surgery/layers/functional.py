@@ -283,8 +283,8 @@ def _conv_level(
 def is_recorded() -> bool:
     """Whether what is computed is written down, to be exported or read later: there its form is always the same."""
     if torch.compiler.is_dynamo_compiling():
-        # Not is_exporting(), which is true for torch.compile as well.
-        exporting: bool = getattr(torch.compiler, "_is_exporting_flag", False)
+        # Not is_exporting(), which is true for torch.compile as well. An older torch does not tell the two apart.
+        exporting: bool = getattr(torch.compiler, "_is_exporting_flag", True)
         return exporting
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     key = torch._C._TorchDispatchModeKey.PROXY

@@ -15,7 +15,9 @@ _missing = [name for name in ("mmengine", "mmcv", "mmdet") if find_spec(name) is
 if not _missing and find_spec("mmcv._ext") is None:
     _missing = ["mmcv's compiled operators (mmcv-lite has none)"]
 if _missing:
-    raise ImportError(f"coconv_surgery.mmdet needs {', '.join(_missing)}: pip install 'coconv-surgery[mmdet]'")
+    raise ImportError(
+        f"coconv_surgery.mmdet needs {', '.join(_missing)}: pip install 'coconv-surgery[mmdet]'", name=_missing[0]
+    )
 
 import mmengine.registry  # noqa: E402
 from mmdet.registry import MODELS  # noqa: E402

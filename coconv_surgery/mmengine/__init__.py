@@ -8,7 +8,9 @@ current stack breaks in mmengine, see :mod:`coconv_surgery.mmengine.compat`.
 from importlib.util import find_spec
 
 if find_spec("mmengine") is None:
-    raise ImportError("coconv_surgery.mmengine needs mmengine: pip install 'coconv-surgery[mmdet]', or [generation]")
+    raise ImportError(
+        "coconv_surgery.mmengine needs mmengine: pip install 'coconv-surgery[mmdet]', or [generation]", name="mmengine"
+    )
 
 from mmengine.registry import HOOKS
 

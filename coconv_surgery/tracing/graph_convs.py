@@ -206,33 +206,35 @@ def _joined_levels(cat: fx.Node, convs: Mapping[fx.Node, GraphConv]) -> GraphCon
     alike = len({(level.stride, level.padding_mode, level.bias is None) for level in levels}) == 1
     if not alike or any(level.output_padding or level.levels or isinstance(level.padding, str) for level in levels):
         return None
-    splits = [_split([level.weight for level in levels])]
+    splits = [_splits([level.weight for level in levels])]
     if first.bias is not None:
-        splits.append(_split([cast(fx.Node, level.bias) for level in levels]))
+        splits.append(_splits([cast(fx.Node, level.bias) for level in levels]))
     inputs = [level.input for level in levels]
     gathered = [_gathered_from(node) for node in inputs]
     groups, fixed = 1, first.fixed
+    grouped = any(level.groups > 1 for level in levels)
     source: Any = _only(inputs)
-    if (input_split := _split(inputs)) is not None:
-        groups, source = sum(level.groups for level in levels), input_split.args[0]
-        splits.append(input_split)
+    if input_splits := _splits(inputs):
+        groups, source = sum(level.groups for level in levels), input_splits[0].args[0]
+        splits.append(input_splits)
     elif source is None:
         # Padding that an export has written out: by constant indices, or in a way that cannot be told.
-        groups = sum(level.groups for level in levels) if any(level.groups > 1 for level in levels) else 1
+        groups = sum(level.groups for level in levels) if grouped else 1
         source = first.input
         fixed = _INDEXED if groups == 1 and None not in gathered and _only(gathered) else _WRITTEN_OUT
-    if None in splits or not isinstance(source, fx.Node) or (groups == 1 and any(level.groups > 1 for level in levels)):
+    if not all(splits) or not isinstance(source, fx.Node) or (groups == 1 and grouped):
         return None
-    split = cast(fx.Node, splits[0])
+    split = splits[0][0]
     own_dilation = split.args[2:] == (DIM_IF_NOT_PLAIN,)
-    pieces = [user for whole in splits for user in cast(fx.Node, whole).users]
-    parts = [*(part for level in levels for part in (level.node, *level.parts)), *pieces, *cast(list[fx.Node], splits)]
+    wholes = [whole for same in splits for whole in same]
+    pieces = [user for whole in wholes for user in whole.users]
+    parts = [*(part for level in levels for part in (level.node, *level.parts)), *pieces, *wholes]
     return replace(
         first,
         node=cat,
         input=source,
         weight=cast(fx.Node, split.args[0]),
-        bias=cast(fx.Node, cast(fx.Node, splits[1]).args[0]) if first.bias is not None else None,
+        bias=cast(fx.Node, splits[1][0].args[0]) if first.bias is not None else None,
         groups=groups,
         levels=Levels(tuple(squeeze(level.dilation) for level in levels), tuple(cast(Sequence[int], split.args[1]))),
         paddings=() if fixed else tuple(cast(Pair, level.padding) for level in levels),
@@ -242,14 +244,20 @@ def _joined_levels(cat: fx.Node, convs: Mapping[fx.Node, GraphConv]) -> GraphCon
     )
 
 
-def _split(pieces: Sequence[fx.Node]) -> fx.Node | None:
-    """The split that some nodes are the pieces of, all of them and in this order."""
-    splits = [piece.args[0] for piece in pieces if piece.target is operator.getitem]
-    split = _only(splits) if len(splits) == len(pieces) else None
-    if split is None or split.target is not aten.split_with_sizes.default:
-        return None
-    in_order = [piece.args[1] for piece in pieces] == list(range(len(cast(Sequence[int], split.args[1]))))
-    return split if in_order else None
+def _splits(pieces: Sequence[fx.Node]) -> list[fx.Node]:
+    """The splits that some nodes are the pieces of, all of them and in this order.
+
+    It is one, or as many of the same, as where an export has made a view anew after a change in place.
+    """
+    if any(piece.target is not operator.getitem for piece in pieces):
+        return []
+    splits = [cast(fx.Node, piece.args[0]) for piece in pieces]
+    first = splits[0]
+    same = all(split.target is first.target and split.args == first.args for split in splits)
+    if not same or first.target is not aten.split_with_sizes.default:
+        return []
+    in_order = [piece.args[1] for piece in pieces] == list(range(len(cast(Sequence[int], first.args[1]))))
+    return list(dict.fromkeys(splits)) if in_order else []
 
 
 def _gathered_from(node: fx.Node) -> fx.Node | None:

@@ -92,7 +92,8 @@ def _joined(node: Any) -> dict[int, Pair]:
     """What a map is joined with that comes from nowhere, such as zeros."""
     inputs = node.next_functions
     maps = [index for index, (source, _) in enumerate(inputs) if source is not None]
-    if len(maps) != 1 or len(inputs) < 2:
+    # torch 2.4 does not tell how large they are.
+    if len(maps) != 1 or len(inputs) < 2 or not hasattr(node, "_input_metadata"):
         return {}
     (index,) = maps
     source, number = inputs[index]

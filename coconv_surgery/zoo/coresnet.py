@@ -106,8 +106,6 @@ class CoResNet(AuthorsCheckpoints, ResNet):  # type: ignore[misc]
 dilations=(1, 2, 3), splits=(64, 32, 32))
     """
 
-    in_chans: int
-
     def __init__(
         self,
         *args: Any,
@@ -131,7 +129,8 @@ dilations=(1, 2, 3), splits=(64, 32, 32))
                 undo.pop_all()
         else:
             side = whole_number(img_size, "img_size", at_least=1)
-            size = (self.in_chans, side, side)
+            stem = next(self.parameters())
+            size = (stem.shape[1], side, side)
             plan = plan_conversion(self, policy, input_size=size, include=["layer?.*"])
             if plan.converted:
                 apply_plan(self, plan)

@@ -344,7 +344,12 @@ def cyclic():
         lambda: torch.ones(1, requires_grad=True) * 2,
         lambda: torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.quint8),
         lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)]),
-        lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)], layout=torch.jagged),
+        pytest.param(
+            lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)], layout=torch.jagged),
+            marks=pytest.mark.xfail(
+                torch.__version__ < (2, 5), reason="torch 2.4 copies into no jagged tensor", strict=True
+            ),
+        ),
         lambda: torch.eye(3).to_sparse(),
     ],
     ids=[

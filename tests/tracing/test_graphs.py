@@ -18,6 +18,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import coconv_surgery as cs
 
 SIDE = 32
+TORCH_2_4 = torch.__version__ < (2, 5)
+READ_TWICE = pytest.mark.xfail(TORCH_2_4, reason="torch 2.4 exports no parameter that is read twice", strict=True)
 
 
 class Net(nn.Module):
@@ -212,6 +214,7 @@ def test_one_level_that_is_not_the_plain_one_has_no_plain_form_in_an_export(imag
             cs.revert(graph)
 
 
+@pytest.mark.xfail(TORCH_2_4, reason="torch 2.4 reads an open size off a level, which is then in use", strict=True)
 @pytest.mark.parametrize("padding_mode", ["reflect", "replicate"])
 @pytest.mark.parametrize("groups", [1, 4, 16])
 def test_padding_that_a_decomposition_wrote_out_is_left_as_it_is(padding_mode, groups, image):
@@ -356,6 +359,7 @@ def test_a_plan_finds_a_convolution_by_the_name_that_an_export_kept(image):
     close(graph(image), cs.convert(net, input_size=SIDE)(image))
 
 
+@READ_TWICE
 def test_a_weight_that_a_graph_reads_elsewhere_leaves_its_node_alone(image):
     class Reads(nn.Module):
         def __init__(self):
@@ -369,6 +373,7 @@ def test_a_weight_that_a_graph_reads_elsewhere_leaves_its_node_alone(image):
     assert row.reason_key is cs.Reason.WEIGHT_READ
 
 
+@READ_TWICE
 def test_a_weight_that_a_transposed_convolution_shares_leaves_its_node_alone(image):
     class Tied(nn.Module):
         def __init__(self):
@@ -560,8 +565,9 @@ def test_the_graphs_of_a_real_network_are_planned_converted_and_reverted_as_its_
     graphs = [torch.export.export(net, (image,)).module()]
     try:
         graphs.append(fx.symbolic_trace(net))
-    except fx.proxy.TraceError:
-        assert name in ("vgg11", "tf_efficientnet_lite0")  # which look at their input
+    except (fx.proxy.TraceError, TypeError):
+        # They look at their input; the last one does so on timm 1.0.21.
+        assert name in ("vgg11", "tf_efficientnet_lite0", "edgenext_xx_small")
     before = net(image)
     plain_levels = [row.dilations for row in cs.get_plan(net).rows]
     for graph in graphs:

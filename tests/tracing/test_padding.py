@@ -34,6 +34,7 @@ def reason(network):
     return cs.plan_conversion(network, input_size=32).rows[0].reason_key
 
 
+JOINED = pytest.mark.xfail(torch.__version__ < (2, 5), reason="torch 2.4 does not tell what is joined", strict=True)
 CAUSAL = {
     "a padding layer": Around(conv(), nn.ConstantPad2d((1, 1, 2, 0), 0.0)),
     "a zero padding layer": Around(conv(), nn.ZeroPad2d((2, 0, 1, 1))),
@@ -47,8 +48,12 @@ CAUSAL = {
     "padding and a copy": Around(conv(), lambda x: F.pad(x, (1, 1, 2, 0)).clone()),
     "padding and another type": Around(conv(), lambda x: F.pad(x, (1, 1, 2, 0)).double().float()),
     "padding and an activation": Around(conv(), lambda x: F.pad(x, (1, 1, 2, 0)).relu() * 0.9),
-    "zeros joined": Around(conv(padding=(0, 1)), lambda x: torch.cat([torch.zeros_like(x[:, :, :2]).detach(), x], 2)),
-    "zeros joined behind": Around(conv(padding=(0, 1)), lambda x: torch.cat([x, x.new_zeros(1, 3, 2, x.shape[3])], 2)),
+    "zeros joined": pytest.param(
+        Around(conv(padding=(0, 1)), lambda x: torch.cat([torch.zeros_like(x[:, :, :2]).detach(), x], 2)), marks=JOINED
+    ),
+    "zeros joined behind": pytest.param(
+        Around(conv(padding=(0, 1)), lambda x: torch.cat([x, x.new_zeros(1, 3, 2, x.shape[3])], 2)), marks=JOINED
+    ),
     "cropping behind a squashing function": Around(conv(padding=(2, 1)), behind=lambda x: x.tanh()[:, :, :-2] + 1),
     "cropping behind": Around(conv(padding=(2, 1)), behind=lambda x: x[:, :, :-2]),
     "cropping the width behind": Around(conv(padding=(1, 2)), behind=lambda x: x[..., :-2]),

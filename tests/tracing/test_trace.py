@@ -444,7 +444,13 @@ def test_feature_extractors_that_hook_themselves_are_traced():
     assert [feature.shape for feature in model(torch.ones(1, 3, 64, 64))] == shapes
 
 
-@pytest.mark.parametrize(("name", "channels"), [("resnet18", 1), ("tresnet_m", 3), ("csatv2", 3), ("convnext_atto", 5)])
+OLD_TIMM = pytest.mark.xfail(not timm.is_model("csatv2"), reason="of a newer timm", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [("resnet18", 1), ("tresnet_m", 3), pytest.param("csatv2", 3, marks=OLD_TIMM), ("convnext_atto", 5)],
+)
 def test_the_number_of_image_channels_is_read_off_the_stem(name, channels):
     with torch.device("meta"):
         plan = cs.plan_conversion(timm.create_model(name, in_chans=channels))

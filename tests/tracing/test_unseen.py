@@ -174,10 +174,10 @@ def test_inputs_are_not_changed(needs_numbers):
 def test_torch_fx_is_not_patched_while_tracing(monkeypatch, net):
     seen = []
     call_module = _Tracer.call_module
-    plain = nn.Module.__call__, nn.Module.__getattr__, fx._symbolic_trace._is_fx_tracing_flag
+    plain = nn.Module.__call__, nn.Module.__getattr__, fx._symbolic_trace.is_fx_tracing()
 
     def look(self, *args):
-        seen.append((nn.Module.__call__, nn.Module.__getattr__, fx._symbolic_trace._is_fx_tracing_flag))
+        seen.append((nn.Module.__call__, nn.Module.__getattr__, fx._symbolic_trace.is_fx_tracing()))
         return call_module(self, *args)
 
     monkeypatch.setattr(_Tracer, "call_module", look)

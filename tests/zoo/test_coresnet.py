@@ -197,7 +197,7 @@ def test_pretrained_starts_from_timms_weights_of_resnet50(tmp_path):
 
 
 def test_gradients_reach_every_parameter(image):
-    model = timm.create_model("coresnet50.iduta", drop_path_rate=0.1, zero_init_last=False)
+    model = timm.create_model("coresnet50.iduta", drop_path_rate=0.01, zero_init_last=False)
     model.set_grad_checkpointing()
     model(image).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())

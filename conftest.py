@@ -1,0 +1,3 @@
+"""What holds for all tests, those in docstrings included."""
+
+pytest_plugins = ["extras"]

@@ -1,0 +1,24 @@
+"""Without the packages of other extras, pytest collects what `.[test]` can run, and names the rest."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from extras import PACKAGES
+
+HIDE = f"import sys\nsys.modules |= dict.fromkeys({sorted(PACKAGES)})\n"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("options", "code"), [((), 0), (("--all-extras",), 2)])
+def test_what_needs_another_extra_is_left_out_by_name(tmp_path, options, code):
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *options]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=root, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout[-2000:]
+    assert ("tests/mmdet: left out, as mmengine is not installed" in done.stdout) == (code == 0)
