@@ -202,10 +202,11 @@ def export(
             from coconv_surgery.mmdet.exporting import maps_of_config
 
             network: nn.Module = maps_of_config(Path(target), checkpoint)
-            click.echo(f"of {target}: {network.part}")
         else:
             network = targets.build(target, given, pretrained=pretrained)
             load(network, checkpoint)
+    if targets.is_config(target):
+        click.echo(f"of {target}: {network.part}")
     inputs = infer_inputs(network, input_size)
     images = inputs.args[0].expand(batch, -1, -1, -1)
     with doing(f"deploying {target}"):

@@ -94,7 +94,11 @@ def console(example):
 def command(arguments, why):
     """A command of ours."""
     if why is None:
-        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        main, path = sys.modules["__main__"], [*sys.path]  # which a script that is run changes
+        try:
+            result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        finally:
+            sys.modules["__main__"], sys.path[:] = main, path
         assert result.exit_code == 0, result.output
         return result.output
     context = click.Context(app, info_name="coconv")

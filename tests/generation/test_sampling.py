@@ -105,7 +105,7 @@ def test_what_cannot_be_evaluated_is_one_message(coconv, file, drawn, arguments,
 @pytest.mark.parametrize("name", ["grid.psd", "grid.xyz", "grid"])
 def test_a_name_that_is_none_of_a_picture_is_refused(coconv, file, tmp_path, name):
     code, _, err = coconv("generate", file, "-o", tmp_path / name)
-    assert (code, err) == (1, f"coconv: {tmp_path / name}: name a picture, such as grid.png")
+    assert (code, err) == (1, f"coconv: {tmp_path / name}: name a picture, such as grid.png\n")
     assert not (tmp_path / name).exists()
 
 
