@@ -9,11 +9,11 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import TinyNet
 from faults import every_fault, run_with_fault, same_state, state
 from timm.models.resnet import Bottleneck
 
 import coconv_surgery as cs
+from conftest import TinyNet
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from conftest import TinyNet
 from huggingface_hub import PyTorchModelHubMixin
 
 import coconv_surgery as cs
+from conftest import TinyNet
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,12 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import TinyNet
 from faults import every_fault
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch.utils.data import DataLoader, TensorDataset
 
 import coconv_surgery as cs
+from conftest import TinyNet
 
 SIZE = (1, 64, 64)
 
