@@ -43,12 +43,12 @@ def lively(model):
         "repvgg_a0",
         "mobileone_s0",
         "repvit_m1",
-        "repghostnet_050",
-        "ghostnetv3_050",
+        pytest.param("repghostnet_050", marks=pytest.mark.long),
+        pytest.param("ghostnetv3_050", marks=pytest.mark.long),
         "levit_conv_128s",
         "efficientvit_m0",
-        "tiny_vit_5m_224",
-        "shvit_s1",
+        pytest.param("tiny_vit_5m_224", marks=pytest.mark.long),
+        pytest.param("shvit_s1", marks=pytest.mark.long),
     ],
 )
 def test_a_converted_network_computes_the_same_after_reparameterization(name):

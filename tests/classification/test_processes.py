@@ -50,6 +50,7 @@ def scalars(work: Path, key: str) -> list[float]:
     return [entry[key] for entry in map(json.loads, lines) if key in entry]
 
 
+@pytest.mark.long
 def test_train_resume_in_two_processes_test_and_detect(configs, small, tmp_path):
     config, work = configs / "coresnet50_8xb32_in1k.py", tmp_path / "work"
     train = (TOOLS / "train.py", config, "--work-dir", work)

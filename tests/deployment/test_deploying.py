@@ -540,7 +540,10 @@ def test_a_weight_of_a_graph_that_is_an_input_stays_one():
     torch.testing.assert_close(deployed(IMAGE, -weight), graph(IMAGE, -weight))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet", "test_nfnet", "repvgg_a0", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "test_efficientnet", "test_nfnet", "repvgg_a0", pytest.param("densenet121", marks=pytest.mark.long)],
+)
 def test_a_converted_network_is_scripted_after_it_was_deployed(name):
     net = convert(timm.create_model(name), input_size=64)
     randomise_norms(net)
