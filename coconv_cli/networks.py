@@ -131,14 +131,14 @@ def convert(
     with doing(f"creating {target}"):
         network = targets.build(target, built_with, pretrained=pretrained)
         kind = load(network, checkpoint)
-    told = kind == "converted" or (checkpoint is None and bool(get_plan(network).converted))
+    before = get_plan(network)
+    told = kind == "converted" or (checkpoint is None and bool(before.converted))
     if folder is not None and (told or kind == "authors"):
         raise click.UsageError(
             f"{checkpoint or target} holds the weights of a converted network: --calibrate needs plain ones"
         )
     with doing(f"converting {target}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NoChangeWarning)  # the summary says so
-        before = get_plan(network)
         if replayed is not None:
             apply_plan(network, replayed)
         elif options.asks_for_a_plan(choices) or not told:

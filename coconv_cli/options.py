@@ -107,6 +107,13 @@ def planning(*, policy: str | None = "resolution") -> Callable[[Command], Comman
     return add
 
 
+def subject(command: Command) -> Command:
+    """Add what says which network a command looks at, with which weights, and how it is converted."""
+    for decorate in (pretrained, weights, arg, planning(), click.argument("target")):
+        command = decorate(command)
+    return command
+
+
 def asks_for_a_plan(choices: Iterable[str]) -> bool:
     """Whether options of planning stand on the command line, which want a plan other than the one that there is.
 

@@ -14,11 +14,7 @@ from coconv_cli.networks import convert
 
 
 @click.command()
-@click.argument("target")
-@options.planning()
-@options.arg
-@options.weights
-@options.pretrained
+@options.subject
 @click.option("--calibrate", "folder", type=options.FOLDER, help="Calibrate on images of a folder, without labels.")
 @click.option("--images", default=256, show_default=True, type=click.IntRange(min=1), help="How many, at most.")
 @click.option("--time", "timed", is_flag=True, help="Time a forward pass beside that of the plain network.")
@@ -66,17 +62,13 @@ def report(
             **choices,
         )
         tell(f"writing {output}")
-        write_page(findings, output, _commands(target) if findings.plan.converted else _commands(target)[:1])
+        write_page(findings, output, _commands(target, convertible=bool(findings.plan.converted)))
     click.echo(findings.plan.summary())
     click.echo(f"page: {output}")
 
 
 @click.command()
-@click.argument("target")
-@options.planning()
-@options.arg
-@options.weights
-@options.pretrained
+@options.subject
 @click.option("--only", multiple=True, metavar="GLOB", help="Only convolutions with such a name. Repeatable.")
 @click.option("--layer", metavar="NAME", help="Whose effective field is drawn. Default: the last with a map.")
 @click.option("--figure", type=options.Output(), help="Draw theoretical fields by depth (extra: viz).")
@@ -134,11 +126,13 @@ def fields(
         plot_effective_fields(effective, heatmap, target)
 
 
-def _commands(target: str) -> list[str]:
-    """This command, and the one that converts the network likewise."""
+def _commands(target: str, *, convertible: bool) -> list[str]:
+    """This command, and the one that converts the network likewise, if one does."""
+    from coconv_surgery.cli import targets
+
     own = [word for option in report.params for word in options.words_of(str(option.name))]
     lines = [["coconv", "report", target, *own]]
-    if not target.endswith(".py"):
+    if convertible and not targets.is_config(target):
         shared = {str(option.name) for option in convert.params} - {"output"}
         given = [word for option in report.params if option.name in shared for word in options.words_of(option.name)]
         lines.append(["coconv", "convert", target, *given, "--output", "converted.safetensors"])

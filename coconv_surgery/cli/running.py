@@ -94,7 +94,6 @@ class Converting:
         self._change, self._folder, self._names = change, folder, names
         self._at = threading.local()
         self._pending: dict[str, Plan] = {}
-        self._made = 0
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -145,8 +144,7 @@ class Converting:
             _say(f"{name} has no convolution to convert, and stays plain: {plan.summary()}")
             return
         self.count += 1
-        self._made += 1
-        number = f"-{self._made}" if self._made > 1 else ""
+        number = f"-{self.count}" if self.count > 1 else ""
         self._pending[re.sub(r"[^\w.-]+", "-", f"coconv-plan-{name}") + f"{number}.json"] = plan
         _say(f"{name}, converted by {plan.policy} for {plan.input}\n{plan}")
         if self._folder.is_dir():
