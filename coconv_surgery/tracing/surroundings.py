@@ -107,7 +107,7 @@ class Surroundings:
     def _keep_numbers(self, tensor: torch.Tensor) -> None:
         if not tensor.is_meta and id(tensor) not in self._with_numbers:
             self._with_numbers.add(id(tensor))
-            self._restorers.append(functools.partial(_restore_numbers, tensor, tensor.detach().clone()))
+            self._restorers.append(functools.partial(_restore_numbers, tensor, _own_numbers(tensor).clone()))
 
     def _put_back_by(self, restore: Callable[..., Any], value: Any, *before: Any) -> None:
         self._ids.add(id(value))
@@ -290,4 +290,12 @@ def _restore_class(cls: type, before: dict[str, Any]) -> None:
 
 def _restore_numbers(tensor: torch.Tensor, before: torch.Tensor) -> None:
     with torch.inference_mode(tensor.is_inference()):
-        tensor.data.copy_(before)  # which nobody's backward pass counts as a change
+        _own_numbers(tensor.data).copy_(before)  # data, as nobody's backward pass counts that as a change
+
+
+def _own_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without the repetitions that ``expand`` makes of its numbers, which cannot be written to."""
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return tensor
+    return tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())]

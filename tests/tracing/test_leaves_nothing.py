@@ -378,13 +378,12 @@ def test_an_order_of_use_is_the_one_before():
     assert list(ORDERED) == [(32, 32), (8, 8)]
 
 
+@pytest.mark.parametrize("around", [torch.zeros(3), torch.zeros(1).expand(3)], ids=["whole", "expanded"])
 @pytest.mark.parametrize("way", WAYS)
-def test_numbers_around_a_network_are_what_they_were(way):
-    around = torch.zeros(3)
-
+def test_numbers_around_a_network_are_what_they_were(way, around):
     class Counting(Gridded):
         def grid(self, size):
-            around.add_(1)
+            around[:1].add_(1)
             return torch.ones(size)
 
     cs.plan_conversion(Counting(), **WAYS[way])
