@@ -8,19 +8,18 @@ One forward pass is watched operation by operation. What is not known to treat a
 everything that goes in: they stay where they are.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from coconv_surgery.calibration.networks import tensors_of
-from coconv_surgery.tracing.leaving import Leaving
 from coconv_surgery.tracing.objects import tensors_in
+from coconv_surgery.tracing.operations import Leaving, Operations
 
 aten: Any = torch.ops.aten
 _WeakDict: Any = WeakIdKeyDictionary  # torch has no types for it
@@ -63,7 +62,7 @@ def find_orders(model: nn.Module, run: Callable[[], Iterable[Any]]) -> list[Orde
         One order for each set of channels that is free: none that somebody may read who did not run.
     """
     watch = _Watch(model)
-    with torch.no_grad(), watch, Leaving(watch.pin):
+    with torch.no_grad(), Operations(watch.see), Leaving(watch.pin):
         for outputs in run():
             watch.pin(tensors_in(outputs))
             del outputs
@@ -71,11 +70,10 @@ def find_orders(model: nn.Module, run: Callable[[], Iterable[Any]]) -> list[Orde
     return watch.free()
 
 
-class _Watch(TorchDispatchMode):
+class _Watch:
     """Follows channels through a forward pass. A group is a set of channels in one order, by number; 0 is pinned."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._names: Any = _WeakDict()
         self._sizes: dict[str, torch.Size] = {}
         persistent = model.state_dict().keys()  # another buffer would not find its way into a file
@@ -92,12 +90,36 @@ class _Watch(TorchDispatchMode):
         self._scales: dict[str, torch.Tensor | None] = {}
         self._parents = [0]
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._see(func.overloadpacket, args, dict(kwargs or {}), result)
-        return result
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Follow the channels through an operation that has run."""
+        operation = func.overloadpacket
+        if operation in _NOT_READ:
+            return
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        self._seen |= {name for tensor in inputs if (name := self._names.get(tensor)) is not None}
+        if operation is aten.convolution and self._convolution(*args, result):
+            return
+        if operation in _NORMS and self._norm(args, result):
+            return
+        if operation is aten.addmm and self._linear(*args[:3]):
+            return
+        if operation is aten.t and args[0] in self._names:
+            self._transposed[result] = self._names[args[0]]
+            return
+        outputs = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        if len(inputs) == len(outputs) == 1 and inputs[0] in self._names and _is_whole(outputs[0], inputs[0]):
+            self._names[outputs[0]] = self._names[inputs[0]]
+            return
+        maps = [tensor for tensor in inputs if tensor.numel() > 1]
+        if _keeps_channels(operation, args, maps, outputs) and all(tensor in self._maps for tensor in maps):
+            groups = [self._maps[tensor] for tensor in maps]
+            for group in groups[1:]:
+                self._join(group, groups[0])
+            for tensor in outputs:
+                self._maps[tensor] = groups[0]
+            return
+        # Whatever is not known to treat all channels alike.
+        self.pin(inputs)
 
     def pin(self, tensors: Iterable[Any]) -> None:
         """Let the channels of maps and weights stay where they are."""
@@ -134,35 +156,6 @@ class _Watch(TorchDispatchMode):
     def _size(self, order: Order) -> int:
         side = next(iter(order.sides))
         return self._sizes[side.name][side.dim]
-
-    def _see(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if operation in _NOT_READ:
-            return
-        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        self._seen |= {name for tensor in inputs if (name := self._names.get(tensor)) is not None}
-        if operation is aten.convolution and self._convolution(*args, result):
-            return
-        if operation in _NORMS and self._norm(args, result):
-            return
-        if operation is aten.addmm and self._linear(*args[:3]):
-            return
-        if operation is aten.t and args[0] in self._names:
-            self._transposed[result] = self._names[args[0]]
-            return
-        outputs = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
-        if len(inputs) == len(outputs) == 1 and inputs[0] in self._names and _is_whole(outputs[0], inputs[0]):
-            self._names[outputs[0]] = self._names[inputs[0]]
-            return
-        maps = [tensor for tensor in inputs if tensor.numel() > 1]
-        if _keeps_channels(operation, args, maps, outputs) and all(tensor in self._maps for tensor in maps):
-            groups = [self._maps[tensor] for tensor in maps]
-            for group in groups[1:]:
-                self._join(group, groups[0])
-            for tensor in outputs:
-                self._maps[tensor] = groups[0]
-            return
-        # Whatever is not known to treat all channels alike.
-        self.pin(inputs)
 
     def _convolution(self, input: Any, weight: Any, bias: Any, *rest: Any) -> bool:
         *_, transposed, _, groups, result = rest

@@ -1,21 +1,20 @@
 """Which norm reads the output of which layer, and what else does: seen in one forward pass, operation by operation."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from coconv_surgery.deployment.kernels import is_layer
 from coconv_surgery.deployment.norms import is_norm
 from coconv_surgery.tracing.inputs import Inputs
-from coconv_surgery.tracing.leaving import Leaving
 from coconv_surgery.tracing.objects import tensors_in
+from coconv_surgery.tracing.operations import Leaving, Operations
 
 _WeakDict: Any = WeakIdKeyDictionary  # torch has no types for it
 
@@ -62,7 +61,7 @@ class Watch:
         Returns:
             What it returns.
         """
-        with self._hooks(), torch.no_grad(), _Operations(self), Leaving(self.read):
+        with self._hooks(), torch.no_grad(), Operations(self._read_by), Leaving(self.read):
             outputs = inputs.run(self._model)
         self.read(tensors_in(outputs))
         self.read(list(self._outputs.keys()))  # whoever keeps them may read them
@@ -74,6 +73,9 @@ class Watch:
             by_norm = any(value is image for image in self._in_norms)
             if isinstance(value, torch.Tensor) and value in self._outputs and not by_norm:
                 self.layers[self._outputs[value]].otherwise = True
+
+    def _read_by(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        self.read(tree_leaves((args, kwargs)))
 
     @contextlib.contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -126,17 +128,3 @@ def _see(table: dict[str, Seen], name: str, module: nn.Module, args: Any, kwargs
     seen = table.setdefault(name, Seen(module, rank))
     seen.rank = rank if rank == seen.rank else None
     return seen
-
-
-class _Operations(TorchDispatchMode):
-    """Tells a watch what operations read."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._watch = watch
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        self._watch.read(tree_leaves((args, kwargs)))
-        return func(*args, **(kwargs or {}))

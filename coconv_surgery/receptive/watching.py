@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.receptive.rules import (
     Map,
     Operation,
@@ -22,6 +21,7 @@ from coconv_surgery.receptive.rules import (
 )
 from coconv_surgery.receptive.spots import Spots
 from coconv_surgery.tracing.objects import tensors_in
+from coconv_surgery.tracing.operations import Operations
 
 Place = tuple[Any, ...]
 
@@ -81,7 +81,7 @@ class Watch:
         shape = tuple(image.shape)
         grid = shape[-2], shape[-1]
         self._enter(image, (len(shape) - 2, len(shape) - 1), _Node(grid))
-        with torch.no_grad(), _Operations(self):
+        with torch.no_grad(), Operations(self.note):
             return model(*args, **kwargs) if call is None else call(model, *args, **kwargs)
 
     def _note_output(self, name: str) -> Callable[..., None]:
@@ -185,18 +185,3 @@ def _memory(tensor: torch.Tensor) -> int:
 
 def _place(tensor: torch.Tensor) -> Place:
     return (tuple(tensor.shape), tensor.stride(), tensor.storage_offset()) if tensor.layout == torch.strided else ()
-
-
-class _Operations(TorchDispatchMode):
-    """Tells a watch what operations read."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._watch = watch
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        results = func(*args, **(kwargs or {}))
-        self._watch.note(func, args, kwargs or {}, results)
-        return results

@@ -1,16 +1,37 @@
-"""Numbers that leave torch without an operation, seen where they do."""
+"""What torch computes, operation by operation, and where numbers leave it without one."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # How numbers leave torch without an operation.
 _LEAVES = {
     *(torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.data_ptr),
     *(torch.Tensor.untyped_storage, torch.Tensor.__dlpack__),
 }
+
+
+class Operations(TorchDispatchMode):
+    """Tells of every operation that has run.
+
+    Args:
+        tell: Called with the operation, its arguments, those by name, and what it returned.
+    """
+
+    def __init__(self, tell: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], object]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tell = tell
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        result = func(*args, **named)
+        self._tell(func, args, named, result)
+        return result
 
 
 class Leaving(TorchFunctionMode):
