@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn as nn
 
+from coconv_surgery.bench.speed import ssd
 from coconv_surgery.bench.timing import Ratio, interleave, quiet
 from coconv_surgery.deployment import deploy
 from coconv_surgery.deployment.exporting import quietly, read_by_openvino, write_onnx
@@ -29,10 +30,9 @@ def _timm(name: str) -> tuple[nn.Module, nn.Module]:
 
 
 def _ssd() -> tuple[nn.Module, nn.Module]:
-    from coconv_surgery.mmdet.building import build_ssd
     from coconv_surgery.mmdet.exporting import DetectorMaps
 
-    return DetectorMaps(build_ssd("r50").eval()), DetectorMaps(build_ssd("coresnet50").eval())
+    return DetectorMaps(ssd("r50").eval()), DetectorMaps(ssd("coresnet50").eval())
 
 
 NETWORKS: Mapping[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], tuple[int, ...]]] = {

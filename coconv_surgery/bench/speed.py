@@ -116,7 +116,8 @@ LAYERS = {
 }
 
 
-def _ssd(backbone: str) -> nn.Module:
+def ssd(backbone: str) -> nn.Module:
+    """The SSD300 of this project with a backbone."""
     from coconv_surgery.mmdet.building import build_ssd
 
     return build_ssd(backbone)
@@ -140,7 +141,7 @@ NETWORKS = {
         (4, 3, 224, 224),
         _outputs,
     ),
-    "SSD300-ResNet50, 2×300×300": Subject(lambda: _ssd("r50"), lambda: _ssd("coresnet50"), (2, 3, 300, 300), _maps),
+    "SSD300-ResNet50, 2×300×300": Subject(lambda: ssd("r50"), lambda: ssd("coresnet50"), (2, 3, 300, 300), _maps),
     "efficientnet_b0, 4×224×224": _converted("efficientnet_b0"),
     "mobilenetv3_large_100, 4×224×224": _converted("mobilenetv3_large_100"),
     "regnety_032, 4×224×224": _converted("regnety_032"),

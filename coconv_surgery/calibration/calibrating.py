@@ -18,8 +18,7 @@ from coconv_surgery.calibration.batches import read_batches
 from coconv_surgery.calibration.networks import Call, Layer, WatchedNetwork, find_layers, in_parts, tensors_of
 from coconv_surgery.calibration.report import CalibratedLayer, Calibration, CalibrationError
 from coconv_surgery.calibration.solving import record_targets, solve_layer
-from coconv_surgery.layers.arguments import flag, whole_number
-from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.arguments import Pair, flag, whole_number
 from coconv_surgery.layers.rollback import tensor_restorer
 from coconv_surgery.planning.notes import noted_plan
 from coconv_surgery.planning.patterns import Patterns

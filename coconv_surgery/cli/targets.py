@@ -19,8 +19,7 @@ from coconv_surgery.checkpoint.hub import coconv_converted
 from coconv_surgery.checkpoint.origin import read_plan
 from coconv_surgery.checkpoint.reading import is_safetensors
 from coconv_surgery.cli.images import image_sides
-from coconv_surgery.layers.arguments import kind, near_miss, shown
-from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.arguments import Pair, kind, near_miss, shown
 from coconv_surgery.paper.counting import count as count_cost
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.surgery import apply_plan, complete_plan, plan_conversion

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from coconv_surgery.deployment.comparing import SCALES, is_close
 from coconv_surgery.deployment.forms import ConvLevels, GroupedConvLevels, SamePadding
+from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.layers.conv import CoConv2d
-from coconv_surgery.layers.functional import Pair, level_padding, pair
+from coconv_surgery.layers.functional import level_padding, pair
 from coconv_surgery.layers.levels import Levels
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

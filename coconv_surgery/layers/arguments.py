@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+Pair = tuple[int, int]
 _SHOWN = 100
 _LARGEST = 2**63 - 1
 _LONGEST = 2**16
@@ -89,7 +90,7 @@ def whole_numbers(
     return numbers
 
 
-def height_and_width(value: Any, name: str, at_least: int | None = None) -> tuple[int, int]:
+def height_and_width(value: Any, name: str, at_least: int | None = None) -> Pair:
     """A whole number for both axes, or one for each.
 
     Args:

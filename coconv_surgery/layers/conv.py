@@ -14,8 +14,8 @@ import torch
 import torch.fx
 import torch.nn as nn
 
-from coconv_surgery.layers.arguments import choice, flag, height_and_width, instance, whole_number
-from coconv_surgery.layers.functional import NAMED_PADDING, PADDING_MODES, Dilation, Pair, coconv2d, pair
+from coconv_surgery.layers.arguments import Pair, choice, flag, height_and_width, instance, whole_number
+from coconv_surgery.layers.functional import NAMED_PADDING, PADDING_MODES, Dilation, coconv2d, pair
 from coconv_surgery.layers.levels import Levels, SplitRule, complete_levels, is_plain
 from coconv_surgery.layers.metadata import CALIBRATED, mark_calibrated, may_load, write_levels
 

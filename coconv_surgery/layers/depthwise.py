@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from coconv_surgery.layers.arguments import Pair
+
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _NAME = "coconv_surgery_depthwise"
 _SWITCH = "COCONV_NATIVE"
 _FLAGS = ("-O3", "-march=native", "-fopenmp")
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
-
-Pair = tuple[int, int]
 
 
 def build_depthwise() -> Path:

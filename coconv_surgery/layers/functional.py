@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.amp.autocast_mode import is_autocast_available
 
 from coconv_surgery.layers.arguments import (
+    Pair,
     choice,
     height_and_width,
     instance,
@@ -17,7 +18,6 @@ from coconv_surgery.layers.arguments import (
 )
 from coconv_surgery.layers.depthwise import depthwise, suits_operator
 
-Pair = tuple[int, int]
 Dilation = int | Pair
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 NAMED_PADDING = ("same", "valid")

@@ -6,7 +6,7 @@ from mmengine import Config
 from mmengine.analysis import get_model_complexity_info
 from mmengine.model import revert_sync_batchnorm
 
-from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.mmdet.building import build_detector
 from coconv_surgery.mmdet.inputs import example_inputs
 

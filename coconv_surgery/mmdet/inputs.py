@@ -13,7 +13,7 @@ from mmdet.models.mot import BaseMOTModel
 from mmdet.structures import DetDataSample, TrackDataSample
 from mmengine.structures import InstanceData
 
-from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.tracing.inputs import Inputs
 
 _PROPOSALS = 4

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch.nn as nn
 
 from coconv_surgery.layers.arguments import (
+    Pair,
     file_to_read,
     flag,
     height_and_width,
@@ -16,7 +17,6 @@ from coconv_surgery.layers.arguments import (
     whole_number,
     whole_numbers,
 )
-from coconv_surgery.layers.functional import Pair
 from coconv_surgery.layers.levels import Levels
 from coconv_surgery.planning.patterns import as_list
 from coconv_surgery.planning.plan import Plan

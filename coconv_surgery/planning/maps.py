@@ -2,7 +2,8 @@
 
 from collections.abc import Collection
 
-from coconv_surgery.layers.functional import Pair, level_padding, pair
+from coconv_surgery.layers.arguments import Pair
+from coconv_surgery.layers.functional import level_padding, pair
 from coconv_surgery.layers.levels import Levels
 from coconv_surgery.tracing.signature import Signature
 

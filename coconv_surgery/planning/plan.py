@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn as nn
 
 from coconv_surgery.layers.arguments import (
+    Pair,
     as_number,
     file_to_read,
     flag,
@@ -26,7 +27,7 @@ from coconv_surgery.layers.arguments import (
     whole_numbers,
 )
 from coconv_surgery.layers.files import whole_file
-from coconv_surgery.layers.functional import Dilation, Pair, pair
+from coconv_surgery.layers.functional import Dilation, pair
 from coconv_surgery.layers.levels import squeeze
 from coconv_surgery.planning.reasons import Reason
 from coconv_surgery.tracing.signature import Signature

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.receptive.spots import FIRST, SAME, Lookup, Relation, Taps, every
 
 

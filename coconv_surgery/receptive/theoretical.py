@@ -10,8 +10,7 @@ from typing import Any
 import torch.fx as fx
 import torch.nn as nn
 
-from coconv_surgery.layers.arguments import flag, instance
-from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.arguments import Pair, flag, instance
 from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
 from coconv_surgery.planning.plan import align
 from coconv_surgery.receptive.rules import Map

@@ -7,7 +7,7 @@ import torch.distributed as distributed
 import torch.nn as nn
 from mmengine.config import Config
 
-from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.mmdet.building import build_detector
 from coconv_surgery.mmdet.inputs import example_inputs
 from coconv_surgery.mmengine.options import resized_to

@@ -15,7 +15,8 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
-from coconv_surgery.layers.functional import DIM_IF_NOT_PLAIN, Pair, coconv2d
+from coconv_surgery.layers.arguments import Pair
+from coconv_surgery.layers.functional import DIM_IF_NOT_PLAIN, coconv2d
 from coconv_surgery.layers.levels import Levels, squeeze
 from coconv_surgery.layers.switch import is_contextual_name
 

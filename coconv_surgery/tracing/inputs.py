@@ -11,8 +11,7 @@ import torch.fx as fx
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from coconv_surgery.layers.arguments import flag, instance, kind, mapping, whole_numbers
-from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.arguments import Pair, flag, instance, kind, mapping, whole_numbers
 from coconv_surgery.tracing.objects import tensors_in
 
 InputSize = int | Sequence[int]

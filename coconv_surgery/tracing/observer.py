@@ -14,7 +14,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from coconv_surgery.layers.functional import Pair, pair
+from coconv_surgery.layers.arguments import Pair
+from coconv_surgery.layers.functional import pair
 from coconv_surgery.tracing.copying import CopyError
 from coconv_surgery.tracing.dataflow import Dataflow, Node, Reader
 from coconv_surgery.tracing.inputs import Inputs

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.tracing.dataflow import Dataflow, Node
 
 # Added before and after the map, along the height and along the width, in pixels of the input.

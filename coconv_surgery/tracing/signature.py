@@ -7,8 +7,8 @@ from typing import Any
 
 import torch.nn as nn
 
-from coconv_surgery.layers.arguments import choice, height_and_width, text, whole_number
-from coconv_surgery.layers.functional import NAMED_PADDING, Pair
+from coconv_surgery.layers.arguments import Pair, choice, height_and_width, text, whole_number
+from coconv_surgery.layers.functional import NAMED_PADDING
 
 _PLAIN: dict[str, Any] = {
     "in_channels": 0,

@@ -9,7 +9,7 @@ from typing import Any
 import torch.fx as fx
 import torch.nn as nn
 
-from coconv_surgery.layers.functional import Pair
+from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.tracing.fx_map import GraphMap, map_graphs
 from coconv_surgery.tracing.inputs import BlankInputs, Inputs
 from coconv_surgery.tracing.objects import in_words

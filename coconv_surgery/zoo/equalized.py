@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.layers.conv import CoConv2d
-from coconv_surgery.layers.functional import Pair
 from coconv_surgery.layers.switch import register_coconv
 
 
