@@ -1,7 +1,11 @@
-"""Draw the pictures of the README and of the documentation: ``python docs/pictures.py``, from a checkout."""
+"""Draw the pictures of the README, the documentation and the benchmarks: ``python docs/pictures.py``.
+
+Nothing is measured again: those of benchmarks show what lies beside them.
+"""
 
 from pathlib import Path
 
+from coconv_surgery.bench.report import draw as draw_timings
 from coconv_surgery.cli import targets
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.surgery import plan_conversion
@@ -10,6 +14,7 @@ from coconv_surgery.viz.plan import plot_plan
 from coconv_surgery.viz.theme import THEMES
 
 FOLDER = Path(__file__).parent / "pictures"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RETINANET = Path(__file__).parents[1] / "configs" / "convert" / "retinanet_r50_fpn_1x_coco.py"
 NETWORKS = {"resnet50": "resnet50", "hrnet_w48": "hrnet_w48", "retinanet": str(RETINANET)}
 
@@ -26,6 +31,8 @@ def draw() -> None:
     for mode in THEMES:
         plot_coconv(coconv, FOLDER / f"coconv-{mode}.svg", mode=mode)
         plot_way_through(FOLDER / f"way-through-{mode}.svg", mode=mode)
+    for data in BENCHMARKS.glob("*/**/*.json"):
+        draw_timings(data)
 
 
 if __name__ == "__main__":

@@ -98,15 +98,49 @@ def save(
     if deployed:
         data["deployed"] = [asdict(row) for row in deployed]
         lines += [f"{_DEPLOYED_LEGEND}\n", markdown_table(_DEPLOYED, list(map(_deployed, deployed)))]
-    panels = _panels(timings) + _deployed_panels(deployed)
-    files = Files(folder / f"{name}.json", folder / f"{name}.md", folder / f"{name}.png" if panels else None)
-    files.data.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    files.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if files.picture is not None:
-        from coconv_surgery.viz.timings import Panel, plot_timings
+    written, page = folder / f"{name}.json", folder / f"{name}.md"
+    written.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Files(written, page, draw(written))
 
-        plot_timings([Panel(*panel) for panel in panels], files.picture, header["device"])
-    return files
+
+def draw(data: Path) -> Path | None:
+    """Draw what was timed side by side, as a PNG beside the measurements.
+
+    Args:
+        data: Measurements that :func:`save` wrote.
+
+    Returns:
+        The picture; None where nothing was timed side by side.
+    """
+    measured = json.loads(data.read_text(encoding="utf-8"))
+    subjects: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    for kind, series in _SERIES.items():
+        for row in measured.get(kind, ()):
+            subject, *settings = row["case"].values() if "case" in row else (row["network"], row["runtime"])
+            subjects[subject].append((" · ".join(settings), {name: row[key] for key, name in series.items()}))
+    if not subjects:
+        return None
+    from coconv_surgery.viz.timings import Panel, plot_timings
+
+    panels = []
+    for subject, lines in subjects.items():
+        labels, ratios = zip(*lines, strict=True)
+        panels.append(Panel(subject, labels, {name: [line[name] for line in ratios] for name in ratios[0]}))
+    picture = data.with_suffix(".png")
+    plot_timings(panels, picture, measured["machine"]["device"])
+    return picture
+
+
+# What is drawn of each kind of measurement, by its name there.
+_SERIES = {
+    "timings": {"alone": "the levels' convolutions alone", "authors": "authors' layout", "coconv": "CoConv"},
+    "deployed": {
+        "plain_deployed": "plain, deployed",
+        "contextual": "contextual",
+        "contextual_deployed": "contextual, deployed",
+    },
+}
 
 
 _LEGEND = (
@@ -137,46 +171,6 @@ def _timings(timings: Sequence[Timing]) -> list[str]:
         return [f"{_LEGEND}\n", markdown_table(_TIMINGS, rows)]
     rows = [(*row, _ratio(timing.alone)) for row, timing in zip(rows, timings, strict=True)]
     return [f"{_LEGEND}{_ALONE}\n", markdown_table((*_TIMINGS, "levels alone"), rows)]
-
-
-# What a viz.timings.Panel is made of, without what draws it.
-_PanelParts = tuple[str, list[str], dict[str, Sequence[Ratio | None]]]
-
-
-def _panels(timings: Sequence[Timing]) -> list[_PanelParts]:
-    subjects: dict[str, list[Timing]] = defaultdict(list)
-    for timing in timings:
-        subjects[timing.case.subject].append(timing)
-    return [
-        (
-            subject,
-            [" · ".join(timing.case.settings) for timing in members],
-            {
-                "the levels' convolutions alone": [timing.alone for timing in members],
-                "authors' layout": [timing.authors for timing in members],
-                "CoConv": [timing.coconv for timing in members],
-            },
-        )
-        for subject, members in subjects.items()
-    ]
-
-
-def _deployed_panels(deployed: Sequence[Deployed]) -> list[_PanelParts]:
-    networks: dict[str, list[Deployed]] = defaultdict(list)
-    for row in deployed:
-        networks[row.network].append(row)
-    return [
-        (
-            network,
-            [row.runtime for row in members],
-            {
-                "plain, deployed": [row.plain_deployed for row in members],
-                "contextual": [row.contextual for row in members],
-                "contextual, deployed": [row.contextual_deployed for row in members],
-            },
-        )
-        for network, members in networks.items()
-    ]
 
 
 def _deployed(row: Deployed) -> tuple[str, ...]:
