@@ -1,8 +1,10 @@
 """Networks in the programs that run them: plain, plain deployed, contextual, contextual deployed."""
 
 import copy
+import json
 import statistics
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +68,29 @@ class Deployed:
     over_deployed: Ratio
 
 
+@dataclass(frozen=True)
+class Operations:
+    """What ONNX Runtime takes for the operations of one kind that give maps of one size.
+
+    Attributes:
+        network: Name of the network.
+        kind: What they do.
+        output: The size of what they give.
+        plain: How many there are in the plain network, deployed.
+        plain_ms: Milliseconds that they take together there, by medians.
+        contextual: The same of the contextual one, deployed.
+        contextual_ms: Milliseconds there.
+    """
+
+    network: str
+    kind: str
+    output: tuple[int, ...]
+    plain: int
+    plain_ms: float
+    contextual: int
+    contextual_ms: float
+
+
 def measure(name: str, rounds: int) -> list[Deployed]:
     """Time one network in every program, on the CPU, with as many threads as torch has.
 
@@ -97,17 +122,63 @@ def measure(name: str, rounds: int) -> list[Deployed]:
     return found
 
 
+def profile(name: str, rounds: int) -> list[Operations]:
+    """Where a deployed network's time goes in ONNX Runtime, by its own profiler, and that of the plain one.
+
+    Args:
+        name: One of :data:`NETWORKS`.
+        rounds: How often to run each.
+
+    Returns:
+        The operations of which the two do not have equally many.
+    """
+    build, shape = NETWORKS[name]
+    images = torch.rand(shape)
+    found = []
+    with tempfile.TemporaryDirectory() as folder, quiet(), quietly(), torch.no_grad():
+        for number, network in enumerate(build()):
+            path = Path(folder, f"{number}.onnx")
+            write_onnx(deploy(network, example_inputs=images), images, path)
+            found.append(_profile(path, images, rounds))
+    plain, contextual = found
+    return [
+        Operations(name, *key, *plain[key], *contextual[key])
+        for key in sorted({**plain, **contextual})
+        if plain[key][0] != contextual[key][0]
+    ]
+
+
+def _profile(path: Path, images: torch.Tensor, rounds: int) -> dict[tuple[str, tuple[int, ...]], tuple[int, float]]:
+    """How many operations of each kind and size there are, and milliseconds that they take together."""
+    session = _session(path, profile=path.with_suffix(""))
+    for _ in range(rounds):
+        session.run(None, {"images": images.numpy()})
+    times: dict[Any, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event["name"].endswith("_kernel_time"):
+            (output,) = event["args"]["output_type_shape"][0].values()
+            times[event["args"]["op_name"], tuple(output)][event["name"]].append(event["dur"] / 1000)
+    sums = {key: (len(nodes), sum(map(statistics.median, nodes.values()))) for key, nodes in times.items()}
+    return defaultdict(lambda: (0, 0.0), sums)
+
+
 def _onnx_runtime(network: nn.Module, path: Path, images: torch.Tensor) -> Callable[[], Any]:
+    write_onnx(network, images, path)
+    session = _session(path)
+    feed = {"images": images.numpy()}
+    return lambda: [session.run(None, feed) for _ in range(_CALLS)]
+
+
+def _session(path: Path, profile: Path | None = None) -> Any:
     import onnxruntime
 
-    write_onnx(network, images, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle sessions would take a core each
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {"images": images.numpy()}
-    return lambda: [session.run(None, feed) for _ in range(_CALLS)]
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _openvino(network: nn.Module, path: Path, images: torch.Tensor) -> Callable[[], Any]:

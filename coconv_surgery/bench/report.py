@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from coconv_surgery.bench import calibration
-from coconv_surgery.bench.deployment import Deployed
+from coconv_surgery.bench.deployment import Deployed, Operations
 from coconv_surgery.bench.memory import Peak
 from coconv_surgery.bench.speed import Timing
 from coconv_surgery.bench.surgery import Cost, growth
@@ -58,6 +58,7 @@ def save(
     costs: Sequence[Cost] = (),
     calibrations: Sequence[calibration.Cost] = (),
     deployed: Sequence[Deployed] = (),
+    operations: Sequence[Operations] = (),
 ) -> Files:
     """Write what a target measured.
 
@@ -71,6 +72,7 @@ def save(
         costs: What surgery costs.
         calibrations: What calibration costs.
         deployed: Networks in the programs that run them.
+        operations: Where their time goes in ONNX Runtime.
 
     Returns:
         The files.
@@ -98,6 +100,9 @@ def save(
     if deployed:
         data["deployed"] = [asdict(row) for row in deployed]
         lines += [f"{_DEPLOYED_LEGEND}\n", markdown_table(_DEPLOYED, list(map(_deployed, deployed)))]
+    if operations:
+        data["operations"] = [asdict(row) for row in operations]
+        lines += [f"\n{_OPERATIONS_LEGEND}\n", markdown_table(_OPERATIONS, list(map(_operations, operations)))]
     written, page = folder / f"{name}.json", folder / f"{name}.md"
     written.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -157,6 +162,11 @@ _DEPLOYED = (
     *("network", "program", "plain ms", "plain, deployed", "contextual", "contextual, deployed"),
     "deployed over deployed",
 )
+_OPERATIONS_LEGEND = (
+    "Operations of the deployed networks in ONNX Runtime, by its profiler, of which one has more than the other: what "
+    "they give, how many there are, and the milliseconds that they take together."
+)
+_OPERATIONS = ("network", "operation", "output", "plain", "plain ms", "contextual", "contextual ms")
 _MEMORY = ("network", "CoConv", "authors")
 _CALIBRATIONS = ("network", "convs solved", "seconds", "peak GiB")
 _COSTS = ("network", "convs", "plan s", "convert s", "weights MiB", "peak memory / weights")
@@ -176,6 +186,12 @@ def _timings(timings: Sequence[Timing]) -> list[str]:
 def _deployed(row: Deployed) -> tuple[str, ...]:
     ratios = (row.plain_deployed, row.contextual, row.contextual_deployed, row.over_deployed)
     return (row.network, row.runtime, f"{row.plain_ms:.2f}", *map(_ratio, ratios))
+
+
+def _operations(row: Operations) -> tuple[str, ...]:
+    size = "×".join(map(str, row.output))
+    times = (str(row.plain), f"{row.plain_ms:.2f}", str(row.contextual), f"{row.contextual_ms:.2f}")
+    return (row.network, row.kind, size, *times)
 
 
 def _ratio(ratio: Ratio | None) -> str:

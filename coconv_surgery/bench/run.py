@@ -65,7 +65,8 @@ def run(
         return save(output, name, device, command, costs=costs)
     if target == "deploy":
         deployed = [row for network in track(chosen) for row in deployment.measure(network, rounds)]
-        return save(output, name, device, command, deployed=deployed)
+        operations = [row for network in chosen for row in deployment.profile(network, rounds)]
+        return save(output, name, device, command, deployed=deployed, operations=operations)
     engines = engines or ENGINES
     timings = [measure(case, device, rounds) for case in track(list(cases(chosen, engines)))]
     memory = measure_memory(chosen, device) if target == "networks" and "eager" in engines else []

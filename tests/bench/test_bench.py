@@ -1,5 +1,6 @@
 """The benchmarks measure what they say; how fast things are is theirs to print, not the tests' to assert."""
 
+import copy
 import json
 import time
 
@@ -9,7 +10,7 @@ import torch.nn as nn
 from PIL import Image
 
 import coconv_surgery as cs
-from coconv_surgery.bench import calibration, speed, surgery
+from coconv_surgery.bench import calibration, deployment, speed, surgery
 from coconv_surgery.bench.authors import LevelConvs, LevelsAlone, use_authors_layout
 from coconv_surgery.bench.memory import Peak, peak_mib
 from coconv_surgery.bench.report import save
@@ -178,3 +179,18 @@ def test_calibration_is_measured_in_seconds_and_memory(tmp_path, monkeypatch):
     assert cost.convs > 0
     page = save(tmp_path, "calibration", CPU, "coconv bench calibration", calibrations=[cost]).page.read_text()
     assert f"| test_resnet | {cost.convs} |" in page
+
+
+def test_a_deployed_network_is_profiled_by_the_operations_that_it_has_more_of(tmp_path, monkeypatch):
+    plain = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 32, 1)).eval()
+    pair = plain, cs.convert(copy.deepcopy(plain), input_size=32)
+    monkeypatch.setitem(deployment.NETWORKS, "tiny", (lambda: pair, (1, 3, 32, 32)))
+    rows = deployment.profile("tiny", rounds=3)
+    assert {(row.kind, row.output, row.plain, row.contextual) for row in rows} == {
+        ("Conv", (1, 64, 32, 32), 1, 0),
+        ("Conv", (1, 16, 32, 32), 0, 4),
+        ("Concat", (1, 64, 32, 32), 0, 1),
+    }
+    assert all((row.contextual_ms > 0) == (row.contextual > 0) for row in rows)
+    page = save(tmp_path, "deploy", CPU, "coconv bench deploy", operations=rows).page.read_text()
+    assert "| tiny | Conv | 1×16×32×32 | 0 | 0.00 | 4 |" in page
