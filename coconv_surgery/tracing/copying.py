@@ -1,12 +1,13 @@
 """A copy of a network that shares no module and no tensor with it."""
 
+import contextlib
 import copy
 import dis
 import functools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn as nn
 
 from coconv_surgery.tracing.convertible import path_of
 from coconv_surgery.tracing.objects import attributes, in_short, parts, walk
-from coconv_surgery.tracing.surroundings import DEFINITIONS, OF_EVERY_MODULE, Surroundings, contents
+from coconv_surgery.tracing.surroundings import CACHE, DEFINITIONS, OF_EVERY_MODULE, Surroundings, contents, empty_cache
 
 # Torch may be built without it.
 _PROCESS_GROUP: Any = getattr(torch.distributed, "ProcessGroup", ())
@@ -30,7 +31,7 @@ class CopyError(TypeError):
 
 def copy_network(
     model: nn.Module, surroundings: Surroundings, copy_tensor: Callable[[torch.Tensor], torch.Tensor | None]
-) -> nn.Module:
+) -> tuple[nn.Module, Mapping[int, Any]]:
     """Copy a network deeply, whatever its parts do when they are copied.
 
     Functions that the network holds, and hooks with which it feeds itself, see the copy where they saw the network.
@@ -40,6 +41,9 @@ def copy_network(
         model: The network.
         surroundings: What it shares with its copy in any case.
         copy_tensor: Makes the copy of a tensor, or None to let it be copied as everything else.
+
+    Returns:
+        The copy, and the memo of all that was copied for it.
 
     Raises:
         CopyError: If something of it cannot be copied.
@@ -66,7 +70,7 @@ def copy_network(
         for name in _HOOK_TABLES:
             own = [(key, binder.bind_hook(hook)) for key, hook in held[name].items() if binder.is_own_hook(hook)]
             copied[name] = OrderedDict(own)
-    return twin
+    return twin, memo
 
 
 def separate_copy(model: nn.Module) -> nn.Module:
@@ -104,18 +108,41 @@ def _held(value: Any) -> Iterable[Any]:
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     attempt = dict(memo)
     twin: nn.Module = _deepcopy(model, attempt)
-    if shared := _shared(model, twin):
-        # A module that says it is its own copy.
+    if amiss := _amiss(model, twin, attempt):
+        silence(attempt)
         attempt = dict(memo)
-        for module in shared:
+        for module in amiss:
             attempt.setdefault(id(module), type(module).__new__(type(module)))
-        for module in shared:
+        for module in amiss:
             state = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
             attempt[id(module)].__setstate__(_deepcopy(state, attempt, module))
         twin = _deepcopy(model, attempt)
         _check_apart(model, twin)
     _absorb(memo, attempt)
     return twin
+
+
+def _amiss(model: nn.Module, twin: Any, memo: dict[int, Any]) -> list[nn.Module]:
+    """The modules that say they are their own copy, or whose ``__deepcopy__`` does not tell what their parts' are."""
+    own = [module for module in model.modules() if hasattr(type(module), "__deepcopy__") and not _is_torchs(module)]
+    untold = [module for module in own if not _is_told(module, memo)]
+    lost = [part for module in untold for part in module.modules() if not isinstance(memo.get(id(part)), nn.Module)]
+    shared = _shared(model, twin) if isinstance(twin, nn.Module) else []
+    return list(dict.fromkeys([*untold, *lost, *shared]))
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return str(getattr(type(module).__deepcopy__, "__module__", "")).startswith("torch.")  # type: ignore[attr-defined]
+
+
+def _is_told(module: nn.Module, memo: dict[int, Any]) -> bool:
+    copied = memo.get(id(module))
+    return isinstance(copied, nn.Module) and all(
+        id(part) in memo and memo[id(part)] is vars(copied)[table].get(name)
+        for table in ("_modules", "_parameters", "_buffers")
+        for name, part in vars(module)[table].items()
+        if part is not None
+    )
 
 
 def _check_apart(model: nn.Module, copied: nn.Module) -> None:
@@ -153,6 +180,7 @@ def _deepcopy(value: Any, memo: dict[int, Any], module: nn.Module | None = None)
     try:
         copied = copy.deepcopy(value, attempt)
     except Exception as error:  # whatever the network's own code raises
+        silence(attempt)
         memo.update(_not_copyable(value if module is None else module, memo))
         attempt = dict(memo)
         try:
@@ -179,8 +207,9 @@ def _not_copyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
                 continue
             # What others hold comes after them.
             for part in reversed(list(walk(value))):
+                attempt = {**memo, **shared}
                 try:
-                    copy.deepcopy(part, {**memo, **shared})
+                    copy.deepcopy(part, attempt)
                 except Exception as error:  # whatever the part's own code raises
                     if any(isinstance(held, torch.Tensor | nn.Module) for held in walk(part)):
                         raise CopyError(
@@ -190,6 +219,8 @@ def _not_copyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
                     shared[id(part)] = (
                         _Spent(f"{path_of(path)}.{name}") if isinstance(part, types.GeneratorType) else part
                     )
+                finally:
+                    silence({key: value for key, value in attempt.items() if key not in memo})
     return shared
 
 
@@ -198,6 +229,24 @@ def _absorb(memo: dict[int, Any], attempt: dict[int, Any]) -> None:
     kept = attempt.pop(id(attempt), [])
     memo.update(attempt)
     memo.setdefault(id(memo), []).extend(kept)
+
+
+def silence(memo: Mapping[int, Any]) -> None:
+    """Keep copies from doing anything when they go: what they would close or delete is not theirs alone.
+
+    Args:
+        memo: As :func:`copy.deepcopy` filled it.
+    """
+    for key, value in memo.items():
+        if id(value) != key and hasattr(type(value), "__del__"):
+            cls: Any = type(value)
+            silent = type(cls)(cls.__name__, (cls,), {"__slots__": (), "__del__": _do_nothing})
+            with contextlib.suppress(TypeError):  # a class of C's
+                object.__setattr__(value, "__class__", silent)
+
+
+def _do_nothing(self: Any) -> None:
+    pass
 
 
 class _Spent:
@@ -265,6 +314,10 @@ class _Binder:
         bound = value
         if isinstance(value, types.FunctionType):
             bound = self._function(value, everything)
+        elif isinstance(value, CACHE):
+            bound = empty_cache(value, self.bind(value.__wrapped__, everything))
+        elif isinstance(value, types.MethodType):
+            bound = copy.deepcopy(value, self._memo) if id(value.__self__) in self._memo else value
         elif isinstance(value, functools.partial):
             func, args, keywords = (self.bind(part, everything) for part in (value.func, value.args, value.keywords))
             if func is not value.func or args is not value.args or keywords is not value.keywords:

@@ -3,12 +3,13 @@
 import array
 import dis
 import functools
+import io
 import logging
 import random
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,11 +25,16 @@ _LIBRARIES = {
     "typing_extensions",
 }
 # Classes of theirs that hold what others put into them.
-_HOLDERS = ("collections", "weakref", "_thread", "types", "functools", "argparse", "_weakref", "_weakrefset")
+_HOLDERS = (
+    *("collections", "weakref", "_thread", "types", "functools", "argparse", "_weakref", "_weakrefset"),
+    *("queue", "torch.quasirandom"),
+)
+CACHE = functools._lru_cache_wrapper
 DEFINITIONS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
 OF_EVERY_MODULE = vars(nn.Module()).keys()
 _IMPORT = dis.opmap["IMPORT_NAME"]
 _MISSING = object()
+_without_subclass: Any = torch._C.DisableTorchFunctionSubclass  # torch has no types for it
 
 
 class Surroundings:
@@ -51,15 +57,20 @@ class Surroundings:
         self._tensors: list[torch.Tensor] = []
         self._with_numbers: set[int] = set()
         self._ids: set[int] = set()
+        # Where caches of functools are: how another one gets there, and which it is.
+        self._caches: list[tuple[Callable[[Any], object], Any]] = []
         # Namespaces, with the names that code uses of each.
         self._namespaces: dict[int, tuple[dict[str, Any], set[str]]] = {}
         for value in walk(model, *others, into=self._reach):
             self._remember(value)
         for namespace, used in self._namespaces.values():
             before = {name: namespace[name] for name in used if name in namespace}
+            self._note_caches(dict.__setitem__, namespace, before)
             self._restorers.append(functools.partial(_restore_names, namespace, used, before))
         for tensor in self._tensors:
             self._keep_numbers(tensor)
+            # Put back first, as a tensor may have got other memory.
+            self._restorers.append(functools.partial(_restore_tensor, tensor, *_state_of(tensor)))
 
     def __contains__(self, value: object) -> bool:
         """Whether an object is one of those that are put back."""
@@ -75,6 +86,12 @@ class Surroundings:
             if of_at_most is None or buffer.numel() <= of_at_most:
                 self._keep_numbers(buffer)
 
+    def empty_caches(self) -> None:
+        """Put empty caches in the place of those of ``functools``, out of which nothing can be taken again."""
+        made: dict[int, Any] = {}
+        for put, value in self._caches:
+            put(made.setdefault(id(value), _emptied(value)))
+
     def put_back(self) -> None:
         """Make everything what it was, the last remembered first; an error leaves nothing out."""
         errors = []
@@ -89,13 +106,16 @@ class Surroundings:
     def _remember(self, value: Any) -> None:
         if isinstance(value, dict):
             self._put_back_by(_restore_dict, value, dict(dict.items(value)))
+            self._note_caches(dict.__setitem__, value, value)
         elif isinstance(value, torch.Tensor):
             self._tensors.append(value)
         elif isinstance(value, types.CellType):
             self._put_back_by(_restore_cell, value, _content(value))
+            self._note_caches(setattr, value, {"cell_contents": _content(value)})
         elif isinstance(value, type):
             if not _is_library(value.__module__):
                 self._put_back_by(_restore_class, value, dict(vars(value)))
+                self._note_caches(type.__setattr__, value, vars(value))
         elif isinstance(value, list | set | deque):
             base = next(base for base in (list, set, deque) if isinstance(value, base))
             self._put_back_by(_restore_items, value, base, list(iter_as(base, value)))
@@ -107,7 +127,14 @@ class Surroundings:
     def _keep_numbers(self, tensor: torch.Tensor) -> None:
         if not tensor.is_meta and id(tensor) not in self._with_numbers:
             self._with_numbers.add(id(tensor))
-            self._restorers.append(functools.partial(_restore_numbers, tensor, _own_numbers(tensor).clone()))
+            with _without_subclass():  # whatever a class of the network's own allows
+                before = _own_numbers(tensor).clone()
+            self._restorers.append(functools.partial(_restore_numbers, tensor, before))
+
+    def _note_caches(self, put: Callable[[Any, Any, Any], object], holder: Any, held: Mapping[Any, Any]) -> None:
+        for name, value in list(held.items()):
+            if isinstance(value.__func__ if isinstance(value, staticmethod | classmethod) else value, CACHE):
+                self._caches.append((functools.partial(put, holder, name), value))
 
     def _put_back_by(self, restore: Callable[..., Any], value: Any, *before: Any) -> None:
         self._ids.add(id(value))
@@ -128,12 +155,12 @@ class Surroundings:
                 # A function of theirs may stand around one of the network's.
                 return contents(value.__closure__ or ())
             held = (*(value.__closure__ or ()), *(value.__defaults__ or ()), value.__kwdefaults__, vars(value))
-            return [*held, *_named(names, namespace, imports=_IMPORT in value.__code__.co_code[::2])]
+            return [*held, *self._named(names, namespace, imports=_IMPORT in value.__code__.co_code[::2])]
         if kind is types.CellType:
             return contents([value])
         if kind is types.MethodType:
             return (value.__func__, value.__self__)
-        if kind in (staticmethod, classmethod, functools._lru_cache_wrapper):
+        if kind in (staticmethod, classmethod, CACHE):
             return (value.__wrapped__,)
         if kind is property:
             return (value.fget, value.fset)
@@ -148,6 +175,23 @@ class Surroundings:
         if _is_library(kind.__module__) and kind.__module__ not in _HOLDERS:
             return _dict(value) if isinstance(value, nn.Module) else ()
         return (*_class(value), *_dict(value), *slots_of(value).values())
+
+    def _named(self, names: list[str], namespace: dict[str, Any], *, imports: bool) -> Iterator[Any]:
+        """What the names in a function's code stand for."""
+        used = [namespace[name] for name in names if name in namespace]
+        used += [sys.modules[name] for name in names if name in sys.modules]  # a function may import what it uses
+        if imports:
+            used += [sys.modules.get(f"{namespace.get('__package__')}.{name}") for name in names]
+        for value in used:
+            yield from self._members(value, names) if isinstance(value, types.ModuleType) else [value]
+
+    def _members(self, module: types.ModuleType, names: list[str], depth: int = 3) -> Iterator[Any]:
+        if _is_library(module.__name__) or not depth:
+            return
+        self._namespaces.setdefault(id(vars(module)), (vars(module), set()))[1].update(names)
+        for name in names:
+            value = vars(module).get(name)
+            yield from self._members(value, names, depth - 1) if isinstance(value, types.ModuleType) else [value]
 
 
 def _class(value: Any) -> tuple[type, ...]:
@@ -187,22 +231,23 @@ def _names(code: types.CodeType) -> list[str]:
     return names
 
 
-def _named(names: list[str], namespace: dict[str, Any], *, imports: bool) -> Iterator[Any]:
-    """What the names in a function's code stand for."""
-    used = [namespace[name] for name in names if name in namespace]
-    used += [sys.modules[name] for name in names if name in sys.modules]  # a function may import what it uses
-    if imports:
-        used += [sys.modules.get(f"{namespace.get('__package__')}.{name}") for name in names]
-    for value in used:
-        yield from _members(value, names) if isinstance(value, types.ModuleType) else [value]
+def _emptied(cache: Any) -> Any:
+    """The same with nothing in it."""
+    if isinstance(cache, staticmethod | classmethod):
+        return type(cache)(_emptied(cache.__func__))
+    return empty_cache(cache, cache.__wrapped__)
 
 
-def _members(module: types.ModuleType, names: list[str], depth: int = 3) -> Iterator[Any]:
-    if _is_library(module.__name__) or not depth:
-        return
-    for name in names:
-        value = vars(module).get(name)
-        yield from _members(value, names, depth - 1) if isinstance(value, types.ModuleType) else [value]
+def empty_cache(cache: Any, function: Any) -> Any:
+    """A cache as another one is, with nothing in it.
+
+    Args:
+        cache: A cache of ``functools``.
+        function: The function whose results it is to keep.
+    """
+    made = functools.lru_cache(**cache.cache_parameters())(function)
+    vars(made).update({name: value for name, value in vars(cache).items() if name not in vars(made)})
+    return made
 
 
 def _kept_by_methods(value: Any) -> tuple[Any, ...] | None:
@@ -212,6 +257,8 @@ def _kept_by_methods(value: Any) -> tuple[Any, ...] | None:
         return (type(value).setstate, value, value.getstate())
     if isinstance(value, torch.Generator):
         return (torch.Generator.set_state, value, value.get_state())
+    if isinstance(value, io.StringIO | io.BytesIO) and not value.closed:
+        return (_restore_stream, value, value.getvalue(), value.tell())
     if isinstance(value, bytearray | array.array):
         return (_restore_slice, value, value[:])
     if numpy is not None:
@@ -221,6 +268,8 @@ def _kept_by_methods(value: Any) -> tuple[Any, ...] | None:
             return (numpy.random.RandomState.set_state, value, value.get_state())
         if isinstance(value, numpy.random.Generator):
             return (setattr, value.bit_generator, "state", value.bit_generator.state)
+        if isinstance(value, numpy.random.BitGenerator):
+            return (setattr, value, "state", value.state)
     return None
 
 
@@ -245,6 +294,14 @@ def _restore_names(namespace: dict[str, Any], names: set[str], before: dict[str,
             namespace[name] = before[name]
         elif name not in before and now is not _MISSING and not isinstance(now, DEFINITIONS):
             del namespace[name]
+
+
+def _restore_stream(value: Any, before: Any, position: int) -> None:
+    if value.getvalue() != before:
+        value.seek(0)
+        value.truncate()
+        value.write(before)
+    value.seek(position)
 
 
 def _restore_slice(value: Any, before: Any) -> None:
@@ -288,9 +345,49 @@ def _restore_class(cls: type, before: dict[str, Any]) -> None:
             type.__setattr__(cls, name, content)
 
 
+def _state_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Of a tensor, all but its numbers: where they are, whether it requires a gradient, that, and its attributes."""
+    with _without_subclass():
+        grad = tensor.grad if tensor.is_leaf else None
+        return tensor.data, tensor.requires_grad, grad, dict(vars(tensor))
+
+
+def _restore_tensor(
+    tensor: torch.Tensor, data: torch.Tensor, requires_grad: bool, grad: torch.Tensor | None, attributes: Any
+) -> None:
+    _restore_dict(vars(tensor), attributes)
+    with _without_subclass():
+        if tensor.is_leaf and tensor.requires_grad != requires_grad:
+            tensor.requires_grad_(requires_grad)
+        if tensor.is_leaf and tensor.grad is not grad:
+            tensor.grad = grad
+        if _place(tensor) != _place(data):
+            tensor.data = data
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return None
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.untyped_storage()._cdata
+
+
 def _restore_numbers(tensor: torch.Tensor, before: torch.Tensor) -> None:
-    with torch.inference_mode(tensor.is_inference()):
-        _own_numbers(tensor.data).copy_(before)  # data, as nobody's backward pass counts that as a change
+    with torch.inference_mode(tensor.is_inference()), _without_subclass():
+        now = _own_numbers(tensor.data)  # data, as nobody's backward pass counts that as a change
+        if not _same_bytes(now, before):
+            now.copy_(before)
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same: what has not changed is not written, as its memory may be read-only."""
+    if one.layout != torch.strided or one.is_nested or one.is_quantized:
+        return False
+    return torch.equal(*(_bytes(tensor) for tensor in (one, other)))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.reshape(-1)
+    return (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
 
 
 def _own_numbers(tensor: torch.Tensor) -> torch.Tensor:

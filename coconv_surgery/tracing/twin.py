@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from coconv_surgery.tracing.copying import CopyError, copy_network
+from coconv_surgery.tracing.copying import CopyError, copy_network, silence
 from coconv_surgery.tracing.objects import in_short, tensors_in
 from coconv_surgery.tracing.surroundings import Surroundings
 
@@ -59,9 +59,9 @@ class Twin:
         self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True) if fake and not on_meta else None
         self.fake = fake or on_meta
         self._default_device = torch.device("meta") if on_meta else None
-        self.model = copy_network(model, surroundings or Surroundings(model), self._copy_tensor)
+        self.model, self._copies = copy_network(model, surroundings or Surroundings(model), self._copy_tensor)
         for module in self.model.modules():
-            module.training = False
+            vars(module)["training"] = False  # whatever its class does when an attribute is set
             # Old-style normalisations of weights keep the result in a plain attribute.
             weights = [*module._parameters.values(), vars(module).get("weight")]
             for weight in weights:
@@ -86,14 +86,15 @@ class Twin:
             NetworkError: If the network's code raises something.
         """
         self._call_alone()  # what has come since, too
-        with self._mode(), torch.set_grad_enabled(True):
+        with torch.set_grad_enabled(True):
             args, kwargs = self._enter((args, kwargs))
-            try:
-                outputs = self.model(*args, **kwargs) if call is None else call(self.model, *args, **kwargs)
-                # An iterator has run when it has given everything.
-                outputs = list(outputs) if isinstance(outputs, Iterator) else outputs
-            except Exception as error:
-                raise NetworkError from error
+            with self._mode():
+                try:
+                    outputs = self.model(*args, **kwargs) if call is None else call(self.model, *args, **kwargs)
+                    # An iterator has run when it has given everything.
+                    outputs = list(outputs) if isinstance(outputs, Iterator) else outputs
+                except Exception as error:
+                    raise NetworkError from error
             return outputs, (args, kwargs)
 
     def _call_alone(self) -> None:
@@ -107,6 +108,7 @@ class Twin:
 
     def take_apart(self) -> None:
         """Let go of everything, without waiting for the garbage collector."""
+        silence(self._copies)
         for module in list(self.model.modules()):
             vars(module).clear()
         vars(self).clear()

@@ -52,6 +52,7 @@ class Visit:
         return self._twins[-1]
 
     def __enter__(self) -> "Visit":
+        self._surroundings.empty_caches()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:

@@ -83,6 +83,120 @@ def test_a_teacher_that_is_its_own_copy_is_left_alone(way):
     check_untouched(student, before)
 
 
+class Rebuilt(Net):
+    """Its copies are good ones, of which the memo hears nothing."""
+
+    def __deepcopy__(self, memo):
+        other = type(self)()
+        other.load_state_dict(self.state_dict())
+        return other
+
+
+class Lossy(Net):
+    def __deepcopy__(self, memo):
+        other = Net()
+        other.conv = copy.deepcopy(self.conv, memo)
+        return other
+
+
+class Uncopied(Net):
+    def __deepcopy__(self, memo):
+        return None
+
+
+@pytest.mark.parametrize("build", [Rebuilt, Uncopied, lambda: Lossy(extra=nn.Conv2d(3, 3, 3))])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_is_copied_whatever_its_own_deepcopy_tells(build, way):
+    network = build()
+    before = state_of(network)
+    assert [row.name for row in cs.plan_conversion(network, **WAYS[way]).converted] == ["conv"]
+    inside = nn.Sequential(network)
+    assert [row.name for row in cs.plan_conversion(inside, **WAYS[way]).converted] == ["0.conv"]
+    check_untouched(network, before)
+
+
+TABLE = {}
+
+
+class Handle:
+    """Keeps something elsewhere as long as it lives."""
+
+    def __init__(self):
+        self.key = id(self)
+        TABLE[self.key] = torch.ones(1)
+
+    def __del__(self):
+        TABLE.pop(self.key, None)
+
+
+class Journal:
+    def __init__(self, path):
+        self.file = path.open("w")
+
+    def __del__(self):
+        self.file.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_do_not_clean_up_what_is_the_networks(tmp_path, way, capsys):
+    class Keyed(Net):
+        def forward(self, x):
+            return super().forward(x) * TABLE[self.handle.key]
+
+    network = Keyed(handle=Handle(), journal=Journal(tmp_path / "journal"))
+    assert cs.plan_conversion(network, **WAYS[way]).converted
+    network(IMAGE)
+    assert not network.journal.file.closed
+    assert not capsys.readouterr().err
+
+
+class Frozen(Net):
+    def __init__(self):
+        super().__init__()
+        vars(self)["frozen"] = True
+
+    def __setattr__(self, name, value):
+        if "frozen" in vars(self):
+            raise RuntimeError("frozen")
+        super().__setattr__(name, value)
+
+    def train(self, mode=True):
+        return self
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_that_lets_nothing_be_set_is_planned(way):
+    assert cs.plan_conversion(Frozen(), **WAYS[way]).converted
+
+
+class Opaque(torch.Tensor):
+    """A tensor that nobody may copy."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.detach, torch.Tensor.clone):
+            raise TypeError("not allowed")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_tensor_whose_class_refuses_to_be_copied_does_not_stop_planning():
+    network = Net(table=torch.ones(16, 1, 1).as_subclass(Opaque))
+    assert cs.plan_conversion(network, input_size=32).converted
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_generator_of_random_numbers_may_be_among_the_inputs(numbers):
+    class Noisy(Net):
+        def forward(self, x, generator):
+            return super().forward(x + torch.rand(1, generator=generator))
+
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    inputs = cs.Inputs((IMAGE,), {"generator": generator}, needs_numbers=numbers)
+    assert cs.plan_conversion(Noisy(), example_inputs=inputs).converted
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_a_copy_to_convert_must_be_one():
     class Teacher(nn.Sequential):
         def __deepcopy__(self, memo):

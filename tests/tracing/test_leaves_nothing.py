@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import time
+import warnings
 import weakref
 from collections import OrderedDict, deque
 
@@ -388,6 +389,96 @@ def test_numbers_around_a_network_are_what_they_were(way, around):
 
     cs.plan_conversion(Counting(), **WAYS[way])
     assert around.tolist() == [0, 0, 0]
+
+
+CHANGES = {
+    "gradient": lambda tensor: (tensor * 2).sum().backward(),
+    "whether it requires one": lambda tensor: tensor.requires_grad_(False),
+    "attribute": lambda tensor: setattr(tensor, "calls", tensor.calls + 1),
+    "data": lambda tensor: setattr(tensor, "data", torch.ones(5)),
+    "size": lambda tensor: tensor.detach().resize_(7),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tensor_around_a_network_is_what_it_was(way, change):
+    around = nn.Parameter(torch.arange(3.0))
+    around.calls = 0
+
+    class Changing(Gridded):
+        def grid(self, size):
+            change(around)
+            return torch.ones(size)
+
+    cs.plan_conversion(Changing(), **WAYS[way])
+    assert (around.tolist(), around.requires_grad, around.grad, around.calls) == ([0, 1, 2], True, None, 0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_numbers_in_memory_that_cannot_be_written_are_left_alone(tmp_path, way):
+    np.save(tmp_path / "grid.npy", np.full(32, np.nan, np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch says once that the memory is not to be written
+        grid = torch.from_numpy(np.load(tmp_path / "grid.npy", mmap_mode="r"))
+
+    class Reading(Gridded):
+        def grid(self, size):
+            return grid
+
+    network = Reading()
+    network.register_buffer("table", grid)
+    assert cs.plan_conversion(network, **WAYS[way]).converted
+
+
+@functools.lru_cache(maxsize=1)
+def random_grid(side):
+    return torch.randn(side)
+
+
+CACHES = {"by name": random_grid}
+
+
+class OfClass(Gridded):
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def grid(self, size):
+        return torch.randn(size[0])
+
+
+class OfClassAlone(Gridded):
+    @staticmethod
+    @functools.lru_cache(maxsize=1)
+    def grid(size):
+        return torch.randn(size[0])
+
+
+class OfInstance(Gridded):
+    def __init__(self):
+        super().__init__()
+        self.grid = functools.lru_cache(maxsize=1)(self.make)
+
+    def make(self, size):
+        return torch.randn(size[0]) * self.mix.weight.mean()
+
+
+class Global(Gridded):
+    def grid(self, size):
+        return random_grid(size[0])
+
+
+class InATable(Gridded):
+    def grid(self, size):
+        return CACHES["by name"](size[0])
+
+
+@pytest.mark.parametrize("build", [OfClass, OfClassAlone, OfInstance, Global, InATable])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_bounded_cache_keeps_what_it_had_when_a_network_is_planned_for_another_size(build, numbers):
+    network = build().eval()
+    before = network(IMAGE)
+    inputs = cs.Inputs((torch.ones(1, 3, 48, 48),), needs_numbers=numbers)
+    assert cs.plan_conversion(network, example_inputs=inputs).converted
+    assert torch.equal(network(IMAGE), before)
 
 
 def test_a_teacher_outside_of_the_network_is_what_it_was():
