@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx as fx
 import torch.nn.functional as F
 from torch.amp.autocast_mode import is_autocast_available
 
@@ -71,11 +72,20 @@ def coconv2d(
     arguments = (input, weight, bias, stride, padding, dilation, groups, dilations, splits, padding_mode)
     if torch.compiler.is_compiling():
         return _coconv2d(*arguments)
+    if isinstance(input, fx.Proxy):  # a graph that was transformed does not tell torch.fx.wrap any more
+        return _one_node(input.tracer, *arguments)
     try:
         return _coconv2d(*arguments)
     except Exception:
         _check_arguments(arguments)
         raise
+
+
+def _one_node(tracer: Any, *arguments: Any) -> torch.Tensor:
+    *plain, dilations, splits, padding_mode = arguments
+    named = {"dilations": dilations, "splits": splits, "padding_mode": padding_mode}
+    node: torch.Tensor = tracer.create_proxy("call_function", coconv2d, tuple(plain), named)
+    return node
 
 
 def _coconv2d(

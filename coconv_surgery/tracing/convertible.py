@@ -22,7 +22,8 @@ def check_convertible(model: nn.Module) -> None:
     """Check that a network's convolutions can be switched where they are.
 
     Raises:
-        TypeError: If it is not a module, or holds one that is wrapped, sharded, scripted, or has a replaced forward.
+        TypeError: If it is not a module, or holds one that is wrapped, sharded, scripted, unflattened after an export,
+            or has a replaced forward.
         ValueError: If it holds a lazy module without weights.
     """
     instance(model, "model", nn.Module, "a torch.nn.Module")
@@ -45,6 +46,11 @@ def check_convertible(model: nn.Module) -> None:
             raise TypeError(
                 f"the forward of {path} was replaced by a function, which a copy of it would share: do this to "
                 "the network before its forward is replaced (or compiled)"
+            )
+        if type(module).__module__ == "torch.export.unflatten":
+            raise TypeError(
+                f"{path} was made by torch.export.unflatten(), from whose graphs nothing is read: do this before the "
+                "export, or to what the exported program's module() returns"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{path} is scripted, its convolutions are compiled in: do this before torch.jit")

@@ -615,3 +615,21 @@ def test_a_graph_that_is_nothing_but_a_convolution_has_the_modules_name():
     graph = fx.symbolic_trace(Own(3, 8, 3))
     assert [row.name for row in cs.get_plan(graph).rows] == [""]
     assert [row.name for row in cs.get_plan(nn.Sequential(graph)).rows] == ["0"]
+
+
+def test_a_transformed_graph_of_a_converted_network_is_traced_as_one_of_the_plain_network_is(image):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    before = model(image)
+    cs.convert(model, input_size=SIDE)
+    graph = fx.symbolic_trace(fx.Transformer(fx.symbolic_trace(model)).transform())
+    assert [row.levels for row in cs.get_plan(graph).converted] == [row.levels for row in cs.get_plan(model).converted]
+    close(graph(image), model(image))
+    close(cs.revert(graph)(image), before)
+
+
+def test_an_unflattened_export_is_refused_by_name(image):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)).eval()
+    unflattened = torch.export.unflatten(torch.export.export(model, (image,)))
+    for network in (unflattened, nn.Sequential(nn.Identity(), unflattened)):
+        with pytest.raises(TypeError, match=r"was made by torch.export.unflatten\(\), from whose"):
+            cs.convert(network, input_size=SIDE)
