@@ -16,7 +16,7 @@ from coconv_surgery.merging import keep_levels_in_merges
 from coconv_surgery.planning.decision import Choices, current_plan
 from coconv_surgery.planning.eligibility import site_obstacle, subclass
 from coconv_surgery.planning.maps import check_maps, largest_input
-from coconv_surgery.planning.notes import is_guarded, note_plan, set_guard
+from coconv_surgery.planning.notes import is_guarded, note_plan, noted_plan, set_guard
 from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_parameters
 from coconv_surgery.planning.policies import Answer, Policy
@@ -209,10 +209,13 @@ def revert(model: nn.Module) -> nn.Module:
     """
     check_convertible(model)
     sites = [site for site in find_sites(model) if site.is_marked or site.levels is not None or site.no_plain_form]
-    unknown = [f"{site.name} ({site.no_plain_form})" for site in sites if site.no_plain_form and not site.is_marked]
-    if unknown:
+    if noted_plan(model) is not None and any(site.is_marked for site in sites):
+        # The conversion marked all that is contextual: what has no mark any more was reverted with a part.
+        sites = [site for site in sites if site.is_marked]
+    untold = [f"{site.name} ({site.no_plain_form})" for site in sites if site.no_plain_form and not site.is_marked]
+    if untold:
         raise ValueError(
-            f"{_shorten(unknown)}: what it was before the conversion cannot be told; revert before the export"
+            f"{_shorten(untold)}: what it was before the conversion cannot be told; revert before the export"
         )
     calibrated = calibrated_images(sites)
     with ExitStack() as undo:

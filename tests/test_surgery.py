@@ -416,3 +416,15 @@ def test_importing_the_package_needs_torch_and_timm_alone():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_reverting_a_part_and_then_the_whole_is_reverting_the_whole():
+    part = nn.Sequential(cs.CoConv2d(16, 8, 3, padding=1, levels=2), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), part, nn.Conv2d(8, 4, 1)).eval()
+    image = torch.randn(1, 3, 32, 32)
+    before = model(image)
+    cs.convert(model, input_size=32)
+    cs.revert(part)
+    cs.revert(model)
+    assert type(part[0]) is cs.CoConv2d
+    assert torch.equal(model(image), before)
