@@ -370,6 +370,18 @@ def test_attributes_of_the_users_are_neither_hidden_nor_overwritten():
         cs.to_coconv_(model[0], (1, 2))
 
 
+def test_no_attribute_of_a_users_class_is_hidden():
+    class Mine(nn.Conv2d):
+        contextual_levels = "mine"
+
+        def from_conv(self):
+            return "mine"
+
+    model = nn.Sequential(Mine(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
+    plan = cs.plan_conversion(model, input_size=16)
+    assert plan.rows[0].reason == "a contextual convolution would hide its own contextual_levels, from_conv"
+
+
 @pytest.mark.parametrize(
     "hold",
     [

@@ -105,11 +105,15 @@ def is_switchable(conv: nn.Conv2d) -> bool:
     return cls in _CONTEXTUAL if issubclass(cls, CoConv2d) else contextual_class(cls) is not None
 
 
+# What a contextual convolution has besides what every convolution has.
+_OWN_NAMES = {name for name in {*dir(CoConv2d)} - {*dir(nn.Conv2d)} if not name.startswith("_")}
+
+
 def hidden_attributes(conv: nn.Module) -> list[str]:
     """Attributes of a plain convolution that a contextual one would hide behind its own."""
     if isinstance(conv, CoConv2d):
         return []
-    return [name for name in ("levels", "dilations", "splits") if has_attribute(conv, name)]
+    return [name for name in sorted(_OWN_NAMES) if has_attribute(conv, name)]
 
 
 def has_attribute(module: nn.Module, name: str) -> bool:
