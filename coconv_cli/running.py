@@ -36,7 +36,8 @@ def run(
     """Run a training script, unedited, on converted networks.
 
     Our models are registered with timm, and every network that the script makes through timm.create_model or
-    torchvision.models.get_model is converted as it is made: by --policy, or by the --plan that an earlier run wrote.
+    torchvision.models.get_model is converted as it is made: by --policy, or by the --plan of an earlier run, which its
+    checkpoints tell as well as the file that it wrote.
     With neither, nothing is converted. A module is run by -- -m and its name.
 
     Networks are planned for --input-size, or else for the size that timm says, whatever the script trains at. What the
@@ -44,7 +45,7 @@ def run(
 
     \b
     coconv run --policy resolution -- train.py DATA --model resnet50 --output runs/1
-    coconv run --plan runs/1/coconv-plan-resnet50.json -- validate.py DATA --model resnet50 --checkpoint last.pth
+    coconv run --plan last.pth.tar -- validate.py DATA --model resnet50 --checkpoint last.pth.tar
     coconv run -- train.py DATA --model coresnet50
     torchrun --nproc-per-node 2 -m coconv_surgery run --policy resolution -- train.py DATA --model resnet50
     """
@@ -70,13 +71,17 @@ def run(
         change = functools.partial(targets.convert_as_chosen, **choices)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-    converting = Converting(change, output or output_folder(command), networks or ("*",))
+    folder = output or (output_folder(command) if plan_path is None else None)  # a plan that was given is there already
+    converting = Converting(change, folder, networks or ("*",))
     try:
         with converting.in_force():
             _as_python_would(functools.partial(run_command, command))
     except SystemExit as end:
         if end.code or converting.count:
             raise
+    if not converting.count and converting.passed_over:
+        made = ", ".join(dict.fromkeys(converting.passed_over))
+        sys.exit(f"coconv: nothing was converted: the script made {made}, which no --network matches")
     if not converting.count:
         sys.exit(
             "coconv: nothing was converted: the script made no network with 3×3 convolutions by timm.create_model or "

@@ -6,14 +6,14 @@ import importlib.util
 import inspect
 import os
 import re
-import runpy
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from importlib.abc import InspectLoader
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import timm
@@ -61,18 +61,31 @@ def run(command: Sequence[str]) -> None:
     """
     script, *arguments = command
     if script == "-m":
-        sys.argv = arguments
         sys.path[0] = os.getcwd()
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-        return
-    sys.argv = [script, *arguments]
-    path = Path(script).absolute()
-    sys.path[0] = str(path.resolve().parent)
+        main, code = _module(arguments[0])
+        sys.argv = [str(main.__file__), *arguments[1:]]
+    else:
+        path = Path(script).absolute()
+        sys.path[0] = str(path.resolve().parent)
+        main, code = ModuleType("__main__"), compile(path.read_bytes(), path, "exec")
+        main.__file__, sys.argv = str(path), list(command)
     # runpy would take the module away at the end, when whatever runs at exit may want it.
-    main = ModuleType("__main__")
-    main.__file__, main.__dict__["__builtins__"] = str(path), builtins
+    main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
-    exec(compile(path.read_bytes(), path, "exec"), main.__dict__)
+    exec(code, main.__dict__)
+
+
+def _module(name: str) -> tuple[ModuleType, CodeType]:
+    """A module, or the one that runs a package, as ``python -m`` takes it, and its code."""
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = importlib.util.find_spec(f"{name}.__main__")
+    code = spec.loader.get_code(spec.name) if spec and isinstance(spec.loader, InspectLoader) else None
+    if spec is None or code is None:
+        raise ImportError(f"there is no code of a module {name} to run")
+    main = importlib.util.module_from_spec(spec)
+    main.__name__ = "__main__"
+    return main, code
 
 
 class Converting:
@@ -83,15 +96,21 @@ class Converting:
     Args:
         change: Converts a network in place.
         folder: Where plans are written, once it is there; if it never comes, the current folder has them at the end.
+            None where nobody wants them.
         names: Patterns of the names by which networks are made that are converted. Default: all.
 
     Attributes:
         count: How many networks have become contextual.
+        passed_over: Names by which networks were made that no pattern matches.
     """
 
-    def __init__(self, change: Callable[[nn.Module], nn.Module], folder: Path, names: Sequence[str] = ("*",)) -> None:
+    def __init__(
+        self, change: Callable[[nn.Module], nn.Module], folder: Path | None, names: Sequence[str] = ("*",)
+    ) -> None:
         self.count = 0
-        self._change, self._folder, self._names = change, folder, names
+        self.passed_over: list[str] = []
+        self._change, self._names = change, names
+        self._folder = None if folder is None else folder.absolute()  # the script may go elsewhere
         self._at = threading.local()
         self._pending: dict[str, Plan] = {}
 
@@ -103,7 +122,8 @@ class Converting:
             with _replaced({make: self.converting(make) for make in makers}):
                 yield
         finally:
-            self._write(Path() if not self._folder.is_dir() else self._folder)
+            if self._folder is not None:
+                self._write(self._folder if self._folder.is_dir() else Path())
 
     def converting(self, make: Maker) -> Maker:
         """What makes a converted network as ``make`` makes a plain one; a file of weights is loaded once it is."""
@@ -114,7 +134,10 @@ class Converting:
             given = signature.bind(*args, **kwargs)
             name = str(next(iter(given.arguments.values())))
             is_within = getattr(self._at, "is_within", False)  # of another maker, whose network will be converted
-            if is_within or not any(fnmatchcase(name, pattern) for pattern in self._names):
+            if not is_within and not any(fnmatchcase(name, pattern) for pattern in self._names):
+                self.passed_over.append(name)
+                return make(*args, **kwargs)
+            if is_within:
                 return make(*args, **kwargs)
             checkpoint = given.arguments.pop("checkpoint_path", None)
             self._at.is_within = True
@@ -147,15 +170,25 @@ class Converting:
         number = f"-{self.count}" if self.count > 1 else ""
         self._pending[re.sub(r"[^\w.-]+", "-", f"coconv-plan-{name}") + f"{number}.json"] = plan
         _say(f"{name}, converted by {plan.policy} for {plan.input}\n{plan}")
-        if self._folder.is_dir():
+        if self._folder is not None and self._folder.is_dir():
             self._write(self._folder)
 
     def _write(self, folder: Path) -> None:
         while self._pending:
             name, plan = self._pending.popitem()
             if _is_first():
-                plan.to_json(folder / name)
-                _say(f"plan: {folder / name}")
+                path = _free(folder / name, plan.to_json())
+                plan.to_json(path)
+                _say(f"plan: {path}")
+
+
+def _free(path: Path, content: str) -> Path:
+    """A file's path, with a number where an earlier run has written something else there."""
+    stem, number = path.stem, 1
+    while path.exists() and path.read_text(encoding="utf-8").strip() != content.strip():
+        number += 1
+        path = path.with_stem(f"{stem}-{number}")
+    return path
 
 
 def output_folder(command: Sequence[str]) -> Path:

@@ -205,6 +205,52 @@ def test_a_module_is_run_by_its_name(coconv, train):
     assert cs.plan_of("last.pth") is not None
 
 
+AT_EXIT = """
+import atexit, os, pickle, sys, timm
+class Mine: pass
+atexit.register(lambda: print(len(pickle.dumps(Mine())) > 0))
+print(__name__, __spec__ is not None, __package__, sys.argv[1:])
+"""
+
+
+def test_a_module_that_is_run_is_still_there_at_exit(train, tmp_path):
+    train.write_text(AT_EXIT)
+    done = run("-m", "coconv_surgery", "run", "--", "-m", "scripts.train", "a", cwd=tmp_path)
+    assert done.stdout.splitlines() == ["__main__ True scripts ['a']", "True"], done.stderr
+    (tmp_path / "scripts" / "__main__.py").write_text("import timm\nprint(__package__)")
+    assert run("-m", "coconv_surgery", "run", "--", "-m", "scripts", cwd=tmp_path).stdout == "scripts\n"
+
+
+def test_another_plan_in_the_same_folder_is_written_beside_the_first(coconv, train):
+    for policy in ("resolution", "resolution", "uniform(2)"):
+        assert coconv("run", "--policy", policy, "--", train, "--model", "test_resnet").code == 0
+    assert cs.Plan.from_json("coconv-plan-test_resnet.json").policy == "resolution"
+    assert cs.Plan.from_json("coconv-plan-test_resnet-2.json").policy == "uniform(2)"
+    assert len(list(Path().glob("coconv-plan*"))) == 2
+
+
+def test_a_plan_that_was_given_is_not_written_again(coconv, train):
+    assert coconv(*AT_64, "--", train, "--model", "test_resnet").code == 0
+    for given in ("last.pth", "coconv-plan-test_resnet.json"):
+        assert coconv("run", "--plan", given, "--", train, "--model", "test_resnet").code == 0
+    assert len(list(Path().glob("coconv-plan*"))) == 1
+
+
+def test_a_script_may_go_to_another_folder(coconv, train, monkeypatch):
+    train.write_text(
+        "import os, timm\nos.makedirs('elsewhere')\nos.chdir('elsewhere')\ntimm.create_model('test_resnet')"
+    )
+    home = Path().absolute()
+    assert coconv(*AT_64, "-o", "plans", "--", train).code == 0
+    assert (home / "plans" / "coconv-plan-test_resnet.json").exists()
+
+
+def test_networks_that_no_pattern_matches_are_named_at_the_end(coconv, train):
+    done = coconv(*AT_64, "--network", "resnet5*", "--", train, "--model", "test_resnet")
+    assert done.code == 1
+    assert "nothing was converted: the script made test_resnet, which no --network matches" in done.err
+
+
 def run(*command, cwd):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
