@@ -119,7 +119,7 @@ def convert(
         )
     built_with = targets.read_arguments(arguments)
     given = [name for name in choices if options.is_given(name)]
-    if folder is not None and checkpoint is None and not pretrained:
+    if folder is not None and _has_weights_of_chance(target, checkpoint, pretrained):
         raise click.UsageError("--calibrate needs trained weights: give --pretrained or --checkpoint as well")
     if folder is not None and plan_path is not None:
         given = [name for name in given if name != "input_size"]  # which is that of the images
@@ -150,6 +150,9 @@ def convert(
         save_converted(network, output, network=targets.describe(target, built_with))
     if told and before.diff(get_plan(network)):
         click.echo("coconv: the weights were trained at other levels: fine-tune them", err=True)
+    if not get_plan(network).converted:
+        click.echo("coconv: nothing was converted, and the weights are those of the plain network", err=True)
+    _tell_of_chance(target, checkpoint, pretrained)
     click.echo(get_plan(network).summary())
     click.echo(f"weights and plan: {output}")
 
@@ -187,7 +190,6 @@ def export(
     from coconv_surgery.cli.weights import load
     from coconv_surgery.deployment import deploy, get_deployment
     from coconv_surgery.deployment.exporting import export, files_of
-    from coconv_surgery.tracing.inputs import infer_inputs
 
     options.check_weights(checkpoint, pretrained)
     if targets.is_config(target) and (pretrained or arguments):
@@ -207,7 +209,7 @@ def export(
             load(network, checkpoint)
     if targets.is_config(target):
         click.echo(f"of {target}: {network.part}")
-    inputs = infer_inputs(network, input_size)
+    inputs = targets.inputs_of(network, target, input_size)
     images = inputs.args[0].expand(batch, -1, -1, -1)
     with doing(f"deploying {target}"):
         deployed = deploy(network, example_inputs=replace(inputs, args=(images,)))
@@ -215,7 +217,21 @@ def export(
     network.eval()
     with doing(f"writing {output}"):
         written = export(deployed, output, images, like=network)
+    _tell_of_chance(target, checkpoint, pretrained)
+    click.echo(f"images of {'×'.join(map(str, images.shape))}")
     click.echo(written)
+
+
+def _has_weights_of_chance(target: str, checkpoint: Path | None, pretrained: bool) -> bool:
+    """Whether a network's weights are those that it was made with; what a factory makes may have trained ones."""
+    from coconv_surgery.cli import targets
+
+    return checkpoint is None and not pretrained and ":" not in target and not targets.is_file(target)
+
+
+def _tell_of_chance(target: str, checkpoint: Path | None, pretrained: bool) -> None:
+    if _has_weights_of_chance(target, checkpoint, pretrained):
+        click.echo("coconv: the weights are random: --pretrained and --checkpoint bring trained ones", err=True)
 
 
 @click.command()

@@ -32,7 +32,7 @@ def report(
 ) -> None:
     """Write a page about the conversion of a network (extra: viz).
 
-    It is one file: the plan, pictures, receptive fields before and after, counts, and the commands that make it anew.
+    It is one file: the plan, pictures, receptive fields before and after, counts, and the commands that reproduce it.
 
     \b
     coconv report resnet50 -o resnet50.html

@@ -15,7 +15,7 @@ from coconv_surgery.cli.images import image_batches
 from coconv_surgery.cli.weights import load
 from coconv_surgery.reporting.gathering import Findings, before_and_after, gather, wake
 from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan
-from coconv_surgery.tracing.inputs import Inputs, infer_inputs
+from coconv_surgery.tracing.inputs import Inputs
 
 _RANDOM = "random, with norms that start at zero set to one"
 
@@ -69,7 +69,7 @@ def converted_network(
             warnings.simplefilter("ignore", NoChangeWarning)  # the plan says so
             apply_plan(network, targets.plan_as_chosen(network, target, **choices))
         kind = "plain" if kind == "none" and pretrained else kind
-    inputs = targets.inputs_of(network, target, choices["input_size"]) or infer_inputs(network, choices["input_size"])
+    inputs = targets.inputs_of(network, target, choices["input_size"])
     return Subject(network.eval(), inputs, words, were_plain=kind == "plain")
 
 

@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from coconv_surgery.cli.images import image_sides
 from coconv_surgery.layers.arguments import Pair, kind, near_miss, shown
 from coconv_surgery.paper.counting import count as count_cost
 from coconv_surgery.planning.plan import Plan
-from coconv_surgery.surgery import apply_plan, complete_plan, plan_conversion
+from coconv_surgery.surgery import apply_plan, complete_plan, get_plan, plan_conversion
 from coconv_surgery.tracing.inputs import Inputs, InputSize, infer_inputs
 
 FORMS = (
@@ -31,6 +32,7 @@ FORMS = (
 )
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:", "local_dir:")
 _TORCHVISION = "torchvision/"
+_FILES = {".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin"}
 # What of a builder's arguments reads files, and a file may not ask for.
 _READING = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 _READING |= {"weights", "weights_backbone"}
@@ -54,6 +56,8 @@ def build(target: str, arguments: Mapping[str, Any] | None = None, *, pretrained
         return _detector(target)
     if Path(target).is_file():
         return _of_file(target, given, pretrained)
+    if Path(target).suffix in _FILES and not target.startswith(_HUBS):
+        raise FileNotFoundError(f"there is no file {shown(target)}")
     if target.startswith(_HUBS) or timm.is_model(target):
         return _module(functools.partial(timm.create_model, target, pretrained=pretrained), given, target)
     if target.startswith(_TORCHVISION):
@@ -66,25 +70,33 @@ def build(target: str, arguments: Mapping[str, Any] | None = None, *, pretrained
     raise ValueError(f"timm has no model {target!r}: {hint or f'give {FORMS}'}")
 
 
-def inputs_of(network: nn.Module, target: str, input_size: InputSize | None) -> Inputs | None:
-    """What to call a network with where its size alone does not say.
+def inputs_of(network: nn.Module, target: str, input_size: InputSize | None) -> Inputs:
+    """What to call a network with.
 
     Args:
-        network: What :func:`build` has built.
+        network: What :func:`build` has built, with the weights that it is to have.
         target: What named it.
-        input_size: As the command line has it.
-
-    Returns:
-        The inputs of a detector; None for a network that takes images of ``input_size``.
+        input_size: As the command line has it. Default: the size that a conversion was planned for, or else what the
+            network or the config says.
 
     Raises:
-        ValueError: If neither the command nor the config says how large its images are.
+        ValueError: If nothing says how large its images are.
     """
-    if not is_config(target):
-        return None
-    from coconv_surgery.mmdet.inputs import example_inputs
+    if is_config(target):
+        from coconv_surgery.mmdet.inputs import example_inputs
 
-    return example_inputs(network, _sides_in(target) if input_size is None else image_sides(input_size))
+        return example_inputs(network, _sides_in(target) if input_size is None else image_sides(input_size))
+    if input_size is not None:
+        return infer_inputs(network, input_size)
+    if image := re.fullmatch(r"1×(\d+)×(\d+)×(\d+)", get_plan(network).input):
+        return infer_inputs(network, (int(image[1]), int(image[2]), int(image[3])))
+    try:
+        return infer_inputs(network)
+    except ValueError as error:
+        name = target or type(network).__name__
+        raise ValueError(
+            f"{name} does not say how large its input is: give --input-size 224, 224x320 or 3x224x320"
+        ) from error
 
 
 def is_config(target: str) -> bool:
@@ -122,10 +134,8 @@ def plan_as_chosen(
         input_size: The size, if one was given.
         **choices: Patterns and settings of the policy; those that are empty or None were not given.
     """
-    inputs = inputs_of(network, target, input_size)
     given = {name: value for name, value in choices.items() if value not in (None, ())}
-    size = input_size if inputs is None else None
-    return plan_conversion(network, policy, input_size=size, example_inputs=inputs, **given)
+    return plan_conversion(network, policy, example_inputs=inputs_of(network, target, input_size), **given)
 
 
 def convert_as_chosen(network: nn.Module, **choices: Any) -> nn.Module:
@@ -163,7 +173,7 @@ def count(target: str, arguments: Mapping[str, Any], input_size: InputSize | Non
         sides = image_sides(input_size) if input_size is not None else _sides_in(target)
         return *count_config(target, cast(Pair, sides)), "×".join(map(str, sides))
     network = build(target, arguments).eval()
-    inputs = infer_inputs(network, input_size)
+    inputs = inputs_of(network, target, input_size)
     cost = count_cost(network, *inputs.args, **inputs.kwargs)
     return cost.parameters, cost.multiply_adds, str(inputs)
 
@@ -216,7 +226,8 @@ def _of_file(path: str, arguments: dict[str, Any], pretrained: bool) -> nn.Modul
     is_ours = timm.is_model(name) and name != coconv_converted.__name__  # which reads a folder or a hub
     if not (is_ours or name.startswith(_TORCHVISION)) or given.keys() & _READING:
         raise ValueError(
-            f"{path} is of {shown(name)}: name that yourself, if you trust it, and give the file by --weights"
+            f"{path} holds the weights of {shown(name)}, and a file may not name code or other files: if you trust it, "
+            "name that as the TARGET, and give the file by --weights"
         )
     return load_converted(build(name, {**given, **arguments}), path)
 

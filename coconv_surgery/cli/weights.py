@@ -27,6 +27,9 @@ def load(network: nn.Module, file: Path | None) -> Literal["none", "authors", "c
         load_converted(network, file)
         return "converted"
     if not of_jax:
-        check_fit(network, network.state_dict(), load_state_dict(str(file), weights_only=True), file)
+        try:
+            check_fit(network, network.state_dict(), load_state_dict(str(file), weights_only=True), file)
+        except ValueError as error:
+            raise ValueError(f"{error}. Build the network as it was trained, as with --arg num_classes=10") from error
     load_checkpoint(network, str(file), weights_only=True)
     return "plain"

@@ -111,7 +111,8 @@ def _names(model: nn.Module, layer: str | None) -> list[str]:
         return [site.name for site in sites]
     known = {name: site.name for site in sites for name in (site.name, *site.aliases)}
     if text(layer, "layer") not in known:
-        raise ValueError(f"layer={layer!r}: there is no such convolution {near_miss(layer, known, 3)}".rstrip())
+        hint = near_miss(layer, known, 3)
+        raise ValueError(f"layer={layer!r}: there is no such convolution{hint and f': {hint}'}")
     return [known[layer]]
 
 

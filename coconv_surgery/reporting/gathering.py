@@ -1,5 +1,6 @@
 """What a page says of a network, measured."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.paper.counting import Cost, count
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.receptive import EffectiveField, FieldReport, effective_receptive_field, receptive_fields
-from coconv_surgery.surgery import get_plan, revert
+from coconv_surgery.surgery import CalibratedWeightsWarning, get_plan, revert
 from coconv_surgery.tracing.copying import separate_copy
 from coconv_surgery.tracing.inputs import Inputs
 
@@ -57,8 +58,10 @@ class Findings:
 
 
 def before_and_after(network: nn.Module) -> dict[str, nn.Module]:
-    """A converted network, and a copy of it that is what it was."""
-    return {"before": revert(separate_copy(network)), "after": network}
+    """A converted network, and a copy of it with plain convolutions again, of the same weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibratedWeightsWarning)  # nobody goes on with that copy
+        return {"before": revert(separate_copy(network)), "after": network}
 
 
 def wake(network: nn.Module) -> None:

@@ -32,7 +32,7 @@ def write_page(findings: Findings, path: str | Path, commands: Sequence[str]) ->
     Args:
         findings: What it says.
         path: The file.
-        commands: Those that make it anew, and the converted network.
+        commands: Those that reproduce it, and the converted network.
 
     Raises:
         OSError: If it cannot be written; one that was there before stays.

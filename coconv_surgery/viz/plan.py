@@ -68,7 +68,7 @@ def _summary(plan: Plan, sheet: Sheet) -> str:
     return "; ".join(
         [
             f"{len(plan.converted)} of {len(plan.rows)} convolutions become CoConv",
-            *([f"{others} of other kernels than 3×3 are not drawn"] if others else []),
+            *([f"{others} with other kernel sizes are not drawn"] if others else []),
             *([f"names after {shortened(sheet.prefix, _SMALL, 1.5)}."] if sheet.prefix else []),
         ]
     )

@@ -153,7 +153,7 @@ def test_a_file_of_ours_stays_one_when_it_is_converted_anew(ours, coconv, tmp_pa
 def test_a_file_names_no_code_and_no_other_file(tmp_path, network):
     path = tmp_path / "net.safetensors"
     cs.save_converted(cs.convert(timm.create_model("test_resnet")), path, network=network)
-    with pytest.raises(ValueError, match="name that yourself, if you trust it"):
+    with pytest.raises(ValueError, match="if you trust it, name that as the TARGET"):
         targets.build(str(path))
 
 
@@ -230,5 +230,18 @@ def test_a_size_is_sides_between_crosses_or_commas(sides, cross):
     assert found == (sides[0] if len(sides) == 1 else tuple(sides))
 
 
-def test_a_network_that_is_no_detector_needs_no_inputs_of_its_own():
-    assert targets.inputs_of(nn.Identity(), "resnet18", 224) is None
+def test_a_converted_network_is_called_with_what_it_was_planned_for():
+    network = cs.convert(timm.create_model("test_resnet"), input_size=96)
+    assert str(targets.inputs_of(network, "test_resnet", None)) == "1×3×96×96"
+    assert str(targets.inputs_of(network, "test_resnet", 64)) == "1×3×64×64"
+
+
+def test_a_network_without_a_size_wants_one_in_the_words_of_the_command_line():
+    with pytest.raises(ValueError, match="own:make does not say how large its input is: give --input-size 224"):
+        targets.inputs_of(nn.Sequential(nn.Conv2d(3, 8, 3)), "own:make", None)
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "resnet18.safetensors", "runs/last.pth.tar"])
+def test_a_file_that_is_not_there_is_no_model_of_timms(name):
+    with pytest.raises(FileNotFoundError, match=f"there is no file '{name}'"):
+        targets.build(name)

@@ -62,7 +62,7 @@ def test_it_says_what_was_done_and_measured(page):
     assert f"{plan.parameters:,}" in text
     for part in (
         "multiply-adds",
-        "time over the plain one",
+        "time, plain = 1",
         "calibrated on 4 images",
         "Weights: of w.pth, trained in plain convolutions: calibrated",
         "quartiles",
