@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dis
 import functools
+import sys
 import types
 import weakref
 from collections import OrderedDict
@@ -23,6 +24,18 @@ _PROCESS_GROUP: Any = getattr(torch.distributed, "ProcessGroup", ())
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TALKATIVE = {"print", "open", "input", "breakpoint", "exec", "eval"}
+_SILENT = {
+    "cmath",
+    "collections",
+    "contextlib",
+    "copy",
+    "functools",
+    "itertools",
+    "math",
+    "operator",
+    "types",
+    "typing",
+}
 
 
 class CopyError(TypeError):
@@ -290,8 +303,7 @@ class _Binder:
             return True
         functions = [value for value in seen if isinstance(value, types.FunctionType)]
         states = [value for value in seen if value is not hook and not isinstance(value, _STATELESS)]
-        harmless = not any(_TALKATIVE & {*f.__code__.co_names} or f.__module__.startswith("torch.") for f in functions)
-        return not states and bool(functions) and harmless
+        return not states and bool(functions) and not any(map(_tells_others, functions))
 
     def bind_hook(self, hook: Any) -> Any:
         """A hook for the copy. Nobody else sees what it leaves in its closure."""
@@ -377,6 +389,15 @@ class _Binder:
 
     def _is_reached_from(self, value: Any) -> bool:
         return any(id(part) in self._memo for part in walk(value, into=_seen_through_objects))
+
+
+def _tells_others(function: types.FunctionType) -> bool:
+    """Whether a function reaches what is outside of the process' objects, as by printing, logging or writing files."""
+    names = {*function.__code__.co_names}
+    used = [function.__globals__.get(name) for name in names]
+    modules = {value.__name__.partition(".")[0] for value in used if isinstance(value, types.ModuleType)}
+    talks = _TALKATIVE & names or modules & sys.stdlib_module_names - _SILENT
+    return bool(talks) or function.__module__.startswith("torch.")
 
 
 _STATELESS = (

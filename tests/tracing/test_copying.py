@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import threading
 import types
 import weakref
@@ -391,6 +392,15 @@ def test_a_hook_that_changes_a_map_changes_sizes(way):
     network = Net()
     network.conv.register_forward_pre_hook(lambda module, args: (F.max_pool2d(args[0], 2),))
     assert sizes(network, way) == ((16, 16),)
+
+
+def test_a_hook_that_logs_is_somebody_elses(caplog):
+    network = Net()
+    network.conv.register_forward_hook(lambda module, args, output: logging.getLogger("sizes").warning(output.shape))
+    assert cs.plan_conversion(network, input_size=32).converted
+    assert not caplog.records
+    network(IMAGE)
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("way", WAYS)
