@@ -106,7 +106,7 @@ class Surroundings:
     def _remember(self, value: Any) -> None:
         if isinstance(value, dict):
             self._put_back_by(_restore_dict, value, dict(dict.items(value)))
-            self._note_caches(dict.__setitem__, value, value)
+            self._note_caches(dict.__setitem__, value, dict(dict.items(value)))  # whatever a subclass does
         elif isinstance(value, torch.Tensor):
             self._tensors.append(value)
         elif isinstance(value, types.CellType):
