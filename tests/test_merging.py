@@ -1,5 +1,7 @@
 """Blocks that merge their branches for inference: the result is right, or the merge is refused."""
 
+import asyncio
+import contextlib
 import copy
 import functools
 import pickle
@@ -386,7 +388,6 @@ def test_a_sampler_of_the_name_of_a_merge_compiles_as_before():
             return self.reparameterize(self.conv(x), x)
 
     model = cs.convert(nn.Sequential(Sampler(), nn.Conv2d(4, 2, 1)), input_size=(4, 16, 16))
-    assert type(model[0]) is Sampler
     image = torch.randn(1, 4, 16, 16)
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(image), model(image))
 
@@ -652,6 +653,182 @@ def test_a_submodule_that_has_the_name_of_a_merge_stays_one():
     model = cs.convert(nn.Sequential(Fusing(), nn.Conv2d(4, 2, 1)), input_size=(4, 16, 16))
     assert type(model[0]) is Fusing
     assert isinstance(model[0].fuse, cs.CoConv2d)
+
+
+# -- Blocks that cannot be run on any image -------------------------------------------------------------------------
+
+
+class Sized(nn.Module):
+    """A block that asks for images of one size."""
+
+    def forward(self, x):
+        assert x.shape[-1] == 16
+        return super().forward(x)
+
+
+class PooledBlock(nn.Module):
+    """A convolution and a pool that its merging method folds into it, in one way or another."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.pool, self.way = nn.Conv2d(4, 4, 3, padding=1), nn.AvgPool2d(3, 1, 1), way
+
+    def forward(self, x):
+        return self.conv(x) + self.pool(x) if self.pool is not None else self.conv(x)
+
+    def fuse(self):
+        merged = self.conv if self.way == "in place" else nn.Conv2d(4, 4, 3, padding=1)
+        merged.weight.data, merged.bias.data = self.conv.weight.clone(), self.conv.bias
+        merged.weight[range(4), range(4)] += 1 / 9
+        self.conv, self.pool = merged, None
+
+
+@pytest.mark.parametrize("way", ["new", "in place"])
+def test_a_pool_that_is_folded_in_is_seen_where_the_block_cannot_be_run(way):
+    model = around(type("SizedPool", (Sized, PooledBlock), {})(way))
+    cs.convert(model, input_size=(4, 16, 16))
+    before = state(model)
+    with pytest.raises(ValueError, match="merged, this SizedPool would not compute the same"):
+        model[0].fuse()
+    assert same_state(state(model), before)
+
+
+@pytest.mark.parametrize("build", [Block, TwoPairs, Branches])
+def test_a_block_that_cannot_be_run_merges_where_its_kernels_agree(build):
+    plain = build()
+    plain.__class__ = type("Sized", (Sized, type(plain)), {})
+    model = cs.convert(around(plain), input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    expected = model(image)
+    getattr(model[0], "fuse" if hasattr(plain, "fuse") else "reparameterize")()
+    assert cs.get_plan(model).converted
+    torch.testing.assert_close(model(image), expected)
+
+
+# -- Merges that are not seen to ------------------------------------------------------------------------------------
+
+
+def merge_into(block):
+    block.conv, block.norm = fuse_conv_bn_weights_into(block.conv, block.norm), nn.Identity()
+
+
+def in_steps(block):
+    yield "merging"
+    merge_into(block)
+
+
+@contextlib.contextmanager
+def merged_within(block):
+    merge_into(block)
+    yield
+
+
+async def later(block):
+    merge_into(block)
+
+
+WAYS = {
+    "class": (merge_into, lambda block: vars(type(block).__mro__[2])["fuse"](block)),
+    "property": (property(lambda block: lambda: merge_into(block)), lambda block: block.fuse()),
+    "cached": (functools.cached_property(merge_into), lambda block: block.fuse),
+    "static": (staticmethod(merge_into), lambda block: block.fuse(block)),
+    "classmethod": (classmethod(lambda cls, block: merge_into(block)), lambda block: block.fuse(block)),
+    "needs": (lambda block, device, dtype: merge_into(block), lambda block: block.fuse("cpu", torch.float32)),
+    "norm": (lambda block, norm: merge_into(block), lambda block: block.fuse(block.norm)),
+    "named": (lambda block, *, norm: merge_into(block), lambda block: block.fuse(norm=block.norm)),
+    "generator": (in_steps, lambda block: list(block.fuse())),
+    "context": (merged_within, lambda block: block.fuse().__enter__()),
+    "coroutine": (later, lambda block: asyncio.run(block.fuse())),
+    "script": (merge_into, merge_into),
+}
+
+
+@pytest.mark.parametrize(("fuse", "call"), WAYS.values(), ids=WAYS)
+def test_a_merge_in_another_way_than_by_calling_a_method_is_refused(fuse, call):
+    model = around(type("Other", (Block,), {"fuse": fuse})())
+    cs.convert(model, input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    expected = model(image)
+    with pytest.raises(ValueError, match=r"Other.conv would become a plain convolution where contextual ones are"):
+        call(model[0])
+    assert torch.equal(model(image), expected)
+
+
+def test_a_plain_convolution_is_refused_wherever_a_block_holds_contextual_ones():
+    model = cs.convert(around(TwoPairs()), input_size=(4, 16, 16))
+    new = nn.Conv2d(4, 4, 3, padding=1)
+    for put in (
+        lambda: model[0].convs.__setitem__(0, new),
+        lambda: model[0].convs.append(new),
+        lambda: model[0].add_module(name="merged", module=new),
+        lambda: setattr(model[0], "merged", nn.Sequential(new, nn.ReLU())),
+    ):
+        with pytest.raises(ValueError, match="would become a plain convolution where contextual ones are"):
+            put()
+
+
+def test_what_is_meant_to_be_plain_may_be_put_into_a_block():
+    model = cs.convert(around(TwoPairs()), input_size=(4, 16, 16))
+    block = model[0]
+    block.mix, block.wider, block.head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 9, 3), TwoPairs()
+    cs.to_conv_(block.convs[0])
+    block.convs[0] = nn.Conv2d(4, 4, 3, padding=1)
+    block.convs[1] = cs.CoConv2d(4, 4, 3, padding=1, levels=2)
+    cs.revert(model)
+    block.convs[1] = nn.Conv2d(4, 4, 3, padding=1)
+    assert (type(block), type(block.convs)) == (TwoPairs, nn.ModuleList)
+
+
+def test_a_block_that_is_watched_compiles_where_its_forward_sets_attributes():
+    class Counting(TwoPairs):
+        def forward(self, x):
+            self.seen = x.mean()
+            return super().forward(x)
+
+    model = cs.convert(around(Counting()), input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(image), model(image))
+
+
+# -- Operations of the name of a merge ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [torch.add, lambda a, b: a + b, lambda *inputs: sum(inputs), functools.partial(torch.add, alpha=2)],
+    ids=["torch", "lambda", "star", "partial"],
+)
+def test_an_operation_of_the_name_of_a_merge_stays_one(operation):
+    class Joining(Branches):
+        def __init__(self):
+            super().__init__()
+            self.fuse = operation
+
+        def forward(self, x):
+            return self.fuse(self.first(x), self.second(x))
+
+    model = cs.convert(around(Joining()), input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    expected = model[1](operation(model[0].first(image), model[0].second(image)))
+    assert torch.equal(model(image), expected)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(image), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(image), expected)
+    model[0].reparameterize()
+    assert model[0].merged.dilations == (1, 2, 3)
+    assert cs.revert(model)[0].fuse is operation
+
+
+def test_a_forward_that_asks_a_merging_method_for_its_kernel_traces():
+    class Asking(Block):
+        def rep_params(self):
+            return self.norm.weight, None
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) + self.rep_params()[0].sum()
+
+    model = cs.convert(around(Asking()), input_size=(4, 16, 16))
+    image = torch.randn(1, 4, 16, 16)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(image), model(image))
 
 
 def test_a_network_on_the_meta_device_merges():
