@@ -237,6 +237,7 @@ def file_to_read(value: Any, name: str, what: str = "the path of a file") -> Pat
 
     Raises:
         TypeError: If it is not a path.
+        ValueError: If no path can be called so.
         OSError: If there is no such file, or it is a folder.
     """
     path = _path(value, name, what)
@@ -250,6 +251,7 @@ def file_to_write(value: Any, name: str) -> Path:
 
     Raises:
         TypeError: If it is not a path.
+        ValueError: If no path can be called so.
         OSError: If it is a folder, or is in one that does not exist.
     """
     path = _path(value, name, "the path of a file")
@@ -294,6 +296,15 @@ def _path(value: Any, name: str, what: str) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} must be {what}, not {kind(value)}")
     path = Path(value)
+    if not _may_be_called(path):
+        raise ValueError(f"{name}={shown(str(path))} is no path: it holds a character that none may")
     if os.path.isdir(path):
         raise IsADirectoryError(f"{name}={shown(str(value))} is a folder: name a file in it")
     return path
+
+
+def _may_be_called(path: Path) -> bool:
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False

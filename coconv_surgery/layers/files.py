@@ -2,6 +2,8 @@
 
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,17 +19,18 @@ def whole_file(value: str | os.PathLike[str], name: str) -> Iterator[Path]:
     a new file has those that ``open()`` gives.
 
     Args:
-        value: The file. A link stays one; what is no ordinary file, such as ``/dev/stdout``, is written directly.
+        value: The file. A link stays one; what is no ordinary file, such as ``/dev/stdout``, stays what it is, and is
+            given the bytes when all are there.
         name: What it is, for a message.
 
     Yields:
-        Where to write, in the same folder.
+        Where to write.
 
     Raises:
         TypeError: If it is not a path.
+        ValueError: If no path can be called so.
         OSError: If it is a folder, or is in one that does not exist.
 
-    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with whole_file(f"{folder}/a.txt", "path") as path:
     ...         _ = path.write_text("a")
@@ -35,10 +38,23 @@ def whole_file(value: str | os.PathLike[str], name: str) -> Iterator[Path]:
     ['a.txt']
     """
     given = file_to_write(value, name)
-    if given.exists() and not given.is_file():  # asked of the link: that to a pipe leads nowhere by name
-        yield given
-        return
-    path = Path(os.path.realpath(given))
+    # Asked of the link: that to a pipe leads nowhere by name.
+    special = given.exists() and not given.is_file()
+    with _passed_on(given) if special else _in_place_of(Path(os.path.realpath(given))) as passing:
+        yield passing
+
+
+@contextmanager
+def _passed_on(device: Path) -> Iterator[Path]:
+    """A file whose bytes go to a device or a pipe: some writers would put a file in its place, or go back in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield (passing := Path(folder, "passing"))
+        with passing.open("rb") as source, device.open("wb") as target:
+            shutil.copyfileobj(source, target)
+
+
+@contextmanager
+def _in_place_of(path: Path) -> Iterator[Path]:
     # A name that no pattern for the file's own suffix finds, and that is no longer than a name may be.
     passing = path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:200])}.{secrets.token_hex(4)}.part")
     try:

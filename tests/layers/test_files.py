@@ -1,9 +1,13 @@
 """Files that are written whole or not at all."""
 
 import os
+import stat
+import threading
 from pathlib import Path
 
 import pytest
+
+from safetensors.torch import load
 
 import coconv_surgery as cs
 from coconv_surgery.layers.files import whole_file
@@ -38,3 +42,45 @@ def test_a_pipe_is_written_directly():
     os.close(writer)
     with open(reader) as file:
         assert file.read() == "text"
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """A named pipe, and what came out of it."""
+    os.mkfifo(tmp_path / "pipe")
+    came = []
+    reader = threading.Thread(target=lambda: came.append((tmp_path / "pipe").read_bytes()), daemon=True)
+    reader.start()
+
+    def read():
+        reader.join(timeout=60)
+        return came[0]
+
+    return tmp_path / "pipe", read
+
+
+def test_a_pipe_stays_one_whatever_writes_to_it(pipe):
+    path, read = pipe
+    cs.save_converted(cs.CoConv2d(8, 8, 3, levels=2), path)  # safetensors puts a file of its own in the place of one
+    assert load(read())["weight"].shape == (8, 8, 3, 3)
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert [file.name for file in path.parent.iterdir()] == ["pipe"]
+
+
+def test_what_fails_to_be_written_sends_a_pipe_nothing():
+    reader, writer = os.pipe()
+    with pytest.raises(KeyError), whole_file(f"/dev/fd/{writer}", "path") as passing:
+        passing.write_text("half")
+        raise KeyError
+    os.close(writer)
+    with open(reader) as file:
+        assert file.read() == ""
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"], ids=["NUL", "half of a surrogate pair"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    model = cs.CoConv2d(8, 8, 3, levels=2)
+    for write in (cs.get_plan(model).to_json, lambda path: cs.save_converted(model, path)):
+        with pytest.raises(ValueError, match="path=.* is no path"):
+            write(tmp_path / name)
+    assert not [*tmp_path.iterdir()]
