@@ -1,11 +1,12 @@
 """What a file or a state dict says of how its network was converted."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import clean_state_dict
 
 from coconv_surgery.checkpoint.header import plan_in_header, read_header
 from coconv_surgery.checkpoint.reading import STATES, CheckpointError, is_safetensors, read_checkpoint
@@ -91,7 +92,7 @@ def _plan_in(content: Mapping[Any, Any], label: str) -> Plan | None:
         return read_plan_text(text, label)
     for state in (content, *(content[key] for key in STATES if isinstance(content.get(key), Mapping))):
         if plan := _plan_in_metadata(state, label) or _plan_in_guard(state, label):
-            return plan
+            return _unwrapped(plan, state)
     return None
 
 
@@ -111,7 +112,7 @@ def _plan_in_metadata(state: Mapping[Any, Any], label: str) -> Plan | None:
     }
     levels = {name: part[metadata.KEY] for name, part in parts.items() if metadata.KEY in part}
     differs = any(levels[name] != planned.get(name) for name in levels)
-    plan = _found(parts, label) if differs else _joined(plans, state)
+    plan = _found(parts, label) if differs else _joined(plans)
     images = [told for part in parts.values() if isinstance(told := part.get(metadata.CALIBRATED), int)]
     return plan if plan is None else replace(plan, calibrated=max(images, default=0))
 
@@ -135,7 +136,7 @@ def _plan_in_guard(state: Mapping[Any, Any], label: str) -> Plan | None:
         for name, tensor in state.items()
         if isinstance(name, str) and notes.is_guard(name) and torch.is_tensor(tensor) and not tensor.is_meta
     }
-    return _joined(_outermost(plans), state)
+    return _joined(_outermost(plans))
 
 
 def _outermost(plans: Mapping[str, Plan]) -> dict[str, Plan]:
@@ -143,15 +144,11 @@ def _outermost(plans: Mapping[str, Plan]) -> dict[str, Plan]:
     return {name: plan for name, plan in plans.items() if not any(_is_within(name, other) for other in plans)}
 
 
-def _joined(plans: Mapping[str, Plan], state: Mapping[Any, Any]) -> Plan | None:
+def _joined(plans: Mapping[str, Plan]) -> Plan | None:
     """One plan of those of a network's parts, by the names of the whole."""
-    if not plans:
-        return None
-    if len(plans) == 1:
-        ((name, plan),) = plans.items()
-        # A wrapper adds its name to all others.
-        return plan if all(_is_within(str(key), name) for key in state) else _within(plan, name)
     whole = [_within(plan, name) for name, plan in plans.items()]
+    if len(whole) < 2:
+        return whole[0] if whole else None
     rows = tuple(row for plan in whole for row in plan.rows)
     told = ("; ".join(dict.fromkeys(getattr(plan, field) for plan in whole)) for field in ("policy", "input", "traced"))
     policy, input_, traced = told
@@ -160,10 +157,20 @@ def _joined(plans: Mapping[str, Plan], state: Mapping[Any, Any]) -> Plan | None:
 
 def _within(plan: Plan, part: str) -> Plan:
     """The plan of a part, by the names of the whole."""
-    rows = (
-        replace(row, name=_join(part, row.name), aliases=tuple(_join(part, alias) for alias in row.aliases))
-        for row in plan.rows
-    )
+    return _renamed(plan, lambda name: _join(part, name))
+
+
+def _unwrapped(plan: Plan, state: Mapping[Any, Any]) -> Plan:
+    """A plan by the names that its weights are loaded by: without what wrappers put before all of them."""
+    wrapped, cleaned = (next((str(key) for key in keys), "") for keys in (state, clean_state_dict(dict(state))))
+    prefix = wrapped.removesuffix(cleaned)
+    if not prefix or not all(str(key).startswith(prefix) for key in state):
+        return plan
+    return _renamed(plan, lambda name: f"{name}.".removeprefix(prefix).removesuffix("."))
+
+
+def _renamed(plan: Plan, rename: Callable[[str], str]) -> Plan:
+    rows = (replace(row, name=rename(row.name), aliases=tuple(map(rename, row.aliases))) for row in plan.rows)
     return replace(plan, rows=tuple(rows))
 
 

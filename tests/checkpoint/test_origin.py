@@ -54,13 +54,26 @@ def test_a_file_of_save_converted_tells_the_plan(converted, tmp_path):
     assert cs.plan_of(tmp_path / "net.safetensors") == cs.get_plan(converted)
 
 
-def test_the_name_of_a_wrapper_is_no_part_of_the_names(converted):
-    class Wrapper(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
+class Holder(nn.Module):
+    """A network with one child, of any name."""
 
-    assert cs.plan_of(Wrapper(converted).state_dict()) == cs.get_plan(converted)
+    def __init__(self, name, child):
+        super().__init__()
+        self.add_module(name, child)
+
+
+def test_the_name_of_a_wrapper_is_no_part_of_the_names(converted):
+    assert cs.plan_of(Holder("module", converted).state_dict()) == cs.get_plan(converted)
+    assert cs.plan_of(Holder("_orig_mod", Holder("module", converted)).state_dict()) == cs.get_plan(converted)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: Holder("module", net)], ids=["bare", "wrapped"])
+def test_a_network_whose_only_child_was_converted_loads_its_own_weights(net, tmp_path, wrap):
+    """As Lightning keeps them of a module that holds a network."""
+    torch.save({"state_dict": wrap(Holder("net", cs.convert(net, input_size=32))).state_dict()}, tmp_path / "last.ckpt")
+    fresh = cs.load_converted(Holder("net", type(net)()), tmp_path / "last.ckpt")
+    assert not cs.get_plan(fresh.net).diff(cs.get_plan(net))
+    assert torch.equal(fresh.net.stem.weight, net.stem.weight)
 
 
 def test_the_plans_of_parts_are_told_by_the_names_of_the_whole(net):
@@ -150,7 +163,7 @@ def test_the_guard_of_a_part_tells_it_by_the_names_of_the_whole(converted):
     whole = nn.ModuleDict({"backbone": cs.guard(converted), "head": nn.Linear(2, 2)})
     assert [row.name for row in cs.plan_of(dict(whole.state_dict())).converted] == ["backbone.stem", "backbone.body.0"]
     del whole["head"]
-    assert [row.name for row in cs.plan_of(dict(whole.state_dict())).converted] == ["stem", "body.0"]
+    assert [row.name for row in cs.plan_of(dict(whole.state_dict())).converted] == ["backbone.stem", "backbone.body.0"]
 
 
 def test_a_guard_without_numbers_says_nothing(converted):
