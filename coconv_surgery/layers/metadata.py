@@ -249,11 +249,6 @@ def levels_differ(metadata: Mapping[str, Any], levels: Levels | None) -> str | N
     return f"{mine}, the weights come from {'a plain one' if noted is None else theirs}"
 
 
-def is_converted(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state dict tells levels."""
-    return any(KEY in metadata for metadata in getattr(state_dict, "_metadata", {}).values())
-
-
 def _places(name: str, place: Any) -> set[str]:
     """The names of all contextual convolutions, as the name of one of them is here."""
     match place:

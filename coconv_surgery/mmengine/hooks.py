@@ -78,7 +78,8 @@ class CoConvPlanHook(Hook):  # type: ignore[misc]
         if self.strict:
             raise PlanError(f"{message}\nTo load it anyway, use dict(type='CoConvPlanHook', strict=False)")
         runner.logger.warning(message)
-        forget_levels(checkpoint["state_dict"])
+        for state in checkpoint.values():  # EMAHook has tensors of one loaded under the names of another
+            forget_levels(state)
 
 
 def converted_network(runner: Any) -> nn.Module:
