@@ -3,9 +3,8 @@
 A contextual convolution reports other levels as an error, but mmengine loads without strictness by default, and then
 logs what is reported and goes on. A plain network reports nothing at all.
 
-It also renames keys before it compares anything: it takes off ``module.``, what ``revise_keys`` says, or the ``prefix`` of
-an ``init_cfg``, and leaves the metadata under the old names, or behind. The tensors stay the same ones, so each is
-remembered with what its file told when that was read.
+It also renames keys, by ``revise_keys`` or the ``prefix`` of an ``init_cfg``, and leaves the metadata under the old
+names, or behind. The tensors stay the same ones, so each is remembered with what its file told when that was read.
 """
 
 from bisect import bisect
@@ -33,7 +32,7 @@ class _Origin(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-_origins = WeakTensorKeyDictionary()
+_origins: Any = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
 
 
 def compare_levels() -> None:
@@ -53,8 +52,8 @@ def _load_checkpoint(*args: Any, **kwargs: Any) -> Any:
     checkpoint = _upstream_load_checkpoint(*args, **kwargs)
     states = (checkpoint, *checkpoint.values()) if isinstance(checkpoint, Mapping) else ()
     for state in states:
-        metadata = getattr(state, "_metadata", None)
-        for key, tensor in state.items() if metadata is not None else ():
+        metadata = getattr(state, "_metadata", {})
+        for key, tensor in state.items() if metadata else ():
             if isinstance(tensor, torch.Tensor):
                 _origins[tensor] = _Origin(key, metadata)
     return checkpoint

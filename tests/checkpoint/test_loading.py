@@ -31,4 +31,4 @@ def test_there_is_a_table_for_every_way():
 
 @pytest.mark.parametrize(("way", "source", "network"), CELLS)
 def test_weights_load_as_documented(way, source, network, tmp_path):
-    assert outcome(way, source, network, tmp_path / "files") == CELLS[way, source, network]
+    assert outcome(WAYS[way], source, network, tmp_path / "files") == CELLS[way, source, network]
