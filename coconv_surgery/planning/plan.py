@@ -336,6 +336,13 @@ def _splits(values: Any, name: str) -> tuple[int, ...]:
     return whole_numbers(values, name, "must be channels for each level", at_least=0)
 
 
+def _reason(value: Any, name: str) -> str | None:
+    reason = optional_text(value, name)
+    if reason is not None and not reason.strip():
+        raise ValueError(f"{name}={shown(reason)} must say why, or be None for a convolution to convert")
+    return reason
+
+
 def _sizes(values: Any, name: str) -> tuple[Pair, ...]:
     each = sequence(values, name, "must be pairs of height and width")
     return tuple(height_and_width(sequence(value, name, "must be (height, width)"), name, at_least=0) for value in each)
@@ -348,7 +355,7 @@ def _names(values: Any, name: str) -> tuple[str, ...]:
 _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "dilations": _dilations,
     "splits": _splits,
-    "reason": optional_text,
+    "reason": _reason,
     "calls": functools.partial(whole_number, at_least=0),
     "output_sizes": _sizes,
     "aliases": _names,
