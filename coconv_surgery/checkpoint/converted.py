@@ -14,15 +14,33 @@ from coconv_surgery.checkpoint.header import beside_tensors, check_network, is_j
 from coconv_surgery.checkpoint.origin import plan_told
 from coconv_surgery.checkpoint.reading import is_safetensors, read_checkpoint, weights_in
 from coconv_surgery.checkpoint.tensors import cannot_write, check_fit, check_loadable, each_once, held_once, is_expanded
-from coconv_surgery.layers.arguments import flag
+from coconv_surgery.layers.arguments import file_to_write, flag
 from coconv_surgery.layers.files import whole_file
 from coconv_surgery.layers.metadata import unchecked_levels
 from coconv_surgery.layers.rollback import deep_restorer
 from coconv_surgery.planning.notes import GUARD, guard_of, is_guard, is_guarded
+from coconv_surgery.planning.plan import Plan
 from coconv_surgery.surgery import complete_plan, get_plan, switch_to_plan
 from coconv_surgery.tracing.convertible import check_convertible, check_unsharded, path_of
 from coconv_surgery.tracing.finding import find_intact_sites
 from coconv_surgery.tracing.switching import mark_calibrated
+
+# Suffixes of other formats, by which their readers would take the file for one.
+_OF_OTHERS = {
+    ".bin",
+    ".ckpt",
+    ".h5",
+    ".json",
+    ".npz",
+    ".onnx",
+    ".pickle",
+    ".pkl",
+    ".pt",
+    ".pt2",
+    ".pth",
+    ".tar",
+    ".xml",
+}
 
 
 def save_converted(
@@ -35,7 +53,7 @@ def save_converted(
 
     Args:
         model: A network, converted or not.
-        path: The file, ``.safetensors`` by custom.
+        path: The file, ``.safetensors`` by custom; not of a suffix that says another format, such as ``.pth``.
         guard: Whether to add the entry of :func:`guard`, so that no plain network loads the file strictly; the network
             does not get it.
         network: What the network is, so that ``coconv`` takes the file for it: the ``target`` that the command line
@@ -44,11 +62,11 @@ def save_converted(
     Raises:
         TypeError: If ``model`` is not a module, or one whose weights are sharded, or ``path`` is not a path, or
             ``network`` not a dict of that.
-        ValueError: If a contextual convolution was pruned, or the network holds what a safetensors file has no place
-            for; all of it is named.
+        ValueError: If ``path`` has the suffix of another format, a contextual convolution was pruned, or the network
+            holds what a safetensors file has no place for; all of it is named.
         OSError: If it cannot be written.
     """
-    plan, guard = get_plan(model), flag(guard, "guard")
+    plan, guard, path = get_plan(model), flag(guard, "guard"), file_of_weights(path)
     network = None if network is None else check_network(network, "network")
     for name, module in model.named_modules():
         check_unsharded(module, path_of(name), "load the gathered weights into a whole network, and save that")
@@ -92,13 +110,9 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         OSError: If the file cannot be read.
     """
     check_convertible(model)
-    content = read_checkpoint(path)
-    plan, weights = plan_told(content, path), weights_in(content, path)
+    plan, weights = _plan_and_weights(path)
     check_loadable(model, {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, path)
-    if is_safetensors(path):
-        weights |= beside_tensors(read_header(path), weights, path)
-    own = model.state_dict()
-    weights, own = ({name: held[name] for name in held if not is_guard(name)} for held in (weights, own))
+    own = _unguarded(model.state_dict())
     check_fit(model, own, weights, path)
     both = [name for name in own if isinstance(own[name], torch.Tensor)]
     expanded = {name: (own[name], weights.pop(name)) for name in both if is_expanded(own[name])}
@@ -112,3 +126,37 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         mark_calibrated(find_intact_sites(model), plan.calibrated, undo)
         undo.pop_all()
     return model
+
+
+def file_of_weights(path: str | Path) -> Path:
+    """The path that :func:`save_converted` may write to, with its errors of paths."""
+    file = file_to_write(path, "path")
+    if file.suffix.lower() in _OF_OTHERS:
+        raise ValueError(
+            f"path: {file} would be a safetensors file, whatever its name: call it "
+            f"{file.with_suffix('.safetensors').name}"
+        )
+    return file
+
+
+def check_sizes(model: nn.Module, path: str | Path) -> None:
+    """Check that the weights of a converted network fit another, which may be on the meta device.
+
+    Args:
+        model: The network.
+        path: As of :func:`load_converted`, with the same errors.
+    """
+    _, weights = _plan_and_weights(path)
+    check_fit(model, _unguarded(model.state_dict()), weights, path)
+
+
+def _plan_and_weights(path: str | Path) -> tuple[Plan, dict[str, Any]]:
+    content = read_checkpoint(path)
+    plan, weights = plan_told(content, path), weights_in(content, path)
+    if is_safetensors(path):
+        weights |= beside_tensors(read_header(path), weights, path)
+    return plan, _unguarded(weights)
+
+
+def _unguarded(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if not is_guard(name)}

@@ -72,7 +72,7 @@ def check_network(value: Any, name: str) -> dict[str, Any]:
     network = mapping(value, name, "target and arguments", keys=("target", "arguments"))
     text(network.get("target"), f"{name}: target")
     if not is_json(mapping(network.setdefault("arguments", {}), f"{name}: arguments", "values by name")):
-        raise ValueError(f"{name}: arguments: a file has place for text, numbers, lists and dicts of them alone")
+        raise ValueError(f"{name}: arguments: a file has place for text, numbers, and lists and dicts of them that end")
     return network
 
 
@@ -99,14 +99,28 @@ def beside_tensors(header: Mapping[str, str], tensors: Mapping[str, Any], path: 
     shared = _read(header, _SHARED, path)
     if lost := [name for name in shared.values() if not isinstance(name, str) or name not in tensors]:
         raise CheckpointError(f"{path} shares tensors that it does not hold, as {shown(lost[0])}")
-    return {alias: tensors[name] for alias, name in shared.items()} | _read(header, _EXTRA, path)
+    extra = _read(header, _EXTRA, path)
+    if twice := sorted((shared.keys() & extra.keys()) | (tensors.keys() & {*shared, *extra})):
+        raise CheckpointError(
+            f"{path} holds {shown(twice[0])} twice, once in its header: it must say what that is once"
+        )
+    return {alias: tensors[name] for alias, name in shared.items()} | extra
 
 
 def is_json(value: Any) -> bool:
     """Whether a value is the same after it has been JSON."""
+    try:
+        return _alike(value, json.loads(json.dumps(value)))
+    except (RecursionError, TypeError, ValueError):  # nested without an end, for one
+        return False
+
+
+def _alike(value: Any, other: Any) -> bool:
+    if type(value) is not type(other):
+        return False
     if isinstance(value, dict):
-        return all(type(key) is str for key in value) and all(map(is_json, value.values()))
-    return all(map(is_json, value)) if type(value) is list else type(value) in (str, int, float, bool, type(None))
+        return value.keys() == other.keys() and all(_alike(value[key], other[key]) for key in value)
+    return not isinstance(value, list) or all(map(_alike, value, other))
 
 
 def _read(header: Mapping[str, str], key: str, path: str | Path) -> dict[str, Any]:

@@ -48,11 +48,13 @@ def check_fit(model: nn.Module, own: Mapping[str, Any], weights: Mapping[str, An
         ValueError: If names or shapes differ, or it holds one tensor for several that differ; one of each kind is
             named.
     """
-    both = [name for name in own if name in weights and isinstance(own[name], torch.Tensor)]
+    shared = [name for name in own if name in weights and isinstance(own[name], torch.Tensor)]
+    both = [name for name in shared if isinstance(weights[name], torch.Tensor)]
     fitting = [name for name in both if own[name].shape == weights[name].shape]
     problems = {
         "missing": sorted(own.keys() - weights.keys()),
         "unexpected": sorted(weights.keys() - own.keys()),
+        "no tensor": [name for name in shared if name not in both],
         "of another shape": [
             f"{name} ({_shape(weights[name])}, and {_shape(own[name])} in the network)"
             for name in both

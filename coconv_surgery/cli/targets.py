@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 import torch.nn as nn
 
-from coconv_surgery.checkpoint.converted import load_converted
+from coconv_surgery.checkpoint.converted import check_sizes, load_converted
 from coconv_surgery.checkpoint.header import is_json, network_in_header, read_header
 from coconv_surgery.checkpoint.hub import coconv_converted
 from coconv_surgery.checkpoint.origin import read_plan
@@ -229,7 +230,19 @@ def _of_file(path: str, arguments: dict[str, Any], pretrained: bool) -> nn.Modul
             f"{path} holds the weights of {shown(name)}, and a file may not name code or other files: if you trust it, "
             "name that as the TARGET, and give the file by --weights"
         )
-    return load_converted(build(name, {**given, **arguments}), path)
+    make = functools.partial(build, name, {**given, **arguments})
+    _check_sizes(make, path)
+    return load_converted(make(), path)
+
+
+def _check_sizes(make: Callable[[], nn.Module], path: str) -> None:
+    """Compare the sizes that a file asks for with those that it holds, before they cost memory."""
+    try:
+        with torch.device("meta"):
+            network = make()
+    except ValueError:  # torchvision's RegNets compute with tensors
+        return
+    check_sizes(network, path)
 
 
 def _detector(path: str) -> nn.Module:

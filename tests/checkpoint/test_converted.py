@@ -1,11 +1,13 @@
 """A converted network on disk."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import coconv_surgery as cs
@@ -212,3 +214,34 @@ def test_a_plan_in_a_file_that_cannot_be_read_names_the_file(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "net.safetensors", metadata={"coconv_plan": "{}"})
     with pytest.raises(cs.PlanError, match=r"the plan in .*net\.safetensors is not a plan"):
         cs.read_plan(tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("key", ["coconv_shared", "coconv_extra_state"])
+def test_a_header_that_says_what_a_tensor_of_the_file_is_too_is_refused(net, saved, key):
+    header = safe_open(saved, "pt").metadata() | {key: json.dumps({"head.bias": "stem.bias"})}
+    save_file(load_file(saved), saved, metadata=header)
+    with pytest.raises(cs.CheckpointError, match=r"holds 'head\.bias' twice, once in its header"):
+        cs.load_converted(type(net)(), saved)
+
+
+def test_a_header_that_says_two_things_of_one_entry_is_refused(net, saved):
+    header = safe_open(saved, "pt").metadata()
+    header |= {"coconv_shared": '{"x": "stem.bias"}', "coconv_extra_state": '{"x": 1}'}
+    save_file(load_file(saved), saved, metadata=header)
+    with pytest.raises(cs.CheckpointError, match="holds 'x' twice"):
+        cs.load_converted(type(net)(), saved)
+
+
+def test_what_is_no_tensor_where_the_network_has_one_is_refused(net, tmp_path):
+    state = cs.convert(net, input_size=32).state_dict()
+    state["head.bias"] = 5
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"do not fit TinyNet: 1 no tensor, as head\.bias"):
+        cs.load_converted(type(net)(), tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.PT", "last.ckpt", "pytorch_model.bin", "net.onnx", "last.pth.tar"])
+def test_a_name_that_says_another_format_is_refused_before_anything_is_written(net, tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name} would be a safetensors file.*: call it \w+(\.pth)?\.safetensors"):
+        cs.save_converted(net, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

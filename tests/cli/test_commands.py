@@ -298,8 +298,9 @@ def test_convert_goes_by_the_plan_of_a_converted_checkpoint(coconv, tmp_path, su
     cs.save_converted(model, path) if suffix == "safetensors" else torch.save(model.state_dict(), path)
     assert coconv("convert", "resnet18", "--checkpoint", path, "-o", tmp_path / "out.safetensors").code == 0
     assert cs.read_plan(tmp_path / "out.safetensors") == cs.get_plan(model)
-    assert coconv("convert", "resnet18", "--checkpoint", path, "--policy", "stage(3,3,2,1)", "-o", path).code == 0
-    assert cs.read_plan(path).policy == "stage(3,3,2,1)"
+    again = path.with_suffix(".safetensors")
+    assert coconv("convert", "resnet18", "--checkpoint", path, "--policy", "stage(3,3,2,1)", "-o", again).code == 0
+    assert cs.read_plan(again).policy == "stage(3,3,2,1)"
 
 
 @pytest.fixture

@@ -157,10 +157,28 @@ def test_a_file_names_no_code_and_no_other_file(tmp_path, network):
         targets.build(str(path))
 
 
+def test_a_file_that_asks_for_another_size_than_it_holds_costs_no_memory(tmp_path, coconv):
+    path = tmp_path / "net.safetensors"
+    network = {"target": "test_resnet", "arguments": {"num_classes": 10**12}}  # 384 TB
+    cs.save_converted(cs.convert(timm.create_model("test_resnet")), path, network=network)
+    assert "do not fit ResNet: 2 of another shape, as fc.weight" in coconv("plan", path).err
+
+
+def test_a_network_that_computes_with_tensors_when_it_is_built_is_a_target_of_a_file(tmp_path):
+    path, network = tmp_path / "net.safetensors", {"target": "torchvision/regnet_x_400mf"}
+    cs.save_converted(cs.convert(targets.build(network["target"]), input_size=64), path, network=network)
+    assert cs.plan_of(path) == cs.get_plan(targets.build(str(path)))
+
+
+WITHIN_ITSELF = []
+WITHIN_ITSELF.append(WITHIN_ITSELF)
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
         ({"target": 3}, "network: target"),
+        ({"target": "resnet18", "arguments": {"widths": WITHIN_ITSELF}}, "network: arguments: a file has place for"),
         ({"name": "resnet18"}, "network has no key 'name'"),
         ({"target": "resnet18", "arguments": {"act_layer": nn.ReLU}}, "network: arguments: a file has place for"),
         ("resnet18", "network must be a dict of target and arguments"),
