@@ -24,10 +24,11 @@ signatures = st.builds(
     groups=st.integers(1, 9),
     padding_mode=st.sampled_from(["zeros", "reflect"]),
 )
+reasons = st.text().filter(str.strip)
 whys = st.one_of(
     st.tuples(st.none(), st.none()),
-    st.tuples(st.text(), st.none()),
-    st.tuples(st.text(), st.sampled_from(cs.Reason)),
+    st.tuples(reasons, st.none()),
+    st.tuples(reasons, st.sampled_from(cs.Reason)),
 )
 rows = st.builds(
     lambda why, levels, **fields: PlanRow(
@@ -64,6 +65,14 @@ def test_a_plan_file_replays_on_a_fresh_network(net, image, tmp_path):
     cs.get_plan(net).to_json(tmp_path / "plan.json")
     cs.apply_plan(fresh, Plan.from_json(tmp_path / "plan.json"))
     assert torch.equal(fresh(image), net(image))
+
+
+@pytest.mark.parametrize("reason", ["", "\t "])
+def test_a_reason_that_says_nothing_is_refused(net, reason):
+    data = json.loads(cs.plan_conversion(net, input_size=32).to_json())
+    data["rows"][0]["reason"] = reason
+    with pytest.raises(cs.PlanError, match=r"row 'stem': reason=.* must say why, or be None"):
+        Plan.from_json(json.dumps(data))
 
 
 def test_a_plan_edited_by_hand_is_what_is_applied(net):
