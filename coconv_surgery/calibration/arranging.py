@@ -177,7 +177,7 @@ def _errors(moments: dict[int, Moments], weight: torch.Tensor) -> torch.Tensor:
     errors = []
     for own in moments.values():
         groups, width, _ = own.cross.shape
-        kernels = weight.detach().to(own.gram).view(groups, -1, width)
+        kernels = weight.detach().to(own.gram).reshape(groups, -1, width)
         solved = own.solve(kernels, _RIDGE, with_bias=False)
         errors.append(own.error(solved).flatten() / own.count)
     return torch.stack(errors, dim=1).cpu()

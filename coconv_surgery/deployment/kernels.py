@@ -49,8 +49,8 @@ class Kernels:
         """
         kernel = [1] * (self.weight.dim() - 2)
         if self.transposed:
-            grouped = self.weight.view(self.transposed, -1, *self.weight.shape[1:])
-            weight = (grouped * scale.view(self.transposed, 1, -1, *kernel)).view(self.weight.shape)
+            grouped = self.weight.unflatten(0, (self.transposed, -1))
+            weight = (grouped * scale.view(self.transposed, 1, -1, *kernel)).flatten(0, 1)
         else:
             weight = self.weight * scale.view(-1, 1, *kernel)
         return replace(self, weight=weight, bias=shift if self.bias is None else self.bias * scale + shift)

@@ -288,6 +288,16 @@ def test_other_types_are_kept_and_summed_up_in_single_precision_or_better(dtype,
     assert all(row.after < 0.6 * row.before for row in report.layers)
 
 
+def test_the_order_of_memory_makes_no_difference():
+    images, reports = smooth(8, 3, 32, 32), []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        model = converted_tiny().to(memory_format=memory)
+        reports.append(cs.calibrate(model, images, also="*"))
+        assert model.stem.weight.is_contiguous(memory_format=memory)
+    for one, other in zip(*(report.layers for report in reports), strict=True):
+        assert one.after == pytest.approx(other.after, rel=1e-4)
+
+
 class Picks(nn.Module):
     """Runs a convolution on the crop where its features are strongest, as a second stage does."""
 
