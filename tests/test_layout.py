@@ -33,7 +33,7 @@ FILES = {
         *("rollback", "switch", "timm_convs"),
     ],
     "tracing": [
-        *("convertible", "objects", "operations", "differences", "inputs", "unseen", "surroundings"),
+        *("convertible", "objects", "operations", "differences", "evaluating", "inputs", "unseen", "surroundings"),
         *("copying", "twin", "visit", "signature", "graph_convs", "graph_weights", "rewriting", "sites", "finding"),
         *("switching", "dataflow", "padding", "observer", "fx_map", "trace"),
     ],

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch.nn as nn
 
 from coconv_surgery.layers.rollback import deep_restorer
+from coconv_surgery.tracing.evaluating import evaluate
 from coconv_surgery.tracing.objects import in_short
 
 
@@ -36,7 +37,7 @@ def merge_blocks(model: nn.Module) -> tuple[nn.Module, list[str], dict[str, str]
                     undo.pop_all()
                     names[path] = None
                     became[module] = result if isinstance(result, nn.Module) else module
-                    became[module].eval()
+                    evaluate(became[module])
                     return became[module]
         for name, child in list(module._modules.items()):
             if child is not None:

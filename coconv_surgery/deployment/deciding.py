@@ -130,4 +130,6 @@ def _foldable(watch: Watch, name: str, kernels: _KernelsOf) -> tuple[Norm | None
         if seen.rank is not None and seen.rank != found.weight.dim():
             return None, f"it does not norm what {layer} gives by output channel"
     norm = None if seen.rank is None else read_norm(seen.module, seen.rank)
+    if seen.module.training:
+        return norm, "the network keeps it in training mode, where it norms by the images at hand"
     return norm, "it does more than to scale, shift and activate with constant numbers"

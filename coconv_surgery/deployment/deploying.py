@@ -19,6 +19,7 @@ from coconv_surgery.merging import keep_levels_in_merges
 from coconv_surgery.planning.notes import attributes_kept_by, is_guarded, note_plan, set_guard
 from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.copying import separate_copy
+from coconv_surgery.tracing.evaluating import evaluate
 from coconv_surgery.tracing.inputs import BlankInputs, Inputs, InputSize, infer_inputs
 from coconv_surgery.tracing.unseen import unseen
 
@@ -61,8 +62,8 @@ def deploy(model: nn.Module, *, input_size: InputSize | None = None, example_inp
     if any(parameter.is_meta for parameter in model.parameters()):
         raise DeploymentError("the network is on the meta device, without numbers: load its weights first")
     deployed = separate_copy(model)
-    deployed.eval()  # which does not return itself where train() is overridden
     with unseen(model):
+        evaluate(deployed)
         deployed, merged, refused = merge_blocks(deployed)
         refused |= nodes_to_modules(deployed)
         decision = decide(deployed, inputs)

@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coconv_surgery.tracing.copying import CopyError, copy_network, silence
+from coconv_surgery.tracing.evaluating import evaluate
 from coconv_surgery.tracing.objects import in_short, tensors_in
 from coconv_surgery.tracing.surroundings import Surroundings
 
@@ -60,14 +61,15 @@ class Twin:
         self.fake = fake or on_meta
         self._default_device = torch.device("meta") if on_meta else None
         self.model, self._copies = copy_network(model, surroundings or Surroundings(model), self._copy_tensor)
+        self._call_alone()
+        with self._mode():
+            evaluate(self.model)
         for module in self.model.modules():
-            vars(module)["training"] = False  # whatever its class does when an attribute is set
             # Old-style normalisations of weights keep the result in a plain attribute.
             weights = [*module._parameters.values(), vars(module).get("weight")]
             for weight in weights:
                 if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.is_leaf:
                     weight.requires_grad_(True)
-        self._call_alone()
 
     def run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[..., Any] | None = None

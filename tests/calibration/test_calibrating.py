@@ -298,6 +298,22 @@ def test_the_order_of_memory_makes_no_difference():
         assert one.after == pytest.approx(other.after, rel=1e-4)
 
 
+def test_norms_that_the_network_keeps_in_training_mode_are_so_in_its_copies():
+    class Adaptive(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].train()
+            return self
+
+    images, rows = smooth(8, 3, 32, 32), []
+    for kind, tracks in ((Adaptive, True), (nn.Sequential, False)):
+        torch.manual_seed(0)
+        convs = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+        norm = nn.BatchNorm2d(8, track_running_stats=tracks)
+        rows.append(cs.calibrate(cs.convert(kind(convs[0], norm, *convs[1:]), input_size=32), images).layers)
+    assert rows[0] == rows[1]
+
+
 class Picks(nn.Module):
     """Runs a convolution on the crop where its features are strongest, as a second stage does."""
 

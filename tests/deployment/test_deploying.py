@@ -190,6 +190,26 @@ def test_norms_that_compute_statistics_are_left(norm):
     assert check(net, IMAGE)[1].__class__ is type(norm)
 
 
+class Adaptive(nn.Sequential):
+    """Norms by the images at hand in evaluation mode as well."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].train()  # and returns nothing
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_that_the_network_keeps_in_training_mode_are_left(training):
+    net = Adaptive(conv(), nn.BatchNorm2d(8), conv(), nn.BatchNorm2d(8))
+    randomise_norms(net)
+    net.train(training)
+    deployed = deploy(net, example_inputs=IMAGE)
+    assert list(get_deployment(deployed).folded) == ["3"]
+    assert "keeps it in training mode" in get_deployment(deployed).left["1"]
+    net.eval()
+    torch.testing.assert_close(deployed(IMAGE), net(IMAGE))
+
+
 @pytest.mark.parametrize(
     ("layer", "image"),
     [
