@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from coconv_surgery.deployment.report import DeploymentError
 from coconv_surgery.layers.files import whole_file
 from coconv_surgery.tracing.differences import difference
+from coconv_surgery.tracing.objects import in_short
 
 _ALLOWED = 1e-3  # relative to the largest number
 
@@ -62,7 +63,7 @@ def export(network: nn.Module, path: Path, images: torch.Tensor, like: nn.Module
     Raises:
         ValueError: If the name tells no known format.
         ModuleNotFoundError: If what writes the format is not installed.
-        DeploymentError: If what was written computes something else.
+        DeploymentError: If the format does not hold what the network does, or what was written computes something else.
     """
     files = files_of(path)
     form = FORMATS[path.suffix]
@@ -71,9 +72,20 @@ def export(network: nn.Module, path: Path, images: torch.Tensor, like: nn.Module
         expected = [tensor for tensor in tree_leaves((like or network)(other)) if isinstance(tensor, torch.Tensor)]
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, path.name)
-        with quietly():
-            kinds, found = form.write(network, written, images, other)
-        apart = max((difference(a, b) for a, b in zip(found, expected, strict=True)), default=math.nan)
+        try:
+            with quietly():
+                kinds, found = form.write(network, written, images, other)
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # the network's own code, or whatever writes and reads the format
+            why = in_short(_root_of(error)).replace(folder, str(path.parent))
+            raise DeploymentError(
+                f"{path} cannot be written ({why}): try the network in single precision, or another format of "
+                f"{', '.join(FORMATS)}"
+            ) from error
+        if len(found) != len(expected):
+            raise DeploymentError(f"{path} would return {len(found)} tensors where the network returns {len(expected)}")
+        apart = max(map(difference, found, expected), default=math.nan)
         if not apart <= _ALLOWED:
             raise DeploymentError(f"{path} would compute something else, by {apart:.1e} of the largest number")
         with contextlib.ExitStack() as stack:
@@ -83,6 +95,13 @@ def export(network: nn.Module, path: Path, images: torch.Tensor, like: nn.Module
                 shutil.copyfile(written.with_suffix(file.suffix), target)
     convolutions, norms = (sum(kind in names for kind in kinds) for names in (form.convolutions, form.norms))
     return ExportedFile(path, len(kinds), convolutions, norms, apart, sum(file.stat().st_size for file in files))
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """What made an exporter fail."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def files_of(path: Path) -> list[Path]:
@@ -116,7 +135,8 @@ def _onnx(
 
     write_onnx(network, images, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = session.run(None, {"images": other.numpy()})
+    (image,) = session.get_inputs()  # whose name is another one where the network returns it
+    found = session.run(None, {image.name: other.numpy()})
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     return kinds, list(map(torch.from_numpy, found))
 
@@ -180,11 +200,12 @@ FORMATS = {
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without what exporters say while they work."""
+    """Without what exporters say while they work; what they raise says it better."""
     before: Any = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:

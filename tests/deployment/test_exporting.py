@@ -85,6 +85,43 @@ def test_a_file_that_would_compute_something_else_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Odd(nn.Module):
+    """Does what not every format holds."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.conv = how, nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        y = self.conv(x.to(self.conv.weight.dtype))
+        if self.how == "branch":
+            return y if x.mean() > 0.5 else -y
+        return {"image": (y, x), "number": (y, 3)}.get(self.how, y)
+
+
+@pytest.mark.parametrize(
+    ("network", "suffix", "message"),
+    [
+        (lambda: Odd("").bfloat16(), ".onnx", r"tensor\(bfloat16\)"),
+        (lambda: Odd("number"), ".onnx", "int"),
+        (lambda: Odd("number"), ".xml", "Only tensors"),
+        (lambda: Odd("branch"), ".pt2", "data-dependent"),
+    ],
+)
+def test_what_a_format_does_not_hold_is_one_error_and_not_written(tmp_path, capfd, network, suffix, message):
+    with pytest.raises(DeploymentError, match=rf"net{suffix} cannot be written \(.*{message}") as caught:
+        export(network(), tmp_path / f"net{suffix}", torch.rand(1, 3, 16, 16))
+    assert "single precision" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_image_that_the_network_returns_is_compared_too(tmp_path, suffix):
+    assert export(Odd("image"), tmp_path / f"net{suffix}", torch.rand(1, 3, 16, 16)).difference < 1e-5
+
+
 def test_several_outputs_are_compared(tmp_path):
     network = timm.create_model("test_resnet", features_only=True).eval()
     written = export(deploy(network, input_size=64), tmp_path / "net.onnx", torch.rand(1, 3, 64, 64), like=network)
