@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from coconv_surgery.layers.arguments import is_instance_of, kind
 from coconv_surgery.tracing.inputs import Inputs
 
 BATCH = 16
+_MOST_EMPTY = 1000  # batches, of a stream that may have no end
+_SHOWN = 3
 
 
 class Stop(BaseException):
@@ -37,6 +40,16 @@ class Batch:
     images: int
     call: Callable[..., Any] | None = None
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among its inputs."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no images in it because it is a batch of none."""
+        return any(tensor.dim() >= 4 and not len(tensor) for tensor in self.tensors)
+
     def run(self, model: nn.Module) -> Any:
         """Run a network on a copy of it."""
         return Inputs(self.args, self.kwargs, self.call).run(model)
@@ -52,13 +65,13 @@ def read_batches(model: nn.Module, images: Any, limit: int) -> list[Batch]:
 
     Raises:
         TypeError: If it is nothing that could be images.
-        CalibrationError: If there are none, or they hold numbers that are not finite.
+        CalibrationError: If there are none, something else is among them, or they hold numbers that are not finite.
     """
     if isinstance(images, torch.Tensor):
-        images = torch.split(images[:limit], BATCH) if images.dim() == 4 else [images]
+        images = torch.split(images[:limit], BATCH) if images.dim() == 4 and _is_dense(images) else [images]
     if isinstance(images, Inputs):
         images = [images]
-    refused = isinstance(images, nn.Module | type | str | bytes | Mapping)
+    refused = isinstance(images, nn.Module | type | str | bytes | Mapping | io.IOBase)
     several = None if refused else _iterator(images)
     if several is None and (refused or not callable(images)):
         raise TypeError(
@@ -68,18 +81,52 @@ def read_batches(model: nn.Module, images: Any, limit: int) -> list[Batch]:
     batches: list[Batch] = [] if several is not None else _captured(model, images, limit)
     for item in several or ():
         batches.append(_batch(model, item))
-        if sum(batch.images for batch in batches) >= limit:
+        if _are_enough(batches, limit):
             break
-    if not any(batch.images for batch in batches):
+    for number, batch in enumerate(batches):
+        _check(batch, f"batch {number} of the images")
+    filled = [batch for batch in batches if batch.images]
+    if not filled:
         raise CalibrationError(
             "there are no images to calibrate on"
             + (": the function must call the network that it is given" if several is None else "")
         )
-    for number, batch in enumerate(batches):
-        for tensor in tree_leaves((batch.args, batch.kwargs)):
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
-                raise CalibrationError(f"batch {number} of the images holds numbers that are not finite")
-    return batches
+    return filled
+
+
+def _are_enough(batches: Sequence[Batch], limit: int) -> bool:
+    """Whether nothing more is to be read, also because no images come of it."""
+    images = [batch.images for batch in batches]
+    return sum(images) >= limit or images.count(0) >= _MOST_EMPTY or not (images[-1] or batches[-1].is_empty)
+
+
+def _check(batch: Batch, name: str) -> None:
+    tensors = batch.tensors
+    for tensor in tensors:
+        if not _is_dense(tensor):
+            raise CalibrationError(
+                f"{name} holds a tensor of layout {tensor.layout} on {tensor.device}: give dense tensors with numbers"
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CalibrationError(f"{name} holds numbers that are not finite")
+    if not batch.images and not batch.is_empty:
+        leaves = tree_leaves((batch.args, batch.kwargs))
+        given = ", ".join(map(_in_words, leaves[:_SHOWN])) + (", …" if len(leaves) > _SHOWN else "")
+        raise CalibrationError(
+            f"{name} holds no images, which are tensors (N, C, H, W), or (C, H, W), but {given or 'nothing'}: give "
+            "what the network takes in evaluation, labels behind the images"
+        )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has numbers that can be read one by one."""
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_nested
+
+
+def _in_words(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return kind(value)
+    return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
 
 
 def _iterator(images: Any) -> Iterator[Any] | None:
@@ -97,7 +144,7 @@ def _captured(model: nn.Module, run: Callable[[nn.Module], Any], limit: int) -> 
     def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         args, kwargs = copy.deepcopy(tree_map(_apart, (args, kwargs)))
         batches.append(Batch(args, kwargs, _count(args, kwargs)))
-        if sum(batch.images for batch in batches) >= limit:
+        if _are_enough(batches, limit):
             raise Stop
 
     handle = model.register_forward_pre_hook(capture, with_kwargs=True)
@@ -126,7 +173,7 @@ def _batch(model: nn.Module, item: Any) -> Batch:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
     def enter(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or not _is_dense(value):
             return value
         return value.detach().to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
 

@@ -80,8 +80,9 @@ def calibrate(
     Raises:
         TypeError: If ``model`` is not a module that can be converted in place, or another argument is of a wrong kind.
         ValueError: If a pattern matches nothing, or a contextual convolution was pruned.
-        CalibrationError: If there are no images, they or what the network computes are not finite, they are of another
-            size than the network was converted for, or the network was calibrated before. Whatever goes wrong,
+        CalibrationError: If there are no images, or something else among them, they or what the network computes are
+            not finite, they are of another size than the network was converted for, or the network was calibrated
+            before. Whatever goes wrong,
             interrupts included, the network is left as it was.
 
     >>> import timm
@@ -246,15 +247,9 @@ class _Work:
                 self._weights[call.layer] = name
             self._check_size(call)
 
-        try:
-            self._outputs = self._run_original(see)
-        except CalibrationError:
-            raise
-        except Exception as error:  # whatever the network's own code raises
-            raise CalibrationError(
-                f"{type(self._model).__name__} does not run on these images ({in_words(error)}): give them as it takes "
-                "them in evaluation"
-            ) from error
+        self._outputs = self._run_original(see)
+        for number in range(1, len(self._batches)):
+            self._run_original(self._check_size, number)
         if not _same(self._outputs, self._run_original()):
             raise CalibrationError(
                 f"{type(self._model).__name__} does not compute the same twice from the same images: there is nothing "
@@ -280,9 +275,17 @@ class _Work:
         """What is kept of a layer's output takes."""
         return 4 * self._positions * layer.signature.out_channels
 
-    def _run_original(self, see: Callable[[Call], None] | None = None) -> list[torch.Tensor]:
-        """What the original network returns for the first batch."""
-        return list(tensors_in(self._original.run(self._batches[0], see)))
+    def _run_original(self, see: Callable[[Call], None] | None = None, number: int = 0) -> list[torch.Tensor]:
+        """What the original network returns for a batch."""
+        try:
+            return list(tensors_in(self._original.run(self._batches[number], see)))
+        except CalibrationError:
+            raise
+        except Exception as error:  # whatever the network's own code raises
+            raise CalibrationError(
+                f"{type(self._model).__name__} does not run on these images (batch {number}: {in_words(error)}): give "
+                "them as it takes them in evaluation"
+            ) from error
 
     def _arrange(self, stay: Mapping[str, str]) -> None:
         """Let channels change places in both networks, if that changes nothing in what the original computes."""

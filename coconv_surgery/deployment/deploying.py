@@ -21,6 +21,7 @@ from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.copying import separate_copy
 from coconv_surgery.tracing.evaluating import evaluate
 from coconv_surgery.tracing.inputs import BlankInputs, Inputs, InputSize, infer_inputs
+from coconv_surgery.tracing.objects import tensors_in
 from coconv_surgery.tracing.unseen import unseen
 
 _ATTRIBUTE = "_coconv_deployment"
@@ -100,10 +101,12 @@ def _with_numbers(inputs: Inputs) -> Inputs:
     """Inputs without blank images, on which little of a network would be seen to differ."""
     if isinstance(inputs, BlankInputs):
         raise ValueError(f"an image of {inputs} is too large to run the network on: give a smaller input_size")
+    if any(tensor.is_meta for tensor in tensors_in(inputs.args, inputs.kwargs)):
+        raise DeploymentError("the inputs are on the meta device, without numbers: give some that have them")
     generator = torch.Generator("cpu").manual_seed(0)
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point() or tensor.is_meta or tensor.any():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.any():
             return tensor
         return torch.rand(tensor.shape, generator=generator).to(tensor)
 

@@ -1,6 +1,8 @@
 """Trained networks that were converted keep what they learnt."""
 
 import copy
+import io
+import itertools
 import pickle
 import sys
 import warnings
@@ -593,7 +595,46 @@ def test_bad_input_is_one_clear_error_and_changes_nothing(what):
     assert cs.get_plan(model).calibrated == 0
 
 
-@pytest.mark.parametrize("images", ["a folder", None, 3, nn.Conv2d(3, 3, 3), {"x": 1}])
+OTHERS = {
+    "grey ones": (torch.randn(4, 1, 32, 32), "does not run on these images"),
+    "one without a batch": (torch.randn(3, 32, 32), "does not run on these images"),
+    "whole numbers": (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "does not run on these images"),
+    "another name": ({"image": GOOD}, "does not run on these images"),
+    "much larger ones": (torch.randn(2, 3, 128, 128), "converted for maps of 16×16"),
+    "much smaller ones": (torch.randn(2, 3, 12, 12), "converted for maps of 16×16"),
+    "a word": ("image", "holds no images, .* but str"),
+    "None": (None, "holds no images, .* but NoneType"),
+    "an array": (GOOD.numpy(), "holds no images, .* but ndarray"),
+    "labels before images": ((torch.zeros(4), GOOD), r"holds no images, .* but a tensor \(4,\) of float32"),
+    "sparse ones": (GOOD.to_sparse(), "torch.sparse_coo on cpu"),
+    "ones on meta": (GOOD.to("meta"), "torch.strided on meta"),
+    "NaN": (torch.full((4, 3, 32, 32), float("nan")), "not finite"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_batch_of_something_else_is_the_same_error_wherever_it_comes(what):
+    other, message = OTHERS[what]
+    for images in ([other], [GOOD, other], [other, GOOD]):
+        with pytest.raises(cs.CalibrationError, match=message):
+            cs.calibrate(converted_tiny(), images)
+
+
+@pytest.mark.parametrize("what", ["an array", "labels before images"])
+def test_a_stream_without_an_end_or_images_is_an_error(what):
+    other, message = OTHERS[what]
+    with pytest.raises(cs.CalibrationError, match=message):
+        cs.calibrate(converted_tiny(), itertools.repeat(other))
+    with pytest.raises(cs.CalibrationError, match="there are no images"):
+        cs.calibrate(converted_tiny(), itertools.repeat(GOOD[:0]))
+
+
+def test_empty_batches_are_left_out():
+    images = list(smooth(32, 3, 32, 32).split(16))
+    assert same_weights(calibrated_by([images[0], GOOD[:0], images[1], GOOD[:0]]), calibrated_by(images))
+
+
+@pytest.mark.parametrize("images", ["a folder", None, 3, nn.Conv2d(3, 3, 3), {"x": 1}, io.StringIO()])
 def test_what_cannot_be_images_is_refused_by_its_kind(images):
     with pytest.raises(TypeError, match="images must be"):
         cs.calibrate(converted_tiny(), images)

@@ -631,6 +631,7 @@ def test_random_numbers_stay_in_order(net, image):
         (lambda: deploy(nn.Conv2d(3, 8, 3), input_size=2), DeploymentError, "does not run on the inputs to deploy it"),
         (lambda: deploy(nn.Conv2d(3, 8, 3), input_size=8000), ValueError, "too large to run the network on"),
         (lambda: deploy(nn.Conv2d(3, 8, 3, device="meta"), input_size=32), DeploymentError, "on the meta device"),
+        (lambda: deploy(conv(), example_inputs=IMAGE.to("meta")), DeploymentError, "inputs are on the meta device"),
         (lambda: get_deployment(nn.ReLU()), ValueError, r"was not deployed: deploy\(\) returns"),
         (lambda: deploy(torch.jit.script(nn.ReLU())), TypeError, "is scripted"),
     ],
