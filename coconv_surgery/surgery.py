@@ -131,7 +131,7 @@ def switch_to_plan(model: nn.Module, sites: Sequence[Site], plan: Plan, undo: Ex
     changes = [(site, targets[site.name]) for site in sites if site.state != (targets[site.name] or site.plain)]
     switch_sites(sites, changes, undo)
     keep_levels_in_merges(model, undo)
-    note_plan(model, replace(plan, calibrated=0), undo)  # which the convolutions know of their own kernels
+    note_plan(model, replace(plan, calibrated=0, stale=False), undo)  # which the convolutions know of their own kernels
     _renew_guards(model, undo)
     return bool(changes)
 

@@ -123,7 +123,7 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
             model.load_state_dict(weights, strict=False)
             for tensor, values in expanded.values():
                 held_once(tensor, tensor).copy_(held_once(tensor, values))
-        mark_calibrated(find_intact_sites(model), plan.calibrated, undo)
+        mark_calibrated(find_intact_sites(model), plan.calibrated, undo, stale=plan.stale)
         undo.pop_all()
     return model
 

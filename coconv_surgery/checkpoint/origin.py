@@ -114,7 +114,8 @@ def _plan_in_metadata(state: Mapping[Any, Any], label: str) -> Plan | None:
     differs = any(levels[name] != planned.get(name) for name in levels)
     plan = _found(parts, label) if differs else _joined(plans)
     images = [told for part in parts.values() if isinstance(told := part.get(metadata.CALIBRATED), int)]
-    return plan if plan is None else replace(plan, calibrated=max(images, default=0))
+    stale = any(metadata.STALE in part for part in parts.values())
+    return plan if plan is None else replace(plan, calibrated=max(images, default=0), stale=stale)
 
 
 def _found(parts: Mapping[str, Mapping[Any, Any]], label: str) -> Plan:

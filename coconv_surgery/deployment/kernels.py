@@ -49,7 +49,7 @@ class Kernels:
         """
         kernel = [1] * (self.weight.dim() - 2)
         if self.transposed:
-            grouped = self.weight.unflatten(0, (self.transposed, -1))
+            grouped = self.weight.view(self.transposed, -1, *self.weight.shape[1:])
             weight = (grouped * scale.view(self.transposed, 1, -1, *kernel)).flatten(0, 1)
         else:
             weight = self.weight * scale.view(-1, 1, *kernel)

@@ -17,7 +17,7 @@ import torch.nn as nn
 from coconv_surgery.layers.arguments import Pair, choice, flag, height_and_width, instance, whole_number
 from coconv_surgery.layers.functional import NAMED_PADDING, PADDING_MODES, Dilation, coconv2d, pair
 from coconv_surgery.layers.levels import Levels, SplitRule, complete_levels, is_plain
-from coconv_surgery.layers.metadata import CALIBRATED, mark_calibrated, may_load, write_levels
+from coconv_surgery.layers.metadata import CALIBRATED, STALE, mark_calibrated, may_load, write_levels
 
 torch.fx.wrap("coconv2d")  # one node of a graph, as the convolution it replaces is
 
@@ -204,7 +204,7 @@ class CoConv2d(nn.Conv2d):
             keys = missing_keys, unexpected_keys
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *keys, error_msgs)
             if isinstance(images := local_metadata.get(CALIBRATED), int) and f"{prefix}weight" in state_dict:
-                mark_calibrated(self, images)
+                mark_calibrated(self, images, stale=STALE in local_metadata)
 
     def parameters_for(self, kernels: torch.Tensor) -> dict[str, torch.Tensor] | None:
         """Parameters with which it convolves with given kernels, or with the nearest ones that it can have.

@@ -23,8 +23,10 @@ from coconv_surgery.layers.levels import Levels
 KEY = "coconv_levels"
 CONV = "coconv_conv"
 CALIBRATED = "coconv_calibrated"  # on how many images its kernels were calibrated, see mark_calibrated()
+STALE = "coconv_stale"  # whether levels have changed since
 PLACE = "coconv_place"  # the convolution's own name, and those of all contextual ones of its network
 _MARK = "_coconv_calibrated"
+_STALE = "_coconv_stale"
 _ARGUMENTS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 DIFFERENT = (
     "the network is not converted as the one that these weights come from was, and would compute something else with "
@@ -101,6 +103,7 @@ def write_levels(state_dict: Mapping[str, Any], prefix: str, levels: Levels, con
         own[CONV] = {name: _in_numbers(getattr(conv, name)) for name in _ARGUMENTS}
         if images := calibrated_on(conv):
             own[CALIBRATED] = images
+            own.update({STALE: True} if is_stale(conv) else {})
 
 
 def calibrated_on(conv: nn.Module) -> int:
@@ -109,7 +112,12 @@ def calibrated_on(conv: nn.Module) -> int:
     return images
 
 
-def mark_calibrated(conv: nn.Module, images: int) -> None:
+def is_stale(conv: nn.Module) -> bool:
+    """Whether levels of its network have changed since a convolution's kernels were calibrated."""
+    return _STALE in vars(conv)
+
+
+def mark_calibrated(conv: nn.Module, images: int, *, stale: bool = False) -> None:
     """Keep in mind on how many images a convolution's kernels were calibrated, until others are loaded.
 
     The mark stays when the convolution becomes plain, for its kernels are no plain one's.
@@ -117,11 +125,13 @@ def mark_calibrated(conv: nn.Module, images: int) -> None:
     Args:
         conv: The convolution.
         images: How many; 0 for kernels that were not.
+        stale: Whether levels of its network have changed since.
     """
-    vars(conv).pop(_MARK, None)
+    for name in (_MARK, _STALE):
+        vars(conv).pop(name, None)
     if not images:
         return
-    vars(conv)[_MARK] = images
+    vars(conv).update({_MARK: images, _STALE: True} if stale else {_MARK: images})
     held = [getattr(hook, "hook", None) for hook in conv._load_state_dict_pre_hooks.values()]
     if _read_mark not in held:
         conv._register_load_state_dict_pre_hook(_read_mark, with_module=True)  # type: ignore[no-untyped-call]
@@ -136,7 +146,7 @@ def _read_mark(
         return  # none are loaded
     told = metadata.get(CALIBRATED)
     if isinstance(told, int):
-        mark_calibrated(conv, told)
+        mark_calibrated(conv, told, stale=STALE in metadata)
     elif "version" in metadata or not _same(kernels, vars(conv)["_parameters"].get("weight")):
         mark_calibrated(conv, 0)
 

@@ -122,12 +122,13 @@ def current_plan(model: nn.Module) -> Plan:
         input="unknown",
         parameters=count_parameters(model),
         calibrated=calibrated_images(sites),
+        stale=any(site.stale for site in sites),
     )
     remembered = noted_plan(model)
     if remembered is None or remembered.diff(found):
         return found
     # A new classifier may have come since.
-    return replace(remembered, parameters=found.parameters, calibrated=found.calibrated)
+    return replace(remembered, parameters=found.parameters, calibrated=found.calibrated, stale=found.stale)
 
 
 def _untouched(conv: TracedConv, why: Why) -> PlanRow:

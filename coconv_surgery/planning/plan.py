@@ -112,6 +112,7 @@ class Plan:
         traced: How the convolutions and their map sizes were found, as text.
         calibrated: On how many images the weights were calibrated after the conversion, see
             :func:`~coconv_surgery.calibrate`; 0 if they were not. It is of weights, and does not replay.
+        stale: Whether levels have changed since, so that they are not those that the weights were calibrated for.
     """
 
     rows: tuple[PlanRow, ...]
@@ -120,6 +121,7 @@ class Plan:
     parameters: int
     traced: str = "not traced"
     calibrated: int = 0
+    stale: bool = False
 
     def __post_init__(self) -> None:
         for row in instance(self.rows, "rows", tuple, "a tuple of PlanRow"):
@@ -128,6 +130,7 @@ class Plan:
             text(getattr(self, name), name)
         for name in ("parameters", "calibrated"):
             object.__setattr__(self, name, whole_number(getattr(self, name), name, at_least=0))
+        flag(self.stale, "stale")
 
     @property
     def converted(self) -> tuple[PlanRow, ...]:
@@ -157,10 +160,11 @@ class Plan:
     def summary(self) -> str:
         """Sum the plan up in one line."""
         reasons = "; ".join(f"{count} {reason}" for reason, count in self.reasons().items())
+        since = " before levels changed" if self.stale else ""
         return (
             f"{len(self.rows)} convs: {len(self.converted)} converted, {len(self.left_alone)} left alone"
             f"{f' ({reasons})' if reasons else ''}; {self.parameters:,} parameters before = after"
-            f"{f'; calibrated on {self.calibrated:,} images' if self.calibrated else ''}"
+            f"{f'; calibrated on {self.calibrated:,} images{since}' if self.calibrated else ''}"
         )
 
     def table(self, *, every_conv: bool = False, width: int | None = None) -> str:
@@ -209,8 +213,9 @@ class Plan:
     @functools.cached_property
     def _json(self) -> str:
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        if not self.calibrated:
-            del content["calibrated"]  # as in plans of earlier releases, from which guards have their names
+        for name in ("calibrated", "stale"):
+            if not content[name]:
+                del content[name]  # as in plans of earlier releases, from which guards have their names
         return json.dumps(content, indent=1, ensure_ascii=False, default=_reason_name)
 
     @classmethod

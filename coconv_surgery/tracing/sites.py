@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.functional import coconv2d
 from coconv_surgery.layers.levels import Levels, check_levels, scale_dilations
-from coconv_surgery.layers.metadata import calibrated_on, mark_calibrated
+from coconv_surgery.layers.metadata import calibrated_on, is_stale, mark_calibrated
 from coconv_surgery.layers.switch import is_switchable, set_levels_, to_conv_
 from coconv_surgery.tracing.graph_convs import GraphConv
 from coconv_surgery.tracing.graph_weights import Weight, WeightSource
@@ -26,6 +26,7 @@ from coconv_surgery.tracing.signature import Signature
 
 _BEFORE = "_coconv_before"
 _CALIBRATED = "coconv_surgery.calibrated"
+_STALE = "coconv_surgery.stale"
 
 
 class Site(abc.ABC):
@@ -104,9 +105,14 @@ class Site(abc.ABC):
     def calibrated(self) -> int:
         """On how many images its kernels were calibrated; 0 if they were not."""
 
+    @property
     @abc.abstractmethod
-    def mark_calibrated(self, images: int) -> None:
-        """Keep in mind on how many images its kernels were calibrated."""
+    def stale(self) -> bool:
+        """Whether levels of the network have changed since."""
+
+    @abc.abstractmethod
+    def mark_calibrated(self, images: int, *, stale: bool = False) -> None:
+        """Keep in mind on how many images its kernels were calibrated, and whether levels have changed since."""
 
     @abc.abstractmethod
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
@@ -180,9 +186,14 @@ class ModuleSite(Site):
         """On how many images its kernels were calibrated."""
         return calibrated_on(self.conv)
 
-    def mark_calibrated(self, images: int) -> None:
-        """Keep in mind on how many images its kernels were calibrated."""
-        mark_calibrated(self.conv, images)
+    @property
+    def stale(self) -> bool:
+        """Whether levels of the network have changed since."""
+        return is_stale(self.conv)
+
+    def mark_calibrated(self, images: int, *, stale: bool = False) -> None:
+        """Keep in mind on how many images its kernels were calibrated, and whether levels have changed since."""
+        mark_calibrated(self.conv, images, stale=stale)
 
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
         """The module of the same name."""
@@ -247,12 +258,18 @@ class NodeSite(Site):
         """On how many images its kernels were calibrated, as far as its nodes know; loading does not tell them."""
         return max(int(conv.node.meta.get(_CALIBRATED, 0)) for conv in self._convs)
 
-    def mark_calibrated(self, images: int) -> None:
-        """Keep in mind on how many images its kernels were calibrated."""
+    @property
+    def stale(self) -> bool:
+        """Whether levels of the network have changed since."""
+        return any(_STALE in conv.node.meta for conv in self._convs)
+
+    def mark_calibrated(self, images: int, *, stale: bool = False) -> None:
+        """Keep in mind on how many images its kernels were calibrated, and whether levels have changed since."""
         for conv in self._convs:
-            conv.node.meta.pop(_CALIBRATED, None)
-            if images:
-                conv.node.meta[_CALIBRATED] = images
+            for name, value in ((_CALIBRATED, images), (_STALE, stale)):
+                conv.node.meta.pop(name, None)
+                if value:
+                    conv.node.meta[name] = value
 
     def watched_in(self, twin: nn.Module) -> list[nn.Module]:
         """Replaces its nodes in a copy of the network, of which the graph is one that is called, by one module."""

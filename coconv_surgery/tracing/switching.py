@@ -1,7 +1,7 @@
 """Sites switched together, and what puts all of them back."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 import torch.fx as fx
@@ -20,9 +20,10 @@ def switch_sites(sites: Iterable[Site], changes: Iterable[tuple[Site, Levels | N
         changes: Those to be switched, and their levels, None for plain.
         undo: Takes what puts everything back.
     """
-    changes = list(changes)
+    changes, sites = list(changes), list(sites)
     if not changes:
         return
+    calibrated = _calibrated(sites)
     contextual = [site for site in sites if site.levels is not None and not site.is_marked]
     touched = [*contextual, *(site for site, _ in changes)]
     _remember(touched, undo)
@@ -30,6 +31,7 @@ def switch_sites(sites: Iterable[Site], changes: Iterable[tuple[Site, Levels | N
         site.mark()
     for site, levels in changes:
         site.switch(levels)
+    _mark_stale(calibrated, undo)
     _recompile(site for site, _ in changes)
 
 
@@ -41,23 +43,40 @@ def revert_sites(sites: Iterable[Site], undo: ExitStack) -> None:
         undo: Takes what puts everything back.
     """
     sites = list(sites)
+    calibrated = _calibrated(sites)
     _remember(sites, undo)
     for site in sites:
         site.revert()
+    _mark_stale(calibrated, undo)
     _recompile(sites)
 
 
-def mark_calibrated(sites: Iterable[Site], images: int, undo: ExitStack) -> None:
+def mark_calibrated(sites: Iterable[Site], images: int, undo: ExitStack, *, stale: bool = False) -> None:
     """Let the sites that a conversion changed keep in mind on how many images they were calibrated.
 
     Args:
         sites: The sites of a network.
         images: How many; 0 for kernels that were not.
         undo: Takes what puts everything back.
+        stale: Whether levels of the network have changed since.
     """
     for site in filter(is_changed, sites):
-        undo.callback(site.mark_calibrated, site.calibrated)
-        site.mark_calibrated(images)
+        _mark(site, images, stale, undo)
+
+
+def _mark_stale(calibrated: Mapping[Site, int], undo: ExitStack) -> None:
+    """Let sites that were calibrated keep in mind that levels have changed since."""
+    for site, images in calibrated.items():
+        _mark(site, images, True, undo)
+
+
+def _mark(site: Site, images: int, stale: bool, undo: ExitStack) -> None:
+    undo.callback(site.mark_calibrated, site.calibrated, stale=site.stale)
+    site.mark_calibrated(images, stale=stale)
+
+
+def _calibrated(sites: Iterable[Site]) -> dict[Site, int]:
+    return {site: site.calibrated for site in sites if site.calibrated}
 
 
 def _remember(sites: Iterable[Site], undo: ExitStack) -> None:

@@ -277,6 +277,10 @@ def test_a_graph_is_calibrated_as_its_network_is(trace):
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(graph.get_parameter(name), parameter)
 
+    with pytest.warns(cs.CalibratedWeightsWarning):
+        cs.convert(graph, "uniform(2)", input_size=32)
+    assert cs.get_plan(graph).summary().endswith("calibrated on 16 images before levels changed")
+
 
 def image():
     return torch.randn(1, 3, 32, 32)
@@ -527,6 +531,7 @@ def test_other_levels_than_the_weights_were_calibrated_for_are_warned_of_and_not
     cs.calibrate(model, smooth(8, 3, 32, 32))
     with pytest.warns(cs.CalibratedWeightsWarning, match="calibrated on 8 images"):
         change(model)
+    assert cs.get_plan(model).stale
     with pytest.raises(cs.CalibrationError, match="was calibrated on 8 images before"):
         cs.convert(model, input_size=32, calibrate=smooth(8, 3, 32, 32))
     with pytest.raises(cs.CalibrationError, match="was calibrated on 8 images before"):
@@ -538,6 +543,32 @@ def test_other_levels_than_the_weights_were_calibrated_for_are_warned_of_and_not
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cs.convert(model, input_size=32, calibrate=smooth(8, 3, 32, 32))
+    assert not cs.get_plan(model).stale
+
+
+@pytest.mark.filterwarnings("ignore::coconv_surgery.CalibratedWeightsWarning")
+def test_a_plan_says_where_levels_have_changed_since_the_calibration(tmp_path):
+    model = cs.convert(TinyNet().eval(), include="stem", input_size=32)
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+    calibrated = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="matches"):
+        cs.convert(model, overrides={"nothing": 2}, input_size=32)
+    assert not cs.get_plan(model).stale
+    cs.convert(model, input_size=32)  # others beside the stem
+    assert cs.get_plan(model).summary().endswith("calibrated on 8 images before levels changed")
+    assert cs.plan_of(model.state_dict()).stale
+    assert cs.Plan.from_json(cs.get_plan(model).to_json()).stale
+    cs.save_converted(model, tmp_path / "net.safetensors")
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    for file in ("net.safetensors", "net.pth"):
+        loaded = cs.load_converted(TinyNet(), tmp_path / file)
+        assert cs.get_plan(loaded).stale
+        with pytest.raises(cs.CalibrationError, match="was calibrated on 8 images before"):
+            cs.calibrate(loaded, smooth(8, 3, 32, 32))
+    assert not cs.get_plan(cs.apply_plan(TinyNet(), cs.get_plan(model))).stale
+    other = cs.convert(TinyNet(), include="stem", input_size=32)
+    other.load_state_dict(calibrated)
+    assert cs.get_plan(other).summary().endswith("calibrated on 8 images")
 
 
 def test_a_report_prints_as_a_table_of_its_layers():
