@@ -107,12 +107,14 @@ def convert(
     """
     from coconv_surgery.calibration import calibrate
     from coconv_surgery.checkpoint import save_converted
+    from coconv_surgery.checkpoint.converted import file_of_weights
     from coconv_surgery.cli import targets
     from coconv_surgery.cli.images import image_batches
     from coconv_surgery.cli.weights import load
     from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan
 
     options.check_weights(checkpoint, pretrained)
+    file_of_weights(output)
     if targets.is_config(target):
         raise click.UsageError(
             'a config converts by itself, by model=dict(type="CoConvSurgery", …): see configs/convert/'
