@@ -127,12 +127,14 @@ sides = st.integers(-2, 4)
 
 @settings(deadline=None, max_examples=40)
 @given(left=sides, right=sides, top=sides, bottom=sides, crop=st.tuples(*[st.integers(0, 2)] * 4))
-def test_margins_are_what_is_padded_less_what_is_cropped(left, right, top, bottom, crop):
+def test_padding_is_one_sided_if_what_is_added_less_what_is_cropped_is(left, right, top, bottom, crop):
     above, below, before, after = crop
 
     def behind(x):
         return x[:, :, above : x.shape[2] - below, before : x.shape[3] - after]
 
-    network = Around(conv(padding=3), lambda x: F.pad(x, (left, right, top, bottom)), behind)
+    network = Around(conv(padding=1), lambda x: F.pad(x, (left, right, top, bottom)), behind)
     (found, *_) = trace_network(network, find_sites(network), Inputs((torch.ones(1, 3, 16, 16),))).convs
-    assert found.calls[0].margins == ((top - above, bottom - below), (left - before, right - after))
+    padded = [(1 + top, 1 + bottom), (1 + left, 1 + right)]
+    cropped = [(1 + top - above, 1 + bottom - below), (1 + left - before, 1 + right - after)]
+    assert found.calls[0].one_sided == any(max(sides) >= 2 and min(sides) <= 0 for sides in padded + cropped)
