@@ -73,8 +73,8 @@ class Positions:
         name = operation.name().removeprefix("aten::").partition(".")[0]
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         if name in ("copy_", "fill_", "zero_") and args[0] in self._parts:
-            source = args[1] if name == "copy_" else None
-            self._write(self._parts[args[0]], source, zeros=source is None and (name == "zero_" or args[1] == 0))
+            value = args[1] if len(args) > 1 else 0
+            self._write(self._parts[args[0]], value, zeros=isinstance(value, int | float) and value == 0)
             return
         self._note_zeros(name, args, kwargs, results)
         self._note_part(name, args, kwargs, results)
@@ -134,7 +134,7 @@ class Positions:
             self._parts[results[0]] = part.narrowed(dim, first, max(first, last), drop=False)
 
     def _write(self, part: _Part, source: Any, *, zeros: bool) -> None:
-        """A part of a tensor is written: with another tensor, or with a number, which may be zero."""
+        """A part of a tensor is written: with another tensor or a number."""
         whole, seen = part.whole, self._seen(part.whole.shape)
         if self._grid(whole) or self._grid(source):
             read = self._axes_of([source])
