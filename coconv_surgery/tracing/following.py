@@ -1,12 +1,11 @@
 """Follows the positions of tensors through a forward pass, operation by operation."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from coconv_surgery.tracing.axes import Axis
@@ -67,11 +66,11 @@ class Positions:
 
     def tell(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Follow one operation."""
-        results = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        results = list(_tensors(result if isinstance(result, list | tuple) else (result,)))
         if not results:
             return
         name = operation.name().removeprefix("aten::").partition(".")[0]
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         if name in ("copy_", "fill_", "zero_") and args[0] in self._parts:
             value = args[1] if len(args) > 1 else 0
             self._write(self._parts[args[0]], value, zeros=isinstance(value, int | float) and value == 0)
@@ -96,6 +95,7 @@ class Positions:
     ) -> None:
         read = self._axes_of(tensors)
         if rule := RULES.get(name):
+            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
             found = rule(self._seen(results[0].shape), *args, **kwargs)
             grids = found if isinstance(found, list) else [found] * len(results)
         else:
@@ -143,6 +143,15 @@ class Positions:
             _end(read - kept - {used for axis in kept for used in axis.sources})
         elif not (zeros or seen.is_zero(source)):
             self._zeros.pop(whole, None)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors that an operation takes or returns: by themselves, or in lists."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _end(axes: Iterable[Axis]) -> None:

@@ -14,9 +14,12 @@ from coconv_surgery.tracing.writing import scattered, written_slice
 def _view(seen: Seen, x: Any, *_: Any) -> Grid | None:
     """Dimensions are regrouped; those that are cut otherwise are new."""
     grid = seen.grid(x)
-    if grid is None or math.prod(seen.shape) != math.prod(x.shape) or 0 in seen.shape:
+    if grid is None:
         return None
     factors = [axis for dim, size in zip(grid.dims, x.shape, strict=True) for axis in dim or new(size)]
+    # A view as another type has another number of elements.
+    if 0 in seen.shape or math.prod(axis.size for axis in factors) != math.prod(seen.shape):
+        return None
     dims: list[Dim] = []
     while len(dims) < len(seen.shape):
         sizes, group = [seen.shape[len(dims)]], []
@@ -58,7 +61,8 @@ def _squeeze(seen: Seen, x: Any, dim: Any = None) -> Grid | None:
         return None
     given = range(x.dim()) if dim is None else dim if isinstance(dim, list | tuple) else [dim]
     gone = {index % x.dim() for index in given if x.shape[index] == 1}
-    return Grid(tuple(own for index, own in enumerate(grid.dims) if index not in gone), grid.lost)
+    lost = next((grid.dims[index] for index in gone if grid.dims[index]), grid.lost)
+    return Grid(tuple(own for index, own in enumerate(grid.dims) if index not in gone), lost)
 
 
 def _unsqueeze(seen: Seen, x: Any, dim: int) -> Grid | None:
@@ -255,8 +259,9 @@ def _reduced(seen: Seen, x: Any, *arguments: Any, **_: Any) -> Grid | None:
     grid = seen.grid(x)
     if grid is None or len(seen.shape) == x.dim():
         return grid and pointwise(seen.shape, [grid])
-    dims = [
-        [value] if isinstance(value, int) else value for value in arguments if isinstance(value, int | list | tuple)
+    # A number before a list is an exponent.
+    dims = [value for value in arguments if isinstance(value, list | tuple)] or [
+        [value] for value in arguments if isinstance(value, int)
     ]
     gone = next(({dim % x.dim() for dim in some} for some in dims if len(some) == x.dim() - len(seen.shape)), None)
     return Grid(tuple(dim for index, dim in enumerate(grid.dims) if index not in gone)) if gone else None

@@ -77,15 +77,15 @@ def pointwise(shape: Sequence[int], grids: Iterable[Grid], masks: Iterable[Seque
     grids = [grid for grid in grids if len(grid) <= len(shape)]
     dims = []
     for back, size in enumerate(reversed(shape), 1):
-        candidates = [grid.dims[-back] for grid in grids if len(grid) >= back]
-        dim = same([dim for dim in candidates if dim and math.prod(axis.size for axis in dim) == size], size)
+        dim = same([grid.dims[-back] for grid in grids if len(grid) >= back], size)
         hide = any(len(mask) >= back and mask[-back] == size for mask in masks)
         dims.append(tuple(map(masked, dim)) if hide else dim)
     return Grid(tuple(reversed(dims)), next((grid.lost for grid in grids), ()))
 
 
 def same(dims: Sequence[Dim], size: int) -> Dim:
-    """Positions that are computed from the same in several dimensions."""
+    """Positions that are computed from the same in several dimensions, as far as these have as many."""
+    dims = [dim for dim in dims if dim and math.prod(axis.size for axis in dim) == size]
     if not dims or len(set(map(len, dims))) > 1:
         return new(size)
     factors = [together(axes) for axes in zip(*dims, strict=True)]

@@ -30,7 +30,7 @@ def written(
     for dim, (start, end) in enumerate(ranges):
         own, put_in, size = base.dims[dim] if base else (), _dim_of(theirs, left, dim), whole.shape[dim]
         if dim not in partial:
-            dims.append(same([factors for factors in (own, put_in) if factors], size))
+            dims.append(same([own, put_in], size))
             continue
         axis = own[0] if len(own) == 1 else None
         piece: Piece = put_in[0] if len(put_in) == 1 and put_in[0].size == end - start else Blank(end - start, zeros)
