@@ -162,7 +162,8 @@ class _Observer(TorchFunctionMode):
             with self._at_fault():
                 self._positions.tell(*operation)
 
-        self._positions.enter(inputs)
+        with self._at_fault():
+            self._positions.enter(inputs)
         with Operations(tell):
             yield
 
