@@ -6,7 +6,6 @@ which an override may overrule.
 
 import torch.nn as nn
 
-from coconv_surgery.layers.functional import level_padding
 from coconv_surgery.layers.switch import hidden_attributes, is_switchable
 from coconv_surgery.planning.reasons import Reason, Why
 from coconv_surgery.tracing.dataflow import Reader
@@ -106,24 +105,13 @@ _MEANINGS = {
 
 def padded_outside(conv: TracedConv) -> Why | None:
     """Larger dilations would need more of the padding that another layer supplies."""
-    modes = [call.padded_by for call in conv.calls if call.padded_by]
-    # Whatever else writes into a map piece by piece looks like such padding, before a layer that has its own.
-    if not modes or (modes[0] == "piecewise" and conv.site.signature.padding not in ((0, 0), "valid")):
-        return None
-    return Reason.PADDED_OUTSIDE.because(mode=modes[0])
+    mode = next((call.padded_by for call in conv.calls if call.padded_by), None)
+    return Reason.PADDED_OUTSIDE.because(mode=mode) if mode else None
 
 
 def causal(conv: TracedConv) -> Why | None:
     """All of an axis's padding on one side keeps what comes later out; the padding of levels would let it in."""
-    signature = conv.site.signature
-    for call in conv.calls:
-        for axis in (0, 1):
-            reach = signature.dilation[axis] * (signature.kernel_size[axis] - 1)
-            own = level_padding(signature.kernel_size, signature.padding, signature.dilation, signature.dilation)[axis]
-            before, after = (own + around for around in call.margins[axis])
-            if reach and ((before >= reach and after <= 0) or (after >= reach and before <= 0)):
-                return Reason.CAUSAL.because()
-    return None
+    return Reason.CAUSAL.because() if any(call.one_sided for call in conv.calls) else None
 
 
 # What a site itself tells, with or without a trace.

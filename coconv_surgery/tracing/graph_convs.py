@@ -39,6 +39,7 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
 _DEFAULTS: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _PADS: dict[Any, str | None] = {
     F.pad: None,
+    torch._C._nn.pad: None,
     aten.pad.default: None,
     aten.reflection_pad2d.default: "reflect",
     aten.replication_pad2d.default: "replicate",

@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from coconv_surgery.layers.arguments import Pair
-from coconv_surgery.layers.functional import pair
+from coconv_surgery.tracing.axes import Axis
 from coconv_surgery.tracing.copying import CopyError
 from coconv_surgery.tracing.dataflow import Dataflow, Node, Reader
+from coconv_surgery.tracing.following import Positions
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.objects import tensors_in
-from coconv_surgery.tracing.padding import Margins, margins, padding_mode
+from coconv_surgery.tracing.operations import Operations
+from coconv_surgery.tracing.padding import one_sided, padded_by
 from coconv_surgery.tracing.twin import NetworkError, Twin
 from coconv_surgery.tracing.unseen import saved_as_they_are, saves_by_hooks
 
@@ -33,16 +34,15 @@ class Call:
         input_size: Height and width of its input.
         output_size: Height and width of its output.
         reader: What reads the output.
-        padded_by: The operation that pads the input with something other than zeros, if one does.
-        margins: What operations around it add to its input, less what they crop: before and after, along the height
-            and along the width.
+        padded_by: How the input is padded with something other than zeros, if it is.
+        one_sided: Whether, along an axis, it sees nothing that comes later, or nothing that came earlier.
     """
 
     input_size: Pair
     output_size: Pair
     reader: Reader
     padded_by: str | None = None
-    margins: Margins = ((0, 0), (0, 0))
+    one_sided: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,8 @@ class _Output:
     name: str
     input_size: Pair
     output_size: Pair
-    source: Node | None
     node: Node | None
-    stride: Pair
+    axes: tuple[tuple[Axis, Axis], ...]
 
 
 def observe(
@@ -95,7 +94,7 @@ def observe(
     observer = _Observer(twin.model, watched, originals or {}, see_through)
     try:
         with observer:
-            ends, entered = twin.run(inputs.args, dict(inputs.kwargs), inputs.call)
+            ends, entered = twin.run(inputs.args, dict(inputs.kwargs), inputs.call, observer.follow)
     except NetworkError as error:
         error.hidden = observer.switched
         if observer.fault is None:
@@ -112,24 +111,6 @@ def _weights(conv: nn.Module) -> list[torch.Tensor]:
     if "weight" in parametrization:
         held += parametrization["weight"].parameters(recurse=False)
     return [weight for weight in held if weight is not None]
-
-
-# Where functions that pad take the value that they pad with, and the mode.
-_PADS = {
-    F.pad: (3, 2),
-    torch.constant_pad_nd: (2, None),
-    torch.ops.aten.pad.default: (3, 2),
-    torch.ops.aten.constant_pad_nd.default: (2, None),
-}
-
-
-def _mode_of(pad: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The way in which a call pads, if not with zeros."""
-    value_at, mode_at = _PADS[pad]
-    mode = kwargs.get("mode", "constant" if mode_at is None else next(iter(args[mode_at:]), "constant"))
-    value = kwargs.get("value", next(iter(args[value_at:]), None))
-    names = {"constant": "constant" if value else None, "reflect": "reflection", "replicate": "replication"}
-    return names.get(mode, mode)
 
 
 _DETACH = (torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
@@ -159,8 +140,7 @@ class _Observer(TorchFunctionMode):
         self._reads: list[tuple[Node, str]] = []
         self._names: dict[int, list[str]] = defaultdict(list)
         self._running = 0
-        # How operations pad, where not with zeros.
-        self._paddings: dict[Node, str] = {}
+        self._positions = Positions()
         # What was computed since, with its node, and what a checkpoint then took for its own.
         self._computed: dict[int, tuple[torch.Tensor, Node]] = {}
         self._inside: dict[tuple[Node, int], Node] = {}
@@ -174,6 +154,19 @@ class _Observer(TorchFunctionMode):
             elif module._parameters and not isinstance(module, ParametrizationList):
                 module.register_forward_hook(lambda module, args, output: self._activate(output))
 
+    @contextlib.contextmanager
+    def follow(self, inputs: Any) -> Iterator[None]:
+        """Follow the positions of tensors inside, from inputs of the network."""
+
+        def tell(*operation: Any) -> None:
+            with self._at_fault():
+                self._positions.tell(*operation)
+
+        with self._at_fault():
+            self._positions.enter(inputs)
+        with Operations(tell):
+            yield
+
     def conclude(self, ends: Any, entered: Any, fake: bool) -> Observation:
         """Say what was seen, given what the network was called with and what came of it."""
 
@@ -185,12 +178,17 @@ class _Observer(TorchFunctionMode):
         returned = list(map(self._attach, tensors_in(ends)))
         maps = nodes(tensor for tensor in returned if tensor.dim() > 1)
         dataflow = Dataflow(nodes(returned), activations, outputs, self._inside, maps)
+        self._positions.leave(ends)
         calls = defaultdict(list)
         for output in self._outputs:
-            source, around = output.source, margins(dataflow, output.source, output.node, output.stride)
-            reader = dataflow.reader(output.node)
-            mode = padding_mode(dataflow, source, self._paddings)
-            call = Call(output.input_size, output.output_size, reader, mode, around)
+            modes = (mode for input, behind in output.axes if (mode := padded_by(input, behind)))
+            call = Call(
+                output.input_size,
+                output.output_size,
+                dataflow.reader(output.node),
+                next(modes, None),
+                any(one_sided(*axes) for axes in output.axes),
+            )
             calls[output.name].append(call)
         # What leaves a convolution's output as it is comes with the convolution's own node.
         reads = [(node, name) for node, name in self._reads if node not in outputs]
@@ -204,20 +202,19 @@ class _Observer(TorchFunctionMode):
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self._running -= 1
             with self._at_fault():
-                self._note(name, next(iter((*args, *kwargs.values())), None), output, module)
+                self._note(name, next(iter((*args, *kwargs.values())), None), output)
             self._activate(output)
 
         conv.register_forward_pre_hook(enter)
         # A model may catch what its convolution raises.
         conv.register_forward_hook(leave, with_kwargs=True, always_call=True)
 
-    def _note(self, name: str, input: Any, output: Any, conv: nn.Module) -> None:
+    def _note(self, name: str, input: Any, output: Any) -> None:
         # Other kinds may take and return something else than maps.
         if all(isinstance(value, torch.Tensor) and value.dim() >= 3 for value in (input, output)):
             size, output_size = (input.shape[-2], input.shape[-1]), (output.shape[-2], output.shape[-1])
-            stride = getattr(conv, "stride", None)
-            stride = pair(stride) if isinstance(stride, int | tuple) else (1, 1)
-            self._outputs.append(_Output(name, size, output_size, input.grad_fn, output.grad_fn, stride))
+            axes = tuple(zip(self._positions.of_map(input), self._positions.of_map(output), strict=True))
+            self._outputs.append(_Output(name, size, output_size, output.grad_fn, axes))
 
     def _activate(self, output: Any) -> None:
         with self._at_fault():
@@ -234,10 +231,6 @@ class _Observer(TorchFunctionMode):
                         f"model.{self._originals[id(argument)]}: let it reach that part as an attribute"
                     )
         result = self._compute(func, args, kwargs or {})
-        if func in _PADS and isinstance(result, torch.Tensor) and result.grad_fn is not None:
-            with self._at_fault():
-                if mode := _mode_of(func, args, kwargs or {}):
-                    self._paddings[result.grad_fn] = mode
         if not self._running and isinstance(result, torch.Tensor) and result.grad_fn is not None:
             with self._at_fault():
                 for source, _ in result.grad_fn.next_functions:

@@ -72,7 +72,11 @@ class Twin:
                     weight.requires_grad_(True)
 
     def run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[..., Any] | None = None
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: Callable[..., Any] | None = None,
+        watch: Callable[[Any], AbstractContextManager[None]] = nullcontext,
     ) -> tuple[Any, Any]:
         """Run the twin on inputs of the network, tracking the dataflow from them.
 
@@ -80,6 +84,7 @@ class Twin:
             args: Positional inputs; tensors are replaced by shapes where the twin is fake, and all else by a copy.
             kwargs: Inputs by name.
             call: What to call instead of the twin's model, with that before the inputs.
+            watch: What to run it in, made from the inputs as the twin sees them.
 
         Returns:
             The outputs, and the inputs as the twin saw them.
@@ -92,9 +97,10 @@ class Twin:
             args, kwargs = self._enter((args, kwargs))
             with self._mode():
                 try:
-                    outputs = self.model(*args, **kwargs) if call is None else call(self.model, *args, **kwargs)
-                    # An iterator has run when it has given everything.
-                    outputs = list(outputs) if isinstance(outputs, Iterator) else outputs
+                    with watch((args, kwargs)):
+                        outputs = self.model(*args, **kwargs) if call is None else call(self.model, *args, **kwargs)
+                        # An iterator has run when it has given everything.
+                        outputs = list(outputs) if isinstance(outputs, Iterator) else outputs
                 except Exception as error:
                     raise NetworkError from error
             return outputs, (args, kwargs)

@@ -31,10 +31,38 @@ def conv(**arguments):
 
 
 def reason(network):
-    return cs.plan_conversion(network, input_size=32).rows[0].reason_key
+    rows = cs.plan_conversion(network, input_size=32).rows
+    return next(row.reason_key for row in rows if row.name == "conv")
 
 
-JOINED = pytest.mark.xfail(torch.__version__ < (2, 5), reason="torch 2.4 does not tell what is joined", strict=True)
+class Through(nn.Module):
+    """Layers by name, called by a function of them and the input."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function, self.mix = function, nn.Conv2d(16, 4, 1)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.mix(self.function(self, x))
+
+
+def down(x):
+    return F.pad(x, (1, 1, 2, 0))
+
+
+def into(buffer, place, x):
+    buffer[place] = x
+    return buffer
+
+
+def around(x, left, right):
+    """Columns joined on both sides."""
+    return torch.cat([left, x, right], 3)
+
+
+ALL = slice(None)
 CAUSAL = {
     "a padding layer": Around(conv(), nn.ConstantPad2d((1, 1, 2, 0), 0.0)),
     "a zero padding layer": Around(conv(), nn.ZeroPad2d((2, 0, 1, 1))),
@@ -48,12 +76,8 @@ CAUSAL = {
     "padding and a copy": Around(conv(), lambda x: F.pad(x, (1, 1, 2, 0)).clone()),
     "padding and another type": Around(conv(), lambda x: F.pad(x, (1, 1, 2, 0)).double().float()),
     "padding and an activation": Around(conv(), lambda x: F.pad(x, (1, 1, 2, 0)).relu() * 0.9),
-    "zeros joined": pytest.param(
-        Around(conv(padding=(0, 1)), lambda x: torch.cat([torch.zeros_like(x[:, :, :2]).detach(), x], 2)), marks=JOINED
-    ),
-    "zeros joined behind": pytest.param(
-        Around(conv(padding=(0, 1)), lambda x: torch.cat([x, x.new_zeros(1, 3, 2, x.shape[3])], 2)), marks=JOINED
-    ),
+    "zeros joined": Around(conv(padding=(0, 1)), lambda x: torch.cat([torch.zeros_like(x[:, :, :2]).detach(), x], 2)),
+    "zeros joined behind": Around(conv(padding=(0, 1)), lambda x: torch.cat([x, x.new_zeros(1, 3, 2, x.shape[3])], 2)),
     "cropping behind a squashing function": Around(conv(padding=(2, 1)), behind=lambda x: x.tanh()[:, :, :-2] + 1),
     "cropping behind": Around(conv(padding=(2, 1)), behind=lambda x: x[:, :, :-2]),
     "cropping the width behind": Around(conv(padding=(1, 2)), behind=lambda x: x[..., :-2]),
@@ -63,7 +87,76 @@ CAUSAL = {
     "cropping behind a norm": Around(
         conv(padding=(2, 1)), behind=nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), nn.ZeroPad2d((0, 0, 0, -2)))
     ),
+    # Padding in other ways.
+    "a buffer written to": Around(
+        conv(padding=(0, 1)), lambda x: into(x.new_zeros(1, 3, 34, 32), (..., slice(2, None), ALL), x)
+    ),
+    "a buffer scattered into": Around(conv(padding=(0, 1)), lambda x: x.new_zeros(1, 3, 34, 32).slice_scatter(x, 2, 2)),
+    "rows copied somewhere": Around(
+        conv(padding=(0, 1)), lambda x: x.new_zeros(1, 3, 34, 32).index_copy(2, torch.arange(2, 34), x)
+    ),
+    "a transposed map padded": Around(conv(), lambda x: F.pad(x.transpose(2, 3), (2, 0, 1, 1)).transpose(2, 3)),
+    "a map with one more dimension padded": Around(conv(), lambda x: down(x.unsqueeze(0)).squeeze(0)),
+    "flattened rows padded": Around(
+        conv(padding=(0, 1)), lambda x: F.pad(x.flatten(2), (64, 0)).unflatten(2, (34, 32))
+    ),
+    "a shift by rolling and a mask": Around(
+        conv(padding=1), lambda x: torch.roll(x, 1, 2) * (torch.arange(32) > 0).float()[:, None]
+    ),
+    "a shift by rolling and a write": Around(conv(padding=1), lambda x: into(torch.roll(x, 1, 2), (ALL, ALL, 0), 0.0)),
+    "a learned start": Through(
+        lambda s, x: s.conv(torch.cat([s.start.expand(1, 3, 2, 32), x], 2)),
+        conv=conv(padding=(0, 1)),
+        start=nn.Parameter(torch.zeros(1, 3, 2, 32)),
+    ),
+    # Something between.
+    "padding and a gate": Around(conv(), lambda x: down(x) * down(x).sigmoid()),
+    "padding and a gate of one channel": Around(conv(), lambda x: (lambda y: y * y.mean(1).unsqueeze(1))(down(x))),
+    "padding and a choice": Around(conv(), lambda x: torch.where(down(x) > 0, down(x), 0.1 * down(x))),
+    "padding and a view": Around(conv(), lambda x: down(x).view(1, 3, 34, 34)),
+    "padding and tokens": Around(
+        conv(), lambda x: down(x).flatten(2).transpose(1, 2).relu().transpose(1, 2).unflatten(2, (34, 34))
+    ),
+    "padding and a product": Around(
+        conv(), lambda x: (down(x).permute(0, 2, 3, 1) @ torch.ones(3, 3)).permute(0, 3, 1, 2)
+    ),
+    "padding and a 1×1 convolution": Through(
+        lambda s, x: s.conv(s.other(down(x))), conv=conv(), other=nn.Conv2d(3, 3, 1)
+    ),
+    "padding for two convolutions": Through(
+        lambda s, x: s.conv(s.other(F.pad(x, (2, 2, 4, 0)))), conv=conv(), other=nn.Conv2d(3, 3, 3)
+    ),
+    "a sum of padded maps": Around(conv(), lambda x: down(x) + down(2 * x)),
+    # Cropping in other ways.
+    "cropping behind two convolutions": Through(
+        lambda s, x: s.other(s.conv(x))[:, :, :-4],
+        conv=conv(padding=(2, 1)),
+        other=nn.Conv2d(16, 16, 3, padding=(2, 1)),
+    ),
+    "cropping behind a 1×1 convolution": Through(
+        lambda s, x: s.other(s.conv(x))[:, :, :-2], conv=conv(padding=(2, 1)), other=nn.Conv2d(16, 16, 1)
+    ),
 }
+CROPPED = {
+    "both halves of a gate": lambda y: torch.cat([y[:, :8, :-2].tanh(), y[:, 8:, :-2].sigmoid()], 1),
+    "behind a gate": lambda y: (y * y.sigmoid())[:, :, :-2],
+    "behind two that are stacked": lambda y: torch.stack([y.tanh(), y.sigmoid()]).prod(0)[:, :, :-2],
+    "by splitting": lambda y: torch.split(y, [32, 2], 2)[0],
+    "by an index": lambda y: y[:, :, torch.arange(32)],
+    "by selection": lambda y: y.index_select(2, torch.arange(32)),
+    "row by row": lambda y: torch.stack(y.unbind(2)[:-2], 2),
+    "behind a norm over channels": lambda y: F.layer_norm(y.permute(0, 2, 3, 1), (16,)).permute(0, 3, 1, 2)[:, :, :-2],
+    "with channels last": lambda y: y.permute(0, 2, 3, 1)[:, :-2].permute(0, 3, 1, 2),
+    "flattened": lambda y: y.flatten(2)[..., : 32 * 32].unflatten(2, (32, 32)),
+}
+SHIFTED = {
+    "by padding and cropping": lambda y: F.pad(y, (0, 0, 1, 0))[:, :, :-1],
+    "by negative padding": lambda y: F.pad(y, (0, 0, 1, -1)),
+    "by joining zeros": lambda y: torch.cat([torch.zeros_like(y[:, :, :1]), y[:, :, :-1]], 2),
+    "in place": lambda y: into(into(y.clone(), (ALL, ALL, slice(1, None)), y[:, :, :-1]), (ALL, ALL, slice(1)), 0.0),
+}
+CAUSAL |= {f"cropping {how}": Around(conv(padding=(2, 1)), behind=crop) for how, crop in CROPPED.items()}
+CAUSAL |= {f"a shift behind {how}": Around(conv(padding=1), behind=shift) for how, shift in SHIFTED.items()}
 SYMMETRIC = {
     "no padding": Around(conv()),
     "own padding": Around(conv(padding=1)),
@@ -78,6 +171,42 @@ SYMMETRIC = {
         Conv2dSame(3, 16, 3, stride=2), behind=nn.ZeroPad2d((0, 1, 0, 1))
     ),
     "a subsampled output": Around(conv(padding=1), behind=lambda x: x[:, :, ::2, ::2]),
+    "zeros joined on both sides": Around(
+        conv(padding=(1, 0)), lambda x: around(x, torch.zeros_like(x[..., :1]), x.new_zeros(1, 3, 32, 1))
+    ),
+    "a buffer written to in the middle": Around(
+        conv(), lambda x: into(x.new_zeros(1, 3, 34, 34), (..., slice(1, -1), slice(1, -1)), x)
+    ),
+    "padding to a multiple of a size": Around(
+        conv(padding=1), lambda x: F.pad(x, (0, 8, 0, 8)), lambda x: x[:, :, :-8, :-8]
+    ),
+    "cropping what upsampling made too large": Around(
+        conv(padding=1), behind=lambda x: F.interpolate(x, scale_factor=2)[:, :, :63, :63]
+    ),
+    "differences of rows": Around(conv(padding=1), behind=lambda x: x[:, :, 1:] - x[:, :, :-1]),
+    "channels shifted one way and the other": Around(
+        conv(padding=1), behind=lambda x: torch.cat([torch.roll(x[:, :8], 1, 2), torch.roll(x[:, 8:], -1, 2)], 1)
+    ),
+    "rolling and back": Around(conv(padding=1), behind=lambda x: torch.roll(torch.roll(x, -3, 2).relu(), 3, 2)),
+    "a shifted branch beside one that is not": Around(
+        conv(padding=1), behind=lambda x: F.avg_pool2d(x, 1, 2) + F.avg_pool2d(F.pad(x, (-1, 1, -1, 1)), 1, 2)
+    ),
+    "halves that are joined again": Around(conv(padding=1), lambda x: torch.cat([x[:, :, :16] * 2, x[:, :, 16:]], 2)),
+    "two images side by side": Around(conv(padding=1), lambda x: torch.cat([x, x.flip(3)], 3)),
+    "upsampling by an index": Around(conv(padding=1), lambda x: x[:, :, torch.arange(64) // 2]),
+    "strides as TensorFlow pads them, twice": Through(
+        lambda s, x: s.conv(F.pad(s.other(F.pad(x, (0, 1, 0, 1))), (0, 1, 0, 1))),
+        conv=conv(stride=2),
+        other=nn.Conv2d(3, 3, 3, stride=2),
+    ),
+    "kernels of even size before": Through(
+        lambda s, x: s.conv(s.other(F.pad(s.other(F.pad(x, (0, 1, 0, 1))), (0, 1, 0, 1)))),
+        conv=conv(padding=1),
+        other=nn.Conv2d(3, 3, 2),
+    ),
+    "wide padding and cropping by the next layer": Through(
+        lambda s, x: s.other(s.conv(x)), conv=conv(padding=2), other=nn.Conv2d(16, 16, 3)
+    ),
 }
 
 
@@ -122,17 +251,52 @@ def test_padding_with_anything_but_zeros_leaves_a_convolution_alone(pad, mode, o
     assert row.reason.startswith(f"{mode} padding by another layer")
 
 
+BY_HAND = {
+    "circular, joined": lambda x: around(x, x[..., -1:], x[..., :1]),
+    "circular, joined in two steps": lambda x: torch.cat([y := torch.cat([x[..., -1:], x], 3), y[..., 1:2]], 3),
+    "circular, columns stacked": lambda x: torch.stack([x[..., column % 32] for column in range(-1, 33)], 3),
+    "circular, indexed": lambda x: x[..., torch.arange(-1, 33) % 32],
+    "circular, selected": lambda x: x.index_select(3, torch.arange(-1, 33) % 32),
+    "circular, gathered": lambda x: torch.take_along_dim(x, (torch.arange(-1, 33) % 32).view(1, 1, 1, -1), 3),
+    "circular, of tiles": lambda x: x.repeat(1, 1, 1, 3)[..., 31:65],
+    "circular, written": lambda x: into(
+        into(into(x.new_zeros(1, 3, 32, 34), (..., slice(1, -1)), x), (..., slice(1)), x[..., -1:]),
+        (..., slice(33, 34)),
+        x[..., :1],
+    ),
+    "circular, and a 1×1 convolution": lambda x: F.conv2d(around(x, x[..., -1:], x[..., :1]), torch.ones(3, 3, 1, 1)),
+    "reflected, joined": lambda x: around(x, x[..., 1:2], x[..., -2:-1]),
+    "replicated, joined": lambda x: around(x, x[..., :1], x[..., -1:]),
+    "replicated, indexed": lambda x: x[..., torch.arange(-1, 33).clamp(0, 31)],
+    "ones, joined": lambda x: around(x, torch.ones(1, 3, 32, 1), torch.ones(1, 3, 32, 1)),
+    "a buffer of ones": lambda x: into(x.new_ones(1, 3, 32, 34), (..., slice(1, -1)), x),
+    "as graphs of dynamo call it": lambda x: torch._C._nn.pad(x, (1, 1, 0, 0), "constant", 5.0),
+}
+
+
+@pytest.mark.parametrize("pad", BY_HAND.values(), ids=BY_HAND)
+def test_padding_by_hand_with_anything_but_zeros_leaves_a_convolution_alone(pad):
+    assert reason(Around(conv(padding=(1, 0)), pad)) is Reason.PADDED_OUTSIDE
+
+
+def test_padding_that_is_cropped_off_behind_leaves_a_convolution_alone():
+    network = Around(conv(padding=1), lambda x: around(x, x[..., :1], x[..., -1:]), lambda x: x[..., 1:-1])
+    assert reason(network) is Reason.PADDED_OUTSIDE
+
+
 sides = st.integers(-2, 4)
 
 
 @settings(deadline=None, max_examples=40)
 @given(left=sides, right=sides, top=sides, bottom=sides, crop=st.tuples(*[st.integers(0, 2)] * 4))
-def test_margins_are_what_is_padded_less_what_is_cropped(left, right, top, bottom, crop):
+def test_padding_is_one_sided_if_what_is_added_less_what_is_cropped_is(left, right, top, bottom, crop):
     above, below, before, after = crop
 
     def behind(x):
         return x[:, :, above : x.shape[2] - below, before : x.shape[3] - after]
 
-    network = Around(conv(padding=3), lambda x: F.pad(x, (left, right, top, bottom)), behind)
+    network = Around(conv(padding=1), lambda x: F.pad(x, (left, right, top, bottom)), behind)
     (found, *_) = trace_network(network, find_sites(network), Inputs((torch.ones(1, 3, 16, 16),))).convs
-    assert found.calls[0].margins == ((top - above, bottom - below), (left - before, right - after))
+    padded = [(1 + top, 1 + bottom), (1 + left, 1 + right)]
+    cropped = [(1 + top - above, 1 + bottom - below), (1 + left - before, 1 + right - after)]
+    assert found.calls[0].one_sided == any(max(sides) >= 2 and min(sides) <= 0 for sides in padded + cropped)

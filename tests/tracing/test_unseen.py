@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.flop_counter import FlopCounterMode
 
 import coconv_surgery as cs
-from coconv_surgery.tracing import observer, padding
+from coconv_surgery.tracing import axes, following, grid_rules, observer
 from coconv_surgery.tracing.finding import find_sites
 from coconv_surgery.tracing.fx_map import _Tracer
 
@@ -287,7 +287,14 @@ def test_an_error_comes_without_torchs_log_of_it(capfd):
 
 
 @pytest.mark.parametrize(
-    "place", [(observer, "padding_mode"), (observer, "margins"), (observer, "_mode_of"), (padding, "_change")]
+    "place",
+    [
+        (observer, "padded_by"),
+        (observer, "one_sided"),
+        (following, "fresh"),
+        (grid_rules, "resized_dim"),
+        (axes, "Axis"),
+    ],
 )
 def test_a_fault_of_the_observer_is_not_the_networks(monkeypatch, place):
     def fail(*args, **kwargs):
