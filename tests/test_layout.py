@@ -35,7 +35,7 @@ FILES = {
     "tracing": [
         *("convertible", "objects", "operations", "differences", "inputs", "unseen", "surroundings"),
         *("copying", "twin", "visit", "signature", "graph_convs", "graph_weights", "rewriting", "sites", "finding"),
-        *("switching", "dataflow", "padding", "observer", "fx_map", "trace"),
+        *("switching", "unrecorded", "dataflow", "readers", "padding", "observer", "fx_map", "trace"),
     ],
     "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "decision"],
     "calibration": [
