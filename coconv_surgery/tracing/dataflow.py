@@ -19,8 +19,8 @@ _ELEMENTWISE = re.compile(
 _REDUCTIONS = re.compile(
     r"(Sum|Mean|Logsumexp|Amax|Amin|Max|Min|Prod|Var|VarMean|Std|StdMean|AdaptiveAvgPool2D)Backward\d"
 )
-_MATRIX_PRODUCTS = re.compile(r"(Mm|Bmm|Mv|Dot|Addmm|Baddbmm|Addbmm|Addmv)Backward\d")
-_PATCHES = re.compile(r"(Im2Col|Unfold)Backward\d")
+_MATRIX_PRODUCTS = re.compile(r"(Mm|Bmm|Addmm|Baddbmm)Backward\d")
+_PATCHES = re.compile(r"(Im2Col|Unfold|AsStrided)Backward\d")
 _PADDED = re.compile(r"(ConstantPad|ReflectionPad|ReplicationPad)")
 # A map of which so many shifted copies are taken is taken apart into patches.
 _SHIFTS = 4
@@ -164,4 +164,4 @@ def is_matrix_product(node: Node) -> bool:
 def _overlapping(node: Node) -> bool:
     if hasattr(node, "_saved_kernel_size"):
         return any(size > step for size, step in zip(node._saved_kernel_size, node._saved_stride, strict=True))
-    return bool(node._saved_size > node._saved_step)
+    return not hasattr(node, "_saved_step") or bool(node._saved_size > node._saved_step)

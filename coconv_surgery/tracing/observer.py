@@ -194,14 +194,17 @@ class _Observer(TorchFunctionMode):
         outputs = {output.node for output in self._outputs if output.node is not None}
         # A map has more numbers than there are images.
         images = max((tensor.shape[0] for tensor in given if tensor.dim() > 2), default=1)
-        left = [*returned, *given, *self._results_in(twin.model), *self._unrecorded.left]
-        maps = set(self._nodes(tensor for tensor in left if tensor.dim() > 1 or tensor.numel() > images))
-        known, positions = {*outputs, *maps}, self._unrecorded.positions
-        dataflow = Dataflow(self._nodes(returned), activations, known, self._inside, positions)
+        elsewhere = [*given, *self._results_in(twin.model), *self._unrecorded.left]
+        maps, left = (
+            set(self._nodes(tensor for tensor in tensors if tensor.dim() > 1 or tensor.numel() > images))
+            for tensors in (returned, elsewhere)
+        )
+        others, positions = {*outputs, *maps, *left}, self._unrecorded.positions
+        dataflow = Dataflow(self._nodes(returned), activations, others, self._inside, positions)
         calls = defaultdict(list)
         for output in self._outputs:
             source, around = output.source, margins(dataflow, output.source, output.node, output.stride)
-            reader = reader_of(dataflow, output.node, maps)
+            reader = reader_of(dataflow, output.node, maps, left)
             mode = padding_mode(dataflow, source, self._paddings)
             call = Call(output.input_size, output.output_size, reader, mode, around)
             calls[output.name].append(call)

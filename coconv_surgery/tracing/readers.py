@@ -61,17 +61,19 @@ class _Readers:
     as_it_is: bool = False
 
 
-def reader_of(dataflow: Dataflow, output: Node | None, maps: Set[Node]) -> Reader:
+def reader_of(dataflow: Dataflow, output: Node | None, returned: Set[Node], left: Set[Node]) -> Reader:
     """What reads an output.
 
     Args:
         dataflow: The forward pass.
         output: Its node.
-        maps: Nodes of what leaves the network and has channels: what it returns, keeps, or hands to others than torch.
+        returned: Nodes of what the network returns and has channels.
+        left: Nodes of what leaves it otherwise: what it keeps, or hands to others than torch. Statistics that it keeps
+            are none of its outputs.
     """
     if output is None:
         return Reader.UNKNOWN
-    found = _Search(dataflow, output).readers(maps)
+    found = _Search(dataflow, output).readers(returned, left)
     # A prediction that also steers something, through layers that make offsets of it, is a prediction still.
     if found.layers and not (found.at_an_end and all(_steers(dataflow, layer) for layer in found.layers)):
         if found.directly:
@@ -89,7 +91,7 @@ class _Search:
         pools = {node for node in self._reached if is_reduction(node) and not is_total(node)}
         self._pooled = self._follow(*pools) - self._follow(output, past_reductions=False)
 
-    def readers(self, maps: Set[Node]) -> _Readers:
+    def readers(self, returned: Set[Node], left: Set[Node]) -> _Readers:
         """Follow the output."""
         found = _Readers()
         seen, stack = {(self._output, _State.RAW)}, [(self._output, _State.RAW)]
@@ -97,7 +99,7 @@ class _Search:
             node, state = stack.pop()
             raw = state is not _State.FEATURES
             found.at_an_end |= node in self._dataflow.ends
-            found.as_it_is |= raw and node in maps
+            found.as_it_is |= raw and (node in returned or (node in left and node not in self._pooled))
             for consumer, index in self._dataflow.consumers[node]:
                 if index == POSITIONS:
                     found.directly |= raw
@@ -158,9 +160,9 @@ class _Search:
 
 def _is_matrix(product: Node, index: int) -> bool:
     """Whether a factor of a matrix product has several rows and columns."""
-    names = ("self", "mat2") if index < 2 and hasattr(product, "_saved_self") else ("", "mat1", "mat2")
+    names = ("self", "mat2") if product.name().startswith(("Mm", "Bmm")) else ("", "mat1", "mat2")
     factor = getattr(product, f"_saved_{names[index]}", None)
-    return factor is None or min(factor.shape[-2:]) > 1
+    return factor is not None and min(factor.shape[-2:]) > 1
 
 
 def _steers(dataflow: Dataflow, layer: Node) -> bool:

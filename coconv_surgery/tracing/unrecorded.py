@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from coconv_surgery.tracing.operations import LEAVES
 
 # What these compute takes numbers from elsewhere at places that whole numbers give, or puts them there.
-_BY_POSITION = ("Index", "Gather", "Take", "Scatter", "Embedding", "GridSampler")
+_BY_POSITION = ("Index", "UnsafeIndex", "Gather", "Take", "Scatter", "Embedding", "GridSampler")
 
 
 class Unrecorded:
@@ -38,7 +38,7 @@ class Unrecordeds:
 
     Attributes:
         positions: Nodes of autograd, with those that say at what positions they read or write.
-        left: Where numbers have left torch: the nodes that computed them.
+        left: Tensors whose numbers have left torch.
     """
 
     def __init__(self) -> None:

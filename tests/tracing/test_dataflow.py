@@ -284,9 +284,21 @@ def test_what_is_put_into_an_argument_is_an_output(given, take):
         lambda model, y: torch.arange(32).type_as(y),
         lambda model, y: y.new_ones(3, 3) > 0,
         lambda model, y: torch.tensor(y.shape),
+        lambda model, y: 0.9 * y.mean((0, 2, 3)) + 0.1 * y.amax((0, 2, 3)),
         lambda model, y: (y.flatten(2).transpose(1, 2) @ y.flatten(2)).softmax(-1),
     ],
-    ids=["relu", "norm", "gated by itself", "number", "shape", "type", "made like it", "size", "attention map"],
+    ids=[
+        "relu",
+        "norm",
+        "gated by itself",
+        "number",
+        "shape",
+        "type",
+        "made like it",
+        "size",
+        "statistic",
+        "attention map",
+    ],
 )
 def test_features_and_caches_that_a_network_keeps_are_no_predictions(keep):
     assert reasons(side(lambda model, y: setattr(model, "kept", keep(model, y)))) == {"first": None, "second": None}
