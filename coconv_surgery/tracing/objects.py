@@ -34,11 +34,11 @@ def parts(value: Any) -> Iterable[Any]:
         return dict.values(value)
     if isinstance(value, types.GeneratorType):
         return list(value.gi_frame.f_locals.values()) if value.gi_frame else ()
-    if type(value).__module__ in _BUILT_IN and isinstance(value, _ITERATORS_AND_VIEWS):
-        return gc.get_referents(value)  # what it iterates over
     for base in _SEQUENCES:
         if isinstance(value, base):
             return iter_as(base, value)
+    if type(value).__module__ in _BUILT_IN and isinstance(value, _ITERATORS_AND_VIEWS):
+        return gc.get_referents(value)  # what it iterates over
     if isinstance(value, functools.partial):
         return (value.func, value.args, value.keywords)
     if isinstance(value, types.MethodType):

@@ -193,7 +193,7 @@ class _Observer(TorchFunctionMode):
         activations = self._nodes([*self._activations, *given])
         outputs = {output.node for output in self._outputs if output.node is not None}
         # A map has more numbers than there are images.
-        images = max((tensor.shape[0] for tensor in given if tensor.dim() > 2), default=1)
+        images = max((tensor.size(0) for tensor in given if tensor.dim() > 2), default=1)
         elsewhere = [*given, *self._results_in(twin.model), *self._unrecorded.left]
         maps, left = (
             set(self._nodes(tensor for tensor in tensors if tensor.dim() > 1 or tensor.numel() > images))
