@@ -36,6 +36,7 @@ class _State(enum.Enum):
     FEATURES = "activated, normalised, mixed with another map, or made one number"
 
 
+_AFTER_A_NORM = (_State.NORMALISED, _State.FEATURES)
 # The input that these operations read as data; what enters elsewhere steers them, channel by channel.
 _DATA_INPUT = {"ConvolutionBackward0": 0, "GridSampler2DBackward0": 0}
 # What comes out of these is features. Squashing functions, as behind predictions, are none of them.
@@ -125,10 +126,14 @@ class _Search:
         return seen
 
     def _is_layer(self, node: Node, state: _State) -> bool:
-        """Whether a node mixes channels, or is the affine part of a norm."""
-        if node in self._dataflow.learned:
-            return not is_elementwise(node) or state in (_State.NORMALISED, _State.FEATURES)
-        return state is _State.SCALED and is_reduction(node)
+        """Whether a node mixes channels, is the affine part of a norm, or adds a scaled branch to another map."""
+        if node in self._dataflow.learned and (not is_elementwise(node) or state in _AFTER_A_NORM):
+            return True
+        return state is _State.SCALED and (is_reduction(node) or self._is_residual(node))
+
+    def _is_residual(self, node: Node) -> bool:
+        others = (source for _, source in self._dataflow.sources(node) if source not in self._reached)
+        return node.name().startswith("AddBackward") and any(other in self._dataflow.activations for other in others)
 
     def _after(self, node: Node, state: _State) -> _State:
         """What an output has become, once a node has read it."""

@@ -623,3 +623,14 @@ def test_learned_numbers_behind_features_or_a_sum_are_a_layer(finish):
     model = Model(lambda m, x: finish(m, m.first(x).relu()), first=conv(3), last=conv(), mix=nn.Conv2d(16, 4, 1))
     model.factor, model.rows = learned(16, 1, 1), learned(1, 4, 16, 1, 1)
     assert reasons(model) == {"first": None, "last": None}
+
+
+def test_a_residual_map_with_layer_scale_that_a_network_returns_is_no_prediction():
+    def forward(model, x):
+        features = model.first(x).relu()
+        features = features + model.factor * model.last(features)
+        return features, model.mix(features)
+
+    model = Model(forward, first=conv(3), last=conv(), mix=nn.Conv2d(16, 4, 1))
+    model.factor = learned(16, 1, 1)
+    assert reasons(model) == {"first": None, "last": None}
