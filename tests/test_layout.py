@@ -35,8 +35,8 @@ FILES = {
     "tracing": [
         *("convertible", "objects", "operations", "differences", "evaluating", "inputs", "unseen", "surroundings"),
         *("copying", "twin", "visit", "signature", "graph_convs", "graph_weights", "rewriting", "sites", "finding"),
-        *("switching", "dataflow", "axes", "grids", "writing", "grid_rules", "following", "padding"),
-        *("observer", "fx_map", "trace"),
+        *("switching", "unrecorded", "dataflow", "readers", "axes", "grids", "writing", "grid_rules", "following"),
+        *("padding", "observer", "fx_map", "trace"),
     ],
     "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "decision"],
     "calibration": [

@@ -8,8 +8,8 @@ import torch.nn as nn
 
 from coconv_surgery.layers.switch import hidden_attributes, is_switchable
 from coconv_surgery.planning.reasons import Reason, Why
-from coconv_surgery.tracing.dataflow import Reader
 from coconv_surgery.tracing.graph_weights import WeightSource
+from coconv_surgery.tracing.readers import Reader
 from coconv_surgery.tracing.sites import Site
 from coconv_surgery.tracing.trace import TracedConv
 

@@ -62,7 +62,7 @@ def copy_network(
         CopyError: If something of it cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for part in walk(model, into=_held):
+    for part in walk(model, into=held_by):
         if isinstance(part, torch.Tensor) and (copied := copy_tensor(part)) is not None:
             memo[id(part)] = copied
     for module in model.modules():
@@ -105,13 +105,13 @@ def separate_copy(model: nn.Module) -> nn.Module:
                     "convert in place, or make it a method"
                 )
     # Results that somebody keeps, as pruned weights, are refused by deepcopy.
-    results = (part for part in walk(model, into=_held) if isinstance(part, torch.Tensor) and not part.is_leaf)
+    results = (part for part in walk(model, into=held_by) if isinstance(part, torch.Tensor) and not part.is_leaf)
     copied = copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
     _check_apart(model, copied)
     return copied
 
 
-def _held(value: Any) -> Iterable[Any]:
+def held_by(value: Any) -> Iterable[Any]:
     """What an object holds, of modules without their hooks."""
     if isinstance(value, nn.Module):
         return [part for name, part in vars(value).items() if name not in _HOOK_TABLES]

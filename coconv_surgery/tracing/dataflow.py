@@ -1,34 +1,35 @@
-"""Who reads a convolution's output: found in autograd's record of a forward pass."""
+"""What reads what: autograd's record of a forward pass, and what autograd leaves out."""
 
-import enum
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.autograd.function import BackwardCFunction
 
-Node = Any  # torch.autograd.graph.Node, whose concrete classes torch generates
+from coconv_surgery.tracing.unrecorded import Unrecorded
 
+Node = Any  # torch.autograd.graph.Node, whose concrete classes torch generates, or an Unrecorded
 
-class Reader(enum.Enum):
-    """What becomes of a convolution's output channels."""
-
-    LAYER = "a learned layer mixes its output"
-    NOBODY = "prediction layer: no learned layer makes features of its output"
-    SIDE_OUTPUT = "a learned layer reads its output, and the network returns it as it is"
-    POSITION = "its output is read by position, as the offsets, mask or kernel of another operation"
-    UNKNOWN = "the network hides what reads its output"
-
-
-# The input that these operations read as data; what enters elsewhere steers them, channel by channel.
-_DATA_INPUT = {"ConvolutionBackward0": 0, "GridSampler2DBackward0": 0}
-# What comes out of these is features. Squashing functions, as behind predictions, are none of them.
-_FEATURES = ("Relu", "Elu", "Gelu", "Silu", "Mish", "Hardswish", "Hardtanh", "Softplus", "Norm", "MaxPool")
+# Every number by itself: parameters may scale, shift or bend a channel, but mix none.
+_ELEMENTWISE = re.compile(
+    r"(Add|Sub|Rsub|Mul|Div|Addcmul|Addcdiv|Lerp|Pow|Atan2|Maximum|Minimum|Where|Prelu|PreluKernel|Cat|Stack)Backward\d"
+    r"|torch::autograd::Copy"
+)
+_REDUCTIONS = re.compile(
+    r"(Sum|Mean|Logsumexp|Amax|Amin|Max|Min|Prod|Var|VarMean|Std|StdMean|AdaptiveAvgPool2D)Backward\d"
+)
+_MATRIX_PRODUCTS = re.compile(r"(Mm|Bmm|Addmm|Baddbmm)Backward\d")
+_PATCHES = re.compile(r"(Im2Col|Unfold|AsStrided)Backward\d")
+_PADDED = re.compile(r"(ConstantPad|ReflectionPad|ReplicationPad)")
+# A map of which so many shifted copies are taken is taken apart into patches.
+_SHIFTS = 4
+# The number by which whoever reads positions reads them.
+POSITIONS = -1
 
 
 class Dataflow:
-    """Autograd's record of a forward pass.
+    """A forward pass as a graph of nodes.
 
     A layer is learned if it combines an activation with parameters of more than one number (a single learned factor,
     as behind many box branches, mixes nothing).
@@ -40,11 +41,14 @@ class Dataflow:
         others: Nodes to know about as well, whether or not they lead to an end.
         inside: For outputs of operations that hide what they do, such as checkpoints, by node and number: the node
             inside that they come from.
-        maps: Those of the ends whose channels have a meaning, unlike that of a lone number. Default: all.
+        positions: For nodes that read or write at computed positions: the nodes that compute them.
 
     Attributes:
+        ends: Nodes of the network's outputs.
         activations: All nodes that depend on an activation.
-        consumers: What reads a node's output, and as which of its inputs.
+        consumers: What reads a node's output, and as which of its inputs, or as its :data:`POSITIONS`.
+        learned: Nodes that combine activations with parameters.
+        patches: Nodes that hold overlapping patches of a map, or what was taken from it at computed positions.
     """
 
     def __init__(
@@ -53,35 +57,32 @@ class Dataflow:
         activations: Iterable[Node],
         others: Iterable[Node] = (),
         inside: Mapping[tuple[Node, int], Node] | None = None,
-        maps: Iterable[Node] | None = None,
+        positions: Mapping[Node, Iterable[Node]] | None = None,
     ) -> None:
-        self._inside = inside or {}
-        self._ends, self._activations = set(ends), set(activations)
-        self._maps = self._ends if maps is None else set(maps)
+        self._inside, self._positions = inside or {}, positions or {}
+        self.ends, self._known = set(ends), set(activations)
         self.activations: set[Node] = set()
         self.consumers: dict[Node, list[tuple[Node, int]]] = defaultdict(list)
-        self._learned: set[Node] = set()
-        self._find_learned(self._upstream([*self._ends, *self._activations, *others]))
-
-    def reader(self, output: Node | None) -> Reader:
-        """What reads an output, given by its node."""
-        if output is None:
-            return Reader.UNKNOWN
-        layers, by_position, at_an_end, raw = self._readers(output)
-        # A prediction that also steers something, through layers that make offsets of it, is a prediction still.
-        if layers and not (at_an_end and all(self._steers(layer) for layer in layers)):
-            return Reader.SIDE_OUTPUT if raw else Reader.LAYER
-        return Reader.POSITION if by_position else Reader.NOBODY
+        self.learned: set[Node] = set()
+        self.patches: set[Node] = set()
+        order = self._upstream([*self.ends, *self._known, *others])
+        self._find_consumers(order)
+        self._find_learned(order)
+        self._find_patches(order)
 
     def of_use(self) -> set[Node]:
         """All nodes that something depends on that the network or a layer of it gives."""
-        return set(self._upstream([*self._ends, *self._activations]))
+        return set(self._upstream([*self.ends, *self._known]))
 
     def sources(self, node: Node) -> Iterator[tuple[int, Node]]:
         """Where an operation's inputs come from, by their number."""
         for index, (source, output) in enumerate(node.next_functions):
             if source is not None:
                 yield index, self._inside.get((source, output), source)
+
+    def mixes(self, node: Node) -> bool:
+        """Whether a node is a layer that combines parameters with more than one number of an activation."""
+        return node in self.learned and not is_elementwise(node)
 
     def _upstream(self, roots: Iterable[Node]) -> list[Node]:
         """All nodes that some nodes depend on, each after those that it depends on itself."""
@@ -96,64 +97,71 @@ class Dataflow:
                 seen.add(node)
                 stack.append((node, True))
                 stack.extend((source, False) for _, source in self.sources(node))
+                stack.extend((source, False) for source in self._positions.get(node, ()))
         return order
 
+    def _find_consumers(self, order: Iterable[Node]) -> None:
+        for node in order:
+            for index, source in self.sources(node):
+                self.consumers[source].append((node, index))
+            for source in self._positions.get(node, ()):
+                self.consumers[source].append((node, POSITIONS))
+
     def _find_learned(self, order: Iterable[Node]) -> None:
-        self.activations = depends_on_input = set(self._activations)
+        self.activations = depends_on_input = set(self._known)
         parameter_size: dict[Node, int] = {}
         for node in order:
-            sources = list(self.sources(node))
-            for index, source in sources:
-                self.consumers[source].append((node, index))
-            size = max((parameter_size.get(source, 0) for _, source in sources), default=0)
-            if node in depends_on_input or any(source in depends_on_input for _, source in sources):
+            sources = [source for _, source in self.sources(node)]
+            size = max((parameter_size.get(source, 0) for source in sources), default=0)
+            if node in depends_on_input or any(source in depends_on_input for source in sources):
                 depends_on_input.add(node)
                 if size > 1:
-                    self._learned.add(node)
+                    self.learned.add(node)
             elif isinstance(variable := getattr(node, "variable", None), torch.Tensor):
                 parameter_size[node] = variable.numel()
             else:
                 parameter_size[node] = size
 
-    def _readers(self, output: Node) -> tuple[list[Node], bool, bool, bool]:
-        """The learned layers that read an output; whether it is read by position, comes out, and comes out as it is."""
-        layers, by_position, at_an_end, raw = [], False, False, False
-        seen, stack = {(output, True)}, [(output, True)]
-        while stack:
-            node, as_it_is = stack.pop()
-            at_an_end |= node in self._ends
-            raw |= as_it_is and node in self._maps
-            for consumer, index in self.consumers[node]:
-                if index != _data_input(consumer, index):
-                    by_position = True
-                elif consumer in self._learned:
-                    layers.append(consumer)
-                else:
-                    following = (consumer, as_it_is and not any(name in consumer.name() for name in _FEATURES))
-                    if following not in seen:
-                        seen.add(following)
-                        stack.append(following)
-        return layers, by_position, at_an_end, raw
+    def _find_patches(self, order: Iterable[Node]) -> None:
+        for node in order:
+            name = node.name()
+            begins = node in self._positions or (_PATCHES.match(name) and _overlapping(node)) or self._is_shift(node)
+            goes_on = any(source in self.patches for _, source in self.sources(node))
+            ends = self.mixes(node) or name.startswith("Col2Im") or is_reduction(node) or is_matrix_product(node)
+            if begins or (goes_on and not ends):
+                self.patches.add(node)
 
-    def _steers(self, layer: Node) -> bool:
-        """Whether all that becomes of a layer's output is read by position in the end."""
-        by_position = False
-        seen, stack = {layer}, [layer]
-        while stack:
-            node = stack.pop()
-            if node in self._ends or not self.consumers[node]:
-                return False
-            for consumer, index in self.consumers[node]:
-                if index != _data_input(consumer, index):
-                    by_position = True
-                elif consumer not in seen:
-                    seen.add(consumer)
-                    stack.append(consumer)
-        return by_position
+    def _is_shift(self, node: Node) -> bool:
+        """Whether a node is one of several shifted copies of a map."""
+        _, source = next(self.sources(node), (0, None))
+        crops = node.name().startswith("Slice") and source is not None and _PADDED.match(source.name())
+        if not crops and not node.name().startswith("Roll"):
+            return False
+        alike = [consumer for consumer, _ in self.consumers[source] if consumer.name() == node.name()]
+        return len(alike) >= _SHIFTS
 
 
-def _data_input(node: Node, index: int) -> int:
-    # Operations from outside torch (deformable convolution, CARAFE, RoI align, ...) read their first input as data.
-    if isinstance(node, BackwardCFunction) or "DeformConv" in node.name():
-        return 0
-    return _DATA_INPUT.get(node.name(), index)
+def is_elementwise(node: Node) -> bool:
+    """Whether a node takes every number by itself."""
+    return isinstance(node, Unrecorded) or bool(_ELEMENTWISE.match(node.name()))
+
+
+def is_reduction(node: Node) -> bool:
+    """Whether a node makes one number of many along an axis."""
+    return bool(_REDUCTIONS.match(node.name()))
+
+
+def is_total(node: Node) -> bool:
+    """Whether a reduction makes one number of a whole tensor."""
+    return node.name() in ("SumBackward0", "MeanBackward0", "ProdBackward0")
+
+
+def is_matrix_product(node: Node) -> bool:
+    """Whether a node multiplies matrices."""
+    return bool(_MATRIX_PRODUCTS.match(node.name()))
+
+
+def _overlapping(node: Node) -> bool:
+    if hasattr(node, "_saved_kernel_size"):
+        return any(size > step for size, step in zip(node._saved_kernel_size, node._saved_stride, strict=True))
+    return not hasattr(node, "_saved_step") or bool(node._saved_size > node._saved_step)

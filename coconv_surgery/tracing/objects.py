@@ -2,10 +2,11 @@
 
 import enum
 import functools
+import gc
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, ItemsView, Iterable, Iterator, ValuesView
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ _ATOMS: tuple[type, ...] = (
 )
 _SEQUENCES: tuple[type, ...] = (list, tuple, set, frozenset, deque)
 
-_ITERATORS: tuple[Any, ...] = (type(iter([])), type(iter(())))
-_VIEWS: tuple[Any, ...] = (type({}.values()), type({}.items()))
+_BUILT_IN = ("builtins", "itertools", "collections")
+_ITERATORS_AND_VIEWS: tuple[Any, ...] = (Iterator, ValuesView, ItemsView, types.MappingProxyType)
 
 
 def parts(value: Any) -> Iterable[Any]:
@@ -31,15 +32,13 @@ def parts(value: Any) -> Iterable[Any]:
         return ()
     if isinstance(value, dict):
         return dict.values(value)
-    if isinstance(value, types.MappingProxyType):
-        return list(value.values())
-    if isinstance(value, _ITERATORS):
-        return list(value.__reduce__()[1])  # what it iterates over
-    if isinstance(value, _VIEWS):
-        return list[Any](value)
+    if isinstance(value, types.GeneratorType):
+        return list(value.gi_frame.f_locals.values()) if value.gi_frame else ()
     for base in _SEQUENCES:
         if isinstance(value, base):
             return iter_as(base, value)
+    if type(value).__module__ in _BUILT_IN and isinstance(value, _ITERATORS_AND_VIEWS):
+        return gc.get_referents(value)  # what it iterates over
     if isinstance(value, functools.partial):
         return (value.func, value.args, value.keywords)
     if isinstance(value, types.MethodType):

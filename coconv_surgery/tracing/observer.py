@@ -1,6 +1,7 @@
 """One forward pass, watched: which convolution is called on how large a map, and what becomes of its output."""
 
 import contextlib
+import types
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,14 +16,17 @@ from torch.utils._pytree import tree_map_only
 
 from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.tracing.axes import Axis
-from coconv_surgery.tracing.copying import CopyError
-from coconv_surgery.tracing.dataflow import Dataflow, Node, Reader
+from coconv_surgery.tracing.copying import CopyError, held_by
+from coconv_surgery.tracing.dataflow import Dataflow, Node
 from coconv_surgery.tracing.following import Positions
 from coconv_surgery.tracing.inputs import Inputs
-from coconv_surgery.tracing.objects import tensors_in
+from coconv_surgery.tracing.objects import tensors_in, walk
 from coconv_surgery.tracing.operations import Operations
 from coconv_surgery.tracing.padding import one_sided, padded_by
+from coconv_surgery.tracing.readers import Reader, reader_of
+from coconv_surgery.tracing.surroundings import contents
 from coconv_surgery.tracing.twin import NetworkError, Twin
+from coconv_surgery.tracing.unrecorded import Unrecordeds
 from coconv_surgery.tracing.unseen import saved_as_they_are, saves_by_hooks
 
 
@@ -101,7 +105,7 @@ def observe(
             raise
     if observer.fault is not None:  # which is not the network's, whoever has caught it meanwhile
         raise observer.fault
-    return observer.conclude(ends, entered, twin.fake)
+    return observer.conclude(ends, entered, twin)
 
 
 def _weights(conv: nn.Module) -> list[torch.Tensor]:
@@ -113,7 +117,15 @@ def _weights(conv: nn.Module) -> list[torch.Tensor]:
     return [weight for weight in held if weight is not None]
 
 
+def _seen_in(value: Any) -> Iterable[Any]:
+    """What an object holds, and what a function has kept for its next call."""
+    if isinstance(value, types.FunctionType):
+        return (*contents(value.__closure__ or ()), *(value.__defaults__ or ()), value.__kwdefaults__)
+    return held_by(value)
+
+
 _DETACH = (torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+_DETACH_IN_PLACE = (torch.Tensor.detach_, torch.detach_)
 
 
 class _Observer(TorchFunctionMode):
@@ -141,6 +153,7 @@ class _Observer(TorchFunctionMode):
         self._names: dict[int, list[str]] = defaultdict(list)
         self._running = 0
         self._positions = Positions()
+        self._unrecorded = Unrecordeds()
         # What was computed since, with its node, and what a checkpoint then took for its own.
         self._computed: dict[int, tuple[torch.Tensor, Node]] = {}
         self._inside: dict[tuple[Node, int], Node] = {}
@@ -167,17 +180,20 @@ class _Observer(TorchFunctionMode):
         with Operations(tell):
             yield
 
-    def conclude(self, ends: Any, entered: Any, fake: bool) -> Observation:
+    def conclude(self, ends: Any, entered: Any, twin: Twin) -> Observation:
         """Say what was seen, given what the network was called with and what came of it."""
-
-        def nodes(tensors: Iterable[torch.Tensor]) -> list[Node]:
-            return [self._node_of(tensor) for tensor in tensors if tensor.grad_fn is not None]
-
-        activations = [*nodes(self._activations), *nodes(tensors_in(entered))]
+        given, returned = list(tensors_in(entered)), list(self._results_in(ends))
+        activations = self._nodes([*self._activations, *given])
         outputs = {output.node for output in self._outputs if output.node is not None}
-        returned = list(map(self._attach, tensors_in(ends)))
-        maps = nodes(tensor for tensor in returned if tensor.dim() > 1)
-        dataflow = Dataflow(nodes(returned), activations, outputs, self._inside, maps)
+        # A map has more numbers than there are images.
+        images = max((tensor.size(0) for tensor in given if tensor.dim() > 2), default=1)
+        elsewhere = [*given, *self._results_in(twin.model), *self._unrecorded.left]
+        maps, left = (
+            set(self._nodes(tensor for tensor in tensors if tensor.dim() > 1 or tensor.numel() > images))
+            for tensors in (returned, elsewhere)
+        )
+        others, positions = {*outputs, *maps, *left}, self._unrecorded.positions
+        dataflow = Dataflow(self._nodes(returned), activations, others, self._inside, positions)
         self._positions.leave(ends)
         calls = defaultdict(list)
         for output in self._outputs:
@@ -185,7 +201,7 @@ class _Observer(TorchFunctionMode):
             call = Call(
                 output.input_size,
                 output.output_size,
-                dataflow.reader(output.node),
+                reader_of(dataflow, output.node, maps, left),
                 next(modes, None),
                 any(one_sided(*axes) for axes in output.axes),
             )
@@ -193,7 +209,16 @@ class _Observer(TorchFunctionMode):
         # What leaves a convolution's output as it is comes with the convolution's own node.
         reads = [(node, name) for node, name in self._reads if node not in outputs]
         used = dataflow.of_use() if reads else set()
-        return Observation(calls, {name for node, name in reads if node in used}, fake)
+        return Observation(calls, {name for node, name in reads if node in used}, twin.fake)
+
+    def _results_in(self, value: Any) -> Iterator[torch.Tensor]:
+        """The tensors in an object, with the nodes that computed them."""
+        found = (part for part in walk(value, into=_seen_in) if isinstance(part, torch.Tensor))
+        return map(self._attach, found)
+
+    def _nodes(self, tensors: Iterable[torch.Tensor]) -> list[Node]:
+        """The nodes that computed tensors, as far as something did."""
+        return [node for tensor in tensors if (node := self._node_of(tensor)) is not None]
 
     def _watch_conv(self, name: str, conv: nn.Module) -> None:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -231,6 +256,9 @@ class _Observer(TorchFunctionMode):
                         f"model.{self._originals[id(argument)]}: let it reach that part as an attribute"
                     )
         result = self._compute(func, args, kwargs or {})
+        if torch.is_grad_enabled():
+            with self._at_fault():
+                self._unrecorded.see(func, args, kwargs or {}, result)
         if not self._running and isinstance(result, torch.Tensor) and result.grad_fn is not None:
             with self._at_fault():
                 for source, _ in result.grad_fn.next_functions:
@@ -254,6 +282,9 @@ class _Observer(TorchFunctionMode):
         if func in _DETACH and args[0].grad_fn is not None:
             self.switched = True
             return torch.ops.aten.alias.default(args[0])
+        if func in _DETACH_IN_PLACE and args[0].grad_fn is not None:
+            self.switched = True
+            return args[0]
         if self.switched:
             args, kwargs = tree_map_only(torch.Tensor, self._attach, (args, kwargs))
             for tensor in tensors_in(args):
@@ -275,6 +306,8 @@ class _Observer(TorchFunctionMode):
 
     def _node_of(self, tensor: torch.Tensor) -> Node:
         """The node that computed a tensor: inside of a function such as a checkpoint, if it comes from one."""
+        if tensor.grad_fn is None:
+            return self._unrecorded.node_of(tensor)
         node, (_, computed_by) = tensor.grad_fn, self._computed.get(id(tensor), (tensor, None))
         if computed_by is not None and isinstance(node, BackwardCFunction):
             self._inside.setdefault((node, tensor.output_nr), computed_by)

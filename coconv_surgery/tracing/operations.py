@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # How numbers leave torch without an operation.
-_LEAVES = {
+LEAVES = {
     *(torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.data_ptr),
     *(torch.Tensor.untyped_storage, torch.Tensor.__dlpack__),
 }
@@ -48,6 +48,6 @@ class Leaving(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _LEAVES:
+        if func in LEAVES:
             self._tell(args[:1])
         return func(*args, **(kwargs or {}))

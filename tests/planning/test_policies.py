@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import coconv_surgery as cs
 from coconv_surgery.layers.arguments import kind
 from coconv_surgery.planning.policies import get_policy, named_policy, settle
-from coconv_surgery.tracing.dataflow import Reader
 from coconv_surgery.tracing.observer import Call
+from coconv_surgery.tracing.readers import Reader
 from coconv_surgery.tracing.sites import ModuleSite
 from coconv_surgery.tracing.trace import TracedConv
 

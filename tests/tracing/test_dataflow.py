@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from forwards import WAYS, Model
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import DeformConv2d
@@ -216,6 +217,99 @@ def test_a_coarse_flow_field_is_a_prediction():
     assert reasons(model) == {"flow": Reason.SIDE_OUTPUT, "second": None, "refine": Reason.PREDICTION}
 
 
+# -- Outputs that leave otherwise than by being returned ----------------------------------------------------------
+
+
+WAYS_OUT = {
+    "attribute": lambda model, y: setattr(model, "aux", y),
+    "container in an attribute": lambda model, y: setattr(model, "aux", {"maps": [y.detach()]}),
+    "detached in place": lambda model, y: y.clone().detach_(),
+    "classes": lambda model, y: y.argmax(1),
+    "indices": lambda model, y: y.topk(3, 1).indices,
+    "comparison": lambda model, y: y > 0,
+    "whole numbers": lambda model, y: y.to(torch.uint8),
+    "new tensor": lambda model, y: y.new_tensor(y),
+    "written into whole numbers": lambda model, y: torch.zeros(1, 16, 32, 32, dtype=torch.uint8).copy_(y),
+    "one axis": lambda model, y: y.flatten(),
+    "closure": lambda model, y: lambda: y,
+    "generator within a tuple": lambda model, y: (part for part in [y]),
+    "map within a tuple": lambda model, y: map(torch.sigmoid, [y]),
+    "zip within a tuple": lambda model, y: zip([y], "a", strict=True),
+    "softplus": lambda model, y: F.softplus(y),
+}
+
+
+@pytest.mark.parametrize("leave", WAYS_OUT.values(), ids=WAYS_OUT)
+def test_an_output_that_leaves_as_it_is_is_a_prediction_although_a_layer_reads_it(leave):
+    assert reasons(side(leave)) == {"first": Reason.SIDE_OUTPUT, "second": None}
+
+
+@pytest.mark.parametrize("leave", [lambda model, y: y.detach().numpy(), lambda model, y: y.tolist()])
+def test_numbers_that_leave_torch_are_an_output(leave):
+    assert reasons(side(leave), "numbers") == {"first": Reason.SIDE_OUTPUT, "second": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "take"),
+    [
+        ([], lambda given, y: given.append(y)),
+        ({}, lambda given, y: given.update(y=y)),
+        (torch.zeros(1, 16, 32, 32), lambda given, y: given.copy_(y)),
+    ],
+    ids=["list", "dict", "tensor"],
+)
+def test_what_is_put_into_an_argument_is_an_output(given, take):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.predict = conv(3), conv(), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x, given):
+            y = self.first(x)
+            take(given, y)
+            return self.predict(self.second(y).relu())
+
+    rows = cs.plan_conversion(Net(), example_inputs=(torch.ones(1, 3, 32, 32), given)).rows
+    assert [row.reason_key for row in rows[:2]] == [Reason.SIDE_OUTPUT, None]
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda model, y: y.relu(),
+        lambda model, y: model.norm(y),
+        lambda model, y: y * y.sigmoid(),
+        lambda model, y: y.square().mean(),
+        lambda model, y: torch.zeros_like(y),
+        lambda model, y: torch.arange(32).type_as(y),
+        lambda model, y: y.new_ones(3, 3) > 0,
+        lambda model, y: torch.tensor(y.shape),
+        lambda model, y: 0.9 * y.mean((0, 2, 3)) + 0.1 * y.amax((0, 2, 3)),
+        lambda model, y: (y.flatten(2).transpose(1, 2) @ y.flatten(2)).softmax(-1),
+    ],
+    ids=[
+        "relu",
+        "norm",
+        "gated by itself",
+        "number",
+        "shape",
+        "type",
+        "made like it",
+        "size",
+        "statistic",
+        "attention map",
+    ],
+)
+def test_features_and_caches_that_a_network_keeps_are_no_predictions(keep):
+    assert reasons(side(lambda model, y: setattr(model, "kept", keep(model, y)))) == {"first": None, "second": None}
+
+
+def test_what_somebodys_hook_takes_is_no_output():
+    model, seen = side(lambda model, y: None), []
+    model.first.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert reasons(model) == {"first": None, "second": None}
+
+
 # -- Objects as outputs -------------------------------------------------------------------------------------------
 
 
@@ -257,3 +351,286 @@ def test_tensors_in_any_object_are_outputs(wrap, way):
     assert reasons(features, way) == {"first": None, "last": None}
     side_output = Model(lambda m, x: (wrap(m.first(x)), m.last(m.first(x))), first=conv(3), last=conv())
     assert reasons(side_output, way) == {"first": Reason.PREDICTION, "last": Reason.PREDICTION}
+
+
+# -- Kernels, offsets and boxes that a convolution makes ----------------------------------------------------------
+
+
+def boxes(operation):
+    def forward(model, x):
+        corners = torch.cat([torch.zeros(1, 1), model.make(model.first(x)).mean((2, 3)) * 8], 1)
+        return model.mix(operation(model.first(x), corners, (4, 4)))
+
+    return forward, 4
+
+
+def involution(model, x):
+    y = model.first(x)
+    return model.mix((F.unfold(y, 3, padding=1).view(1, 16, 9, 32, 32) * model.make(y).unsqueeze(1)).sum(2))
+
+
+def involution_by_einsum(model, x):
+    y = model.first(x)
+    patches = F.unfold(y, 3, padding=1).view(1, 16, 9, 1024)
+    return model.mix(torch.einsum("bckn,bkn->bcn", patches, model.make(y).flatten(2)).view(1, 16, 32, 32))
+
+
+def involution_by_windows(model, x):
+    y = model.first(x)
+    patches = F.pad(y, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
+    kernel = model.make(y).permute(0, 2, 3, 1).reshape(1, 1, 32, 32, 3, 3)
+    return model.mix((patches * kernel).sum((-1, -2)))
+
+
+def involution_by_crops(model, x):
+    y = model.first(x)
+    padded, kernel = F.pad(y, (1, 1, 1, 1)), model.make(y)
+    crops = [padded[:, :, i : i + 32, j : j + 32] for i in range(3) for j in range(3)]
+    return model.mix(sum(crop * kernel[:, i : i + 1] for i, crop in enumerate(crops)))
+
+
+def involution_by_rolling(model, x):
+    y = model.first(x)
+    kernel = model.make(y)
+    rolled = [torch.roll(y, (i, j), (2, 3)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    return model.mix(sum(copy * kernel[:, i : i + 1] for i, copy in enumerate(rolled)))
+
+
+def carafe(model, x):
+    y = model.first(x)
+    kernel = F.pixel_shuffle(model.make(y), 2).softmax(1).unsqueeze(1)
+    patches = F.interpolate(F.unfold(y, 3, padding=1).view(1, 144, 32, 32), scale_factor=2)
+    return model.mix((patches.view(1, 16, 9, 64, 64) * kernel).sum(2))
+
+
+def matrix_product(model, x):
+    y = model.first(x)
+    return model.mix((model.make(y).mean((2, 3)).view(16, 16) @ y.flatten(2)[0]).view(1, 16, 32, 32))
+
+
+def warp_by_gathering(model, x):
+    y = model.first(x)
+    positions = model.make(y)[:, :1] + torch.arange(32.0).view(1, 1, 1, 32)
+    before = positions.detach().floor()
+    weight = positions - before
+
+    def at(places):
+        return y.gather(3, places.long().clamp(0, 31).expand(1, 16, 32, 32))
+
+    return model.mix(at(before) * (1 - weight) + at(before + 1) * weight)
+
+
+def flow_that_is_context_as_well(model, x):
+    y = model.first(x)
+    flow = model.make(y)
+    return model.mix(F.grid_sample(y, flow[:, :2].permute(0, 2, 3, 1)) + flow[:, 2:])
+
+
+MADE = {
+    "RoI align": boxes(torchvision.ops.roi_align),
+    "RoI pool": boxes(torchvision.ops.roi_pool),
+    "position-sensitive RoI align": boxes(lambda *args: torchvision.ops.ps_roi_align(*args).repeat(1, 16, 1, 1)),
+    "position-sensitive RoI pool": boxes(lambda *args: torchvision.ops.ps_roi_pool(*args).repeat(1, 16, 1, 1)),
+    "involution": (involution, 9),
+    "involution by einsum": (involution_by_einsum, 9),
+    "involution by windows": (involution_by_windows, 9),
+    "involution by crops": (involution_by_crops, 9),
+    "involution by rolling": (involution_by_rolling, 9),
+    "CARAFE": (carafe, 36),
+    "matrix product": (matrix_product, 256),
+    "warp by gathering": (warp_by_gathering, 2),
+    "flow that is context as well": (flow_that_is_context_as_well, 18),
+}
+
+
+@pytest.mark.parametrize(("forward", "channels"), MADE.values(), ids=MADE)
+def test_what_a_convolution_makes_to_steer_another_operation_is_read_by_position(forward, channels):
+    model = Model(forward, first=conv(3), make=conv(16, channels), mix=nn.Conv2d(16, 4, 1))
+    assert reasons(model) == {"first": None, "make": Reason.READ_BY_POSITION}
+
+
+def test_offsets_and_mask_of_a_deformable_convolution_by_hand_are_left_alone():
+    def forward(model, x):
+        offsets, mask = model.offsets(x), model.mask(x).sigmoid()
+        positions = offsets + torch.arange(32.0).view(1, 1, 1, 32)
+        places = positions.detach().floor().long().clamp(0, 31)
+        taken = torch.stack([x.gather(3, places[:, n : n + 1].expand(1, 3, 32, 32)) for n in range(9)], -1)
+        taken = taken * (mask * (positions - positions.detach().floor())).permute(0, 2, 3, 1)[:, None]
+        taken = taken.view(1, 3, 32, 32, 3, 3).permute(0, 1, 2, 4, 3, 5).reshape(1, 3, 96, 96)
+        return model.mix(model.sample(taken))
+
+    parts = {"offsets": conv(3, 9), "mask": conv(3, 9), "sample": nn.Conv2d(3, 16, 3, stride=3)}
+    found = reasons(Model(forward, **parts, mix=nn.Conv2d(16, 4, 1)))
+    assert found == {"offsets": Reason.READ_BY_POSITION, "mask": Reason.READ_BY_POSITION, "sample": None}
+
+
+def gate(model, x):
+    y = model.first(x)
+    return model.mix(y * model.make(y).sigmoid())
+
+
+def pooled_gate(model, x):
+    y = model.first(x)
+    return model.mix(y * model.make(y).mean((2, 3), keepdim=True).sigmoid())
+
+
+def gate_by_einsum(model, x):
+    y = model.first(x)
+    return model.mix(torch.einsum("bchw,bc->bchw", y, model.make(y).mean((2, 3)).sigmoid()))
+
+
+def attention(model, x):
+    y = model.first(x)
+    query, key = model.make(y).flatten(2), y.flatten(2)
+    return model.mix((key @ (query.transpose(1, 2) @ key).softmax(-1).transpose(1, 2)).view(1, 16, 32, 32))
+
+
+def attention_with_pooled_queries(model, x):
+    y = model.first(x)
+    query, key = F.adaptive_avg_pool2d(model.make(y), 4).flatten(2), y.flatten(2)
+    return model.mix((key @ (query.transpose(1, 2) @ key).softmax(-1).transpose(1, 2)).view(1, 16, 4, 4))
+
+
+def linear_attention(model, x):
+    query = model.first(x).flatten(2)
+    key = model.make(model.first(x)).flatten(2).exp()
+    total = query.transpose(1, 2) @ key.sum(-1, keepdim=True)
+    return model.mix(((query @ key.transpose(1, 2)) @ query / total.transpose(1, 2)).view(1, 16, 32, 32))
+
+
+def attention_to_neighbours(model, x):
+    y = model.first(x)
+    patches = F.unfold(y, 3, padding=1).view(1, 16, 9, 32, 32)
+    weights = (model.make(y).unsqueeze(2) * patches).sum(1, keepdim=True).softmax(2)
+    return model.mix((weights * patches).sum(2))
+
+
+def selection_of_branches(model, x):
+    y = model.first(x)
+    weights = model.make(y).mean((2, 3)).view(1, 2, 8, 1, 1).softmax(1)
+    return model.mix((torch.stack([y[:, :8], y[:, 8:]], 1) * weights).sum(1).repeat(1, 2, 1, 1))
+
+
+def relu_by_hand(model, x):
+    y = model.make(model.first(x))
+    y[y < 0] = 0
+    return model.mix(y)
+
+
+def unpooling(model, x):
+    y, places = F.max_pool2d(model.make(model.first(x)).relu(), 2, return_indices=True)
+    return model.mix(F.max_unpool2d(y, places, 2))
+
+
+GATES = [
+    *(gate, pooled_gate, gate_by_einsum, attention, attention_with_pooled_queries, linear_attention),
+    *(attention_to_neighbours, selection_of_branches, relu_by_hand, unpooling),
+]
+
+
+@pytest.mark.parametrize("forward", GATES, ids=lambda forward: forward.__name__)
+def test_gates_and_attention_are_no_kernels(forward):
+    model = Model(forward, first=conv(3), make=conv(), mix=nn.Conv2d(16, 4, 1))
+    assert reasons(model) == {"first": None, "make": None}
+
+
+# -- Numbers of its own for each channel --------------------------------------------------------------------------
+
+
+def learned(*shape):
+    return nn.Parameter(torch.ones(*shape))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda y, w: y * w,
+        lambda y, w: y + w,
+        lambda y, w: y / w.exp() - w,
+        lambda y, w: y.mul_(w).add_(w),
+        lambda y, w: torch.addcmul(w, y, w),
+        lambda y, w: torch.lerp(y, w, 0.5),
+        lambda y, w: torch.maximum(y, w),
+        lambda y, w: (y.permute(0, 2, 3, 1) * w.flatten()).sigmoid(),
+        lambda y, w: F.prelu(y, w.flatten()),
+        lambda y, w: torch.cat([y, w.expand_as(y)], 1),
+    ],
+)
+def test_a_learned_number_for_each_channel_makes_no_features_of_a_prediction(scale):
+    model = Model(lambda m, x: scale(m.predict(m.first(x).relu()), m.factor), first=conv(3), predict=conv())
+    model.factor = learned(16, 1, 1)
+    assert reasons(model) == {"first": None, "predict": Reason.PREDICTION}
+
+
+def test_a_map_of_priors_makes_no_features_of_a_prediction():
+    model = Model(lambda m, x: m.predict(x) + m.anchors, predict=conv(3))
+    model.anchors = learned(1, 1, 32, 32)
+    assert reasons(model) == {"predict": Reason.PREDICTION}
+
+
+def test_implicit_knowledge_makes_no_features_of_a_prediction():
+    model = Model(lambda m, x: m.factor * m.predict(m.shift + x), predict=conv(3))
+    model.shift, model.factor = learned(1, 3, 1, 1), learned(1, 16, 1, 1)
+    assert reasons(model) == {"predict": Reason.PREDICTION}
+
+
+def test_a_side_output_with_a_learned_factor_is_one():
+    model = side(lambda model, features: features * model.factor)
+    model.factor = learned(16, 1, 1)
+    assert reasons(model) == {"first": Reason.SIDE_OUTPUT, "second": None}
+
+
+class Norm(nn.Module):
+    """Layer normalisation by hand."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.weight, self.bias, self._way = learned(16, 1, 1), learned(16, 1, 1), way
+
+    def forward(self, x):
+        return self._way(x) * self.weight + self.bias
+
+
+def by_division(x):
+    centred = x - x.mean(1, keepdim=True)
+    return centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+def by_multiplication(x):
+    return x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+
+
+@pytest.mark.parametrize("way", [by_division, by_multiplication])
+def test_a_norm_by_hand_makes_features(way):
+    model = Model(lambda m, x: m.norm(m.last(m.first(x))), first=conv(3), last=conv(), norm=Norm(way))
+    assert reasons(model) == {"first": None, "last": None}
+    model = side(lambda model, features: model.by_hand(features))
+    model.by_hand = Norm(way)
+    assert reasons(model) == {"first": None, "second": None}
+
+
+@pytest.mark.parametrize(
+    "finish",
+    [
+        lambda m, x: m.mix(x + m.factor * m.last(x)),
+        lambda m, x: m.last(x).relu() * m.factor,
+        lambda m, x: (m.last(x).unsqueeze(1) * m.rows).sum(2),
+        lambda m, x: torch.einsum("bchw,oc->bohw", m.last(x), m.rows[0, :, :, 0, 0]),
+    ],
+    ids=["layer scale", "activated", "1×1 by hand", "1×1 by einsum"],
+)
+def test_learned_numbers_behind_features_or_a_sum_are_a_layer(finish):
+    model = Model(lambda m, x: finish(m, m.first(x).relu()), first=conv(3), last=conv(), mix=nn.Conv2d(16, 4, 1))
+    model.factor, model.rows = learned(16, 1, 1), learned(1, 4, 16, 1, 1)
+    assert reasons(model) == {"first": None, "last": None}
+
+
+def test_a_residual_map_with_layer_scale_that_a_network_returns_is_no_prediction():
+    def forward(model, x):
+        features = model.first(x).relu()
+        features = features + model.factor * model.last(features)
+        return features, model.mix(features)
+
+    model = Model(forward, first=conv(3), last=conv(), mix=nn.Conv2d(16, 4, 1))
+    model.factor = learned(16, 1, 1)
+    assert reasons(model) == {"first": None, "last": None}

@@ -21,9 +21,9 @@ from torch.nn.utils import parametrizations
 from torchvision.ops import DeformConv2d
 
 import coconv_surgery as cs
-from coconv_surgery.tracing.dataflow import Reader
 from coconv_surgery.tracing.finding import find_sites
 from coconv_surgery.tracing.inputs import Inputs
+from coconv_surgery.tracing.readers import Reader
 from coconv_surgery.tracing.trace import trace_network
 
 QCONFIG = get_default_qat_qconfig()
