@@ -209,17 +209,19 @@ def revert(model: nn.Module) -> nn.Module:
     """
     check_convertible(model)
     sites = [site for site in find_sites(model) if site.is_marked or site.levels is not None or site.no_plain_form]
-    if noted_plan(model) is not None and any(site.is_marked for site in sites):
-        # The conversion marked all that is contextual: what has no mark any more was reverted with a part.
-        sites = [site for site in sites if site.is_marked]
     untold = [f"{site.name} ({site.no_plain_form})" for site in sites if site.no_plain_form and not site.is_marked]
     if untold:
         raise ValueError(
             f"{_shorten(untold)}: what it was before the conversion cannot be told; revert before the export"
         )
     calibrated = calibrated_images(sites)
+    of_a_larger_one = all(noted_plan(module) is None for module in model.modules())
     with ExitStack() as undo:
         revert_sites(sites, undo)
+        if of_a_larger_one:  # which will be reverted itself, and is to find here what it was
+            for site in sites:
+                if site.levels is not None:
+                    site.mark()
         keep_levels_in_merges(model, undo)
         for module in model.modules():
             note_plan(module, None, undo)

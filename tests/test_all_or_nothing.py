@@ -364,7 +364,7 @@ def test_attributes_of_the_users_are_neither_hidden_nor_overwritten():
     row = cs.get_plan(model).rows[0]
     assert (row.reason_key, row.reason) == (
         cs.Reason.HIDDEN_ATTRIBUTES,
-        "a contextual convolution would hide its own levels, dilations",
+        "a contextual convolution would hide its own dilations, levels",
     )
     with pytest.raises(TypeError, match="rename them first"):
         cs.to_coconv_(model[0], (1, 2))

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -74,11 +74,13 @@ class Dataflow:
         """All nodes that something depends on that the network or a layer of it gives."""
         return set(self._upstream([*self.ends, *self._known]))
 
-    def sources(self, node: Node) -> Iterator[tuple[int, Node]]:
+    def sources(self, node: Node) -> list[tuple[int, Node]]:
         """Where an operation's inputs come from, by their number."""
-        for index, (source, output) in enumerate(node.next_functions):
-            if source is not None:
-                yield index, self._inside.get((source, output), source)
+        return [
+            (index, self._inside.get((source, output), source))
+            for index, (source, output) in enumerate(node.next_functions)
+            if source is not None
+        ]
 
     def mixes(self, node: Node) -> bool:
         """Whether a node is a layer that combines parameters with more than one number of an activation."""
@@ -133,7 +135,7 @@ class Dataflow:
 
     def _is_shift(self, node: Node) -> bool:
         """Whether a node is one of several shifted copies of a map."""
-        _, source = next(self.sources(node), (0, None))
+        _, source = next(iter(self.sources(node)), (0, None))
         crops = node.name().startswith("Slice") and source is not None and _PADDED.match(source.name())
         if not crops and not node.name().startswith("Roll"):
             return False
