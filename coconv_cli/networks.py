@@ -192,6 +192,7 @@ def export(
     from coconv_surgery.cli.weights import load
     from coconv_surgery.deployment import deploy, get_deployment
     from coconv_surgery.deployment.exporting import export, files_of
+    from coconv_surgery.tracing.inputs import infer_inputs
 
     options.check_weights(checkpoint, pretrained)
     if targets.is_config(target) and (pretrained or arguments):
@@ -211,7 +212,9 @@ def export(
             load(network, checkpoint)
     if targets.is_config(target):
         click.echo(f"of {target}: {network.part}")
-    inputs = targets.inputs_of(network, target, input_size)
+        inputs = infer_inputs(network, input_size)  # images, and not what the whole detector takes
+    else:
+        inputs = targets.inputs_of(network, target, input_size)
     images = inputs.args[0].expand(batch, -1, -1, -1)
     with doing(f"deploying {target}"):
         deployed = deploy(network, example_inputs=replace(inputs, args=(images,)))
@@ -220,8 +223,7 @@ def export(
     with doing(f"writing {output}"):
         written = export(deployed, output, images, like=network)
     _tell_of_chance(target, checkpoint, pretrained)
-    click.echo(f"images of {'×'.join(map(str, images.shape))}")
-    click.echo(written)
+    click.echo(f"{written}; for images of {'×'.join(map(str, images.shape))}")
 
 
 def _has_weights_of_chance(target: str, checkpoint: Path | None, pretrained: bool) -> bool:

@@ -26,9 +26,15 @@ def test_a_converted_checkpoint_is_exported(coconv, file, suffix):
     assert "contextual convolutions written out as" in report
     assert "0 batch norms" in written
     assert "largest difference" in written
+    assert written.endswith("; for images of 1×3×64×64")
     assert sum(path.stat().st_size for path in file.parent.iterdir() if path != file) > 1e5
     beside = {".xml": {".bin"}}.get(suffix, set())
     assert {path.suffix for path in file.parent.iterdir()} == {".safetensors", suffix, *beside}
+
+
+def test_an_export_is_for_the_size_that_the_conversion_was_planned_for(coconv, file):
+    done = coconv("export", "test_resnet", "--checkpoint", file, "-o", file.with_suffix(".pt2"))
+    assert done.out.rstrip().endswith("; for images of 1×3×64×64")
 
 
 def test_a_detector_of_a_config_is_exported(coconv, tmp_path):
