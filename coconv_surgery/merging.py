@@ -44,6 +44,8 @@ MERGING_METHODS = (
 )
 _OTHERS = (nn.Conv2d, fx.GraphModule)  # switched elsewhere, and of a class that it writes to
 _PLAIN = "_coconv_plain_class"
+# Which has another name in older versions of torch.
+_is_fx_tracing: Any = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
 _SIDE = 32
 _TOLERANCE = 1e-3
 
@@ -250,7 +252,7 @@ def _merge(block: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: A
 
 def _is_traced() -> bool:
     """Whether a call is one of a forward pass that is being traced, which does not merge."""
-    return torch.compiler.is_compiling() or bool(_symbolic_trace._is_fx_tracing_flag)
+    return torch.compiler.is_compiling() or bool(_is_fx_tracing())
 
 
 def _is_part(method: Callable[..., Any], given: list[Any]) -> bool:
