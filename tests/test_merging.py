@@ -779,6 +779,7 @@ def test_what_is_meant_to_be_plain_may_be_put_into_a_block():
     assert (type(block), type(block.convs)) == (TwoPairs, nn.ModuleList)
 
 
+@pytest.mark.xfail(torch.__version__.startswith("2.4."), reason="torch 2.4 compiles no __setattr__", strict=True)
 def test_a_block_that_is_watched_compiles_where_its_forward_sets_attributes():
     class Counting(TwoPairs):
         def forward(self, x):

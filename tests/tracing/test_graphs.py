@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from faults import same_state, state
+from forwards import Model
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -628,7 +629,7 @@ def test_a_transformed_graph_of_a_converted_network_is_traced_as_one_of_the_plai
 
 
 def test_an_unflattened_export_is_refused_by_name(image):
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)).eval()
+    model = Model(lambda m, x: m.mix(m.conv(x)), conv=nn.Conv2d(3, 16, 3, padding=1), mix=nn.Conv2d(16, 4, 1)).eval()
     unflattened = torch.export.unflatten(torch.export.export(model, (image,)))
     for network in (unflattened, nn.Sequential(nn.Identity(), unflattened)):
         with pytest.raises(TypeError, match=r"was made by torch.export.unflatten\(\), from whose"):
