@@ -150,12 +150,13 @@ def convert(
         click.echo(calibrate(network, batches, max_images=images, also=also or None, progress=True))
     with doing(f"writing {output}"):
         save_converted(network, output, network=targets.describe(target, built_with))
-    if told and before.diff(get_plan(network)):
+    after = get_plan(network)
+    if told and before.diff(after):
         click.echo("coconv: the weights were trained at other levels: fine-tune them", err=True)
-    if not get_plan(network).converted:
+    if not after.converted:
         click.echo("coconv: nothing was converted, and the weights are those of the plain network", err=True)
     _tell_of_chance(target, checkpoint, pretrained)
-    click.echo(get_plan(network).summary())
+    click.echo(after.summary())
     click.echo(f"weights and plan: {output}")
 
 

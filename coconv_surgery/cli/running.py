@@ -131,13 +131,12 @@ class Converting:
 
         @functools.wraps(make)
         def made(*args: Any, **kwargs: Any) -> nn.Module:
+            if getattr(self._at, "is_within", False):  # another maker, whose network will be converted
+                return make(*args, **kwargs)
             given = signature.bind(*args, **kwargs)
             name = str(next(iter(given.arguments.values())))
-            is_within = getattr(self._at, "is_within", False)  # of another maker, whose network will be converted
-            if not is_within and not any(fnmatchcase(name, pattern) for pattern in self._names):
+            if not any(fnmatchcase(name, pattern) for pattern in self._names):
                 self.passed_over.append(name)
-                return make(*args, **kwargs)
-            if is_within:
                 return make(*args, **kwargs)
             checkpoint = given.arguments.pop("checkpoint_path", None)
             self._at.is_within = True
