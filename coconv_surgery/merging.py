@@ -32,6 +32,7 @@ from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.rollback import deep_restorer, restorer
 from coconv_surgery.layers.switch import make_subclass, switch_class, to_coconv_
 from coconv_surgery.tracing.differences import difference
+from coconv_surgery.tracing.objects import tensor_leaves
 from coconv_surgery.tracing.sites import pass_mark_on
 from coconv_surgery.tracing.twin import Twin
 
@@ -306,7 +307,7 @@ def _compute_the_same(before: nn.Module | None, after: nn.Module | None, toleran
     with torch.no_grad():
         try:
             images = [image] * max(1, sum(map(_is_needed, inspect.signature(before.forward).parameters.values())))
-            expected, found = (_tensors(module(*map(torch.clone, images))) for module in (before, after))
+            expected, found = (tensor_leaves(module(*map(torch.clone, images))) for module in (before, after))
         except Exception:  # the block's own code, which may want something else than images
             return None
     if not found:
@@ -318,10 +319,6 @@ def _tolerance(block: nn.Module) -> float:
     # Merged weights are rounded to the block's own type.
     types = {parameter.dtype for parameter in block.parameters() if parameter.is_floating_point()}
     return max([_TOLERANCE, *(8 * torch.finfo(dtype).eps for dtype in types)])
-
-
-def _tensors(outputs: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from coconv_surgery.calibration.report import CalibrationError
 from coconv_surgery.layers.arguments import is_instance_of, kind
 from coconv_surgery.tracing.inputs import Inputs
+from coconv_surgery.tracing.objects import tensor_leaves
 
 BATCH = 16
 _MOST_EMPTY = 1000  # batches, of a stream that may have no end
@@ -43,7 +44,7 @@ class Batch:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The tensors among its inputs."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+        return tensor_leaves((self.args, self.kwargs))
 
     @property
     def is_empty(self) -> bool:

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from coconv_surgery.calibration.networks import tensors_of
-from coconv_surgery.tracing.objects import tensors_in
+from coconv_surgery.tracing.objects import tensor_leaves, tensors_in
 from coconv_surgery.tracing.operations import Leaving, Operations
 
 aten: Any = torch.ops.aten
@@ -95,7 +94,7 @@ class _Watch:
         operation = func.overloadpacket
         if operation in _NOT_READ:
             return
-        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        inputs = tensor_leaves((args, kwargs))
         self._seen |= {name for tensor in inputs if (name := self._names.get(tensor)) is not None}
         if operation is aten.convolution and self._convolution(*args, result):
             return
@@ -106,7 +105,7 @@ class _Watch:
         if operation is aten.t and args[0] in self._names:
             self._transposed[result] = self._names[args[0]]
             return
-        outputs = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        outputs = tensor_leaves(result)
         if len(inputs) == len(outputs) == 1 and inputs[0] in self._names and _is_whole(outputs[0], inputs[0]):
             self._names[outputs[0]] = self._names[inputs[0]]
             return

@@ -10,6 +10,7 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, ValuesView
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 # What holds nothing that could matter here.
 _ATOMS: tuple[type, ...] = (
@@ -107,6 +108,11 @@ def walk(*roots: Any, into: Callable[[Any], Iterable[Any]] = parts) -> Iterator[
 def tensors_in(*roots: Any) -> Iterator[torch.Tensor]:
     """All tensors in some objects, however deep, each once and in order."""
     return (value for value in walk(*roots) if isinstance(value, torch.Tensor))
+
+
+def tensor_leaves(value: Any) -> list[torch.Tensor]:
+    """The tensors in arguments or results, as often as they stand in their lists, tuples and dictionaries."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def in_words(error: BaseException | None) -> str:

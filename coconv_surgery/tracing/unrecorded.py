@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
+from coconv_surgery.tracing.objects import tensor_leaves
 from coconv_surgery.tracing.operations import LEAVES
 
 # What these compute takes numbers from elsewhere at places that whole numbers give, or puts them there.
@@ -64,7 +64,7 @@ class Unrecordeds:
                 self.positions[tensor.grad_fn] += self._positions((args, kwargs))
 
     def _sources(self, data: Any) -> Iterator[tuple[Any, int]]:
-        for tensor in _tensors(data):
+        for tensor in tensor_leaves(data):
             if tensor.grad_fn is not None:
                 yield tensor.grad_fn, tensor.output_nr
             elif (node := self.node_of(tensor)) is not None:
@@ -72,12 +72,8 @@ class Unrecordeds:
 
     def _positions(self, data: Any) -> list[Unrecorded]:
         # A mask of truth values says which to take, not where to take it from.
-        positions = (self.node_of(tensor) for tensor in _tensors(data) if tensor.dtype is not torch.bool)
+        positions = (self.node_of(tensor) for tensor in tensor_leaves(data) if tensor.dtype is not torch.bool)
         return [node for node in positions if node is not None]
-
-
-def _tensors(data: Any) -> list[torch.Tensor]:
-    return [value for value in tree_leaves(data) if isinstance(value, torch.Tensor)]
 
 
 def _results(name: str, args: tuple[Any, ...], result: Any) -> list[torch.Tensor]:
@@ -86,7 +82,7 @@ def _results(name: str, args: tuple[Any, ...], result: Any) -> list[torch.Tensor
         return [result]
     if name == "__setitem__":
         return [args[0]]
-    return _tensors(result) if isinstance(result, tuple | list) else []
+    return tensor_leaves(result) if isinstance(result, tuple | list) else []
 
 
 def _data(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
