@@ -39,6 +39,7 @@ FILES = {
         *("padding", "observer", "fx_map", "trace"),
     ],
     "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "decision"],
+    "merging": ["convs", "methods", "plain", "calls", "comparing", "carrying", "blocks"],
     "calibration": [
         *("report", "patches", "moments", "batches", "networks", "channels", "arranging", "solving", "calibrating"),
     ],
