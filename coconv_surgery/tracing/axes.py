@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -143,18 +143,12 @@ def spread(axis: Axis, size: int) -> Axis:
 
 def rolled(axis: Axis, shift: int) -> Axis:
     """All positions moved; what leaves at one end comes in at the other."""
-    moved = _from(axis, axis.size, axis.low - shift, axis.high - shift, axis.added)
-    moved.turn += shift
-    return moved
+    return _from(axis, axis.size, axis.low - shift, axis.high - shift, axis.added, turn=axis.turn + shift)
 
 
 def masked(axis: Axis) -> Axis:
     """Positions some of which may be hidden, such as those that came in at the other end."""
-    if not axis.turn:
-        return axis
-    hidden = _from(axis, axis.size, axis.low, axis.high, axis.added)
-    hidden.turn = 0
-    return hidden
+    return _from(axis, axis.size, axis.low, axis.high, axis.added, turn=0) if axis.turn else axis
 
 
 def together(axes: Iterable[Axis]) -> Axis | None:
@@ -199,7 +193,7 @@ def joined(pieces: Sequence[Piece]) -> Axis | None:
         return sum(axis.size for _, axis in group), -abs(first - (size - last - end.size))
 
     (root, _, place), main = max(groups.items(), key=lambda item: weight(item[1]))
-    whole = _union(size, main)
+    whole = _union(size, main, turn=0 if len(placed) < len(pieces) else None)
     own = weight(main)[0]
     zeros = all(isinstance(piece, Axis) or piece.zeros for piece in pieces)
     if len(main) == len(placed) and zeros:
@@ -208,31 +202,18 @@ def joined(pieces: Sequence[Piece]) -> Axis | None:
         others = [(other[2], group) for other, group in groups.items() if other[0] is root and group is not main]
         around = any((at - place) % (2 * root.size) == 0 and weight(group)[0] < own for at, group in others)
         whole.added = Added(_ROUND if around else BY_HAND, size - own + (whole.added.rows if whole.added else 0))
-    if len(placed) < len(pieces):
-        whole.turn = 0
     return whole
 
 
-def upstream(axis: Axis) -> Iterator[Axis]:
-    """An axis, and those before it that are counted from the same root."""
-    seen, stack = {axis}, [axis]
-    while stack:
-        yield (axis := stack.pop())
-        for source in axis.sources:
-            if source.root is axis.root and source not in seen:
-                seen.add(source)
-                stack.append(source)
+def _from(axis: Axis, size: int, low: int, high: int, added: Added | None, *, turn: int | None = None) -> Axis:
+    return Axis(size, axis.root, low, high, added, (axis,), turn=axis.turn if turn is None else turn)
 
 
-def _from(axis: Axis, size: int, low: int, high: int, added: Added | None) -> Axis:
-    return Axis(size, axis.root, low, high, added, (axis,), turn=axis.turn)
-
-
-def _union(size: int, placed: Sequence[tuple[int, Axis]]) -> Axis:
+def _union(size: int, placed: Sequence[tuple[int, Axis]], *, turn: int | None = None) -> Axis:
     low, high = min(axis.low - start for start, axis in placed), max(axis.high - start for start, axis in placed)
     axes = tuple(dict.fromkeys(axis for _, axis in placed))
     added = next((axis.added for axis in axes if axis.added), None)
-    return Axis(size, axes[0].root, low, high, added, axes, turn=axes[0].turn)
+    return Axis(size, axes[0].root, low, high, added, axes, turn=axes[0].turn if turn is None else turn)
 
 
 def _less(added: Added | None, rows: int) -> Added | None:

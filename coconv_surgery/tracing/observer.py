@@ -22,7 +22,7 @@ from coconv_surgery.tracing.following import Positions
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.objects import tensors_in, walk
 from coconv_surgery.tracing.operations import Operations
-from coconv_surgery.tracing.padding import one_sided, padded_by
+from coconv_surgery.tracing.padding import OneSided, padded_by
 from coconv_surgery.tracing.readers import Reader, reader_of
 from coconv_surgery.tracing.surroundings import contents
 from coconv_surgery.tracing.twin import NetworkError, Twin
@@ -195,7 +195,7 @@ class _Observer(TorchFunctionMode):
         others, positions = {*outputs, *maps, *left}, self._unrecorded.positions
         dataflow = Dataflow(self._nodes(returned), activations, others, self._inside, positions)
         self._positions.leave(ends)
-        calls = defaultdict(list)
+        calls, one_sided = defaultdict(list), OneSided()
         for output in self._outputs:
             modes = (mode for input, behind in output.axes if (mode := padded_by(input, behind)))
             call = Call(

@@ -10,6 +10,7 @@ from timm.layers import Conv2dSame
 
 import coconv_surgery as cs
 from coconv_surgery.planning.reasons import Reason
+from coconv_surgery.tracing.axes import Axis
 from coconv_surgery.tracing.finding import find_sites
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.trace import trace_network
@@ -300,3 +301,16 @@ def test_padding_is_one_sided_if_what_is_added_less_what_is_cropped_is(left, rig
     padded = [(1 + top, 1 + bottom), (1 + left, 1 + right)]
     cropped = [(1 + top - above, 1 + bottom - below), (1 + left - before, 1 + right - after)]
     assert found.calls[0].one_sided == any(max(sides) >= 2 and min(sides) <= 0 for sides in padded + cropped)
+
+
+def test_in_a_deeper_network_a_convolution_is_not_looked_at_more_often(monkeypatch):
+    looks = []
+    span = Axis.span
+    monkeypatch.setattr(Axis, "span", lambda axis, root: looks.append(axis) or span(axis, root))
+
+    def looked_at(depth):
+        looks.clear()
+        cs.plan_conversion(nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(depth))), input_size=32)
+        return len(looks) / depth
+
+    assert looked_at(40) <= 1.1 * looked_at(20)

@@ -290,7 +290,7 @@ def test_an_error_comes_without_torchs_log_of_it(capfd):
     "place",
     [
         (observer, "padded_by"),
-        (observer, "one_sided"),
+        (observer, "OneSided"),
         (following, "fresh"),
         (grid_rules, "resized_dim"),
         (axes, "Axis"),
