@@ -79,7 +79,8 @@ def _quiet():
 
 
 def close(first, second):
-    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+    # Rounding is of the size of the largest numbers, which random weights make large.
+    torch.testing.assert_close(first, second, atol=1e-5 * max(1, second.abs().max().item()), rtol=1e-4)
 
 
 def levels(model):
