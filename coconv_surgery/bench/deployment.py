@@ -134,13 +134,16 @@ def profile(name: str, rounds: int) -> list[Operations]:
     """
     build, shape = NETWORKS[name]
     images = torch.rand(shape)
-    found = []
+    sessions = []
     with tempfile.TemporaryDirectory() as folder, quiet(), quietly(), torch.no_grad():
         for number, network in enumerate(build()):
             path = Path(folder, f"{number}.onnx")
             write_onnx(deploy(network, example_inputs=images), images, path)
-            found.append(_profile(path, images, rounds))
-    plain, contextual = found
+            sessions.append(_session(path, profile=path.with_suffix("")))
+        for _ in range(rounds):
+            for session in sessions:
+                session.run(None, {"images": images.numpy()})
+        plain, contextual = map(_operations, sessions)
     return [
         Operations(name, *key, *plain[key], *contextual[key])
         for key in sorted({**plain, **contextual})
@@ -148,11 +151,8 @@ def profile(name: str, rounds: int) -> list[Operations]:
     ]
 
 
-def _profile(path: Path, images: torch.Tensor, rounds: int) -> dict[tuple[str, tuple[int, ...]], tuple[int, float]]:
-    """How many operations of each kind and size there are, and milliseconds that they take together."""
-    session = _session(path, profile=path.with_suffix(""))
-    for _ in range(rounds):
-        session.run(None, {"images": images.numpy()})
+def _operations(session: Any) -> dict[tuple[str, tuple[int, ...]], tuple[int, float]]:
+    """How many operations of each kind and size a session has run, and milliseconds that they take together."""
     times: dict[Any, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for event in json.loads(Path(session.end_profiling()).read_text()):
         if event["name"].endswith("_kernel_time"):

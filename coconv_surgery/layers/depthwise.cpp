@@ -46,12 +46,11 @@ Size size_of(const Tensor& map) {
   return {map.size(2), map.size(3)};
 }
 
-// Channels of one level, a few at a time, or one where memory has the channels apart.
-std::vector<Level> pieces(const std::vector<Level>& levels, int64_t most) {
+std::vector<Level> by_channel(const std::vector<Level>& levels) {
   std::vector<Level> found;
   for (const Level& level : levels)
-    for (int64_t first = level.first; first < level.last; first += most)
-      found.push_back({first, std::min(first + most, level.last), level.dilation, level.padding});
+    for (int64_t channel = level.first; channel < level.last; ++channel)
+      found.push_back({channel, channel + 1, level.dilation, level.padding});
   return found;
 }
 
@@ -125,7 +124,7 @@ void correlate_gradient(Plane& plane, const float* gradient, Size size, int64_t 
   }
 }
 
-// ---- channels_last: up to sixteen neighbouring channels of a level at a time. ----
+// ---- channels_last: as many neighbouring channels of a level at a time as a register holds. ----
 
 template <int lanes>
 struct Lanes {
@@ -145,14 +144,38 @@ void store(float* numbers, Vector<lanes> vector) {
   *reinterpret_cast<Vector<lanes>*>(numbers) = vector;
 }
 
-// Calls work(channel, lanes) until a piece of up to sixteen channels is done.
+// Nine taps and four sums of this width stay in registers.
+#ifdef __AVX512F__
+constexpr int WIDEST = 16;
+#else
+constexpr int WIDEST = 8;
+#endif
+
+// Channels [first, first + lanes) of a level, of which those before `own` belong to another piece as well: a level whose
+// channels no width divides ends in a piece that overlaps.
+struct Piece {
+  int64_t first, own, lanes, dilation, padding;
+};
+
+std::vector<Piece> pieces(const std::vector<Level>& levels) {
+  std::vector<Piece> found;
+  for (const Level& level : levels) {
+    int64_t lanes = WIDEST;
+    while (lanes > level.last - level.first) lanes = lanes == 4 ? 1 : lanes / 2;
+    for (int64_t own = level.first; own < level.last; own += lanes)
+      found.push_back({std::min(own, level.last - lanes), own, lanes, level.dilation, level.padding});
+  }
+  return found;
+}
+
 template <typename Work>
-void in_lanes(const Level& piece, Work work) {
-  int64_t channel = piece.first;
-  for (; channel + 16 <= piece.last; channel += 16) work(channel, std::integral_constant<int, 16>());
-  for (; channel + 8 <= piece.last; channel += 8) work(channel, std::integral_constant<int, 8>());
-  for (; channel + 4 <= piece.last; channel += 4) work(channel, std::integral_constant<int, 4>());
-  for (; channel < piece.last; ++channel) work(channel, std::integral_constant<int, 1>());
+void in_lanes(const Piece& piece, Work work) {
+  switch (piece.lanes) {
+    case 16: return work(std::integral_constant<int, 16>());
+    case 8: return work(std::integral_constant<int, 8>());
+    case 4: return work(std::integral_constant<int, 4>());
+    default: return work(std::integral_constant<int, 1>());
+  }
 }
 
 // One row of the output. `rows` are the three that it reads, or null beyond an edge; taps lie at step * x + dilation * k -
@@ -225,7 +248,7 @@ Tensor convolve(
                                               : (reversed ? weight.reshape({channels, 9}).flip(1) : weight).contiguous();
   const float* kernels = taps.const_data_ptr<float>();
   if (!is_channels_last(input)) {
-    const auto of = pieces(levels, 1);
+    const auto of = by_channel(levels);
     at::parallel_for(0, images * channels, 1, [&](int64_t begin, int64_t end) {
       Plane plane;
       for (int64_t map = begin; map < end; ++map) {
@@ -239,30 +262,29 @@ Tensor convolve(
     });
     return output;
   }
-  const auto parts = pieces(levels, 16);
+  const auto parts = pieces(levels);
   at::parallel_for(0, images * size.height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
       const int64_t y = line % size.height;
       const float* image = source + line / size.height * from.height * from.width * channels;
-      for (const Level& part : parts) {
+      for (const Piece& part : parts) {
         const int64_t padding = reversed ? 2 * part.dilation - part.padding : part.padding;
         std::array<const float*, 3> rows;
         for (int64_t tap = 0; tap < 3; ++tap) {
           const int64_t row = spread == 1 ? step * y - padding + tap * part.dilation : y + part.padding - tap * part.dilation;
           const bool there = row >= 0 && row % spread == 0 && row / spread < from.height;
-          rows[tap] = there ? image + row / spread * from.width * channels : nullptr;
+          rows[tap] = there ? image + row / spread * from.width * channels + part.first : nullptr;
         }
-        in_lanes(part, [&](int64_t channel, auto lanes) {
-          auto here = rows;
-          for (auto& row : here) row = row == nullptr ? row : row + channel;
-          float* to = target + line * size.width * channels + channel;
+        const float* kernel = kernels + part.first;
+        float* to = target + line * size.width * channels + part.first;
+        in_lanes(part, [&](auto lanes) {
           if (spread == 1)
             correlate_row<lanes.value>(
-                here, from.width, channels, kernels + channel, biases == nullptr ? nullptr : biases + channel, to,
-                size.width, step, part.dilation, padding);
+                rows, from.width, channels, kernel, biases == nullptr ? nullptr : biases + part.first, to, size.width,
+                step, part.dilation, padding);
           else
             spread_row<lanes.value>(
-                here, from.width, channels, kernels + channel, to, size.width, spread, part.dilation, part.padding);
+                rows, from.width, channels, kernel, to, size.width, spread, part.dilation, part.padding);
         });
       }
     }
@@ -299,7 +321,7 @@ Tensor backward_weight(
   Tensor result = at::empty({channels, 1, 3, 3}, input.options());
   float* target = result.mutable_data_ptr<float>();
   if (!is_channels_last(input)) {
-    const auto of = pieces(levels, 1);
+    const auto of = by_channel(levels);
     at::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
       Plane plane;
       for (int64_t channel = begin; channel < end; ++channel) {
@@ -315,15 +337,15 @@ Tensor backward_weight(
     });
     return result;
   }
-  const auto parts = pieces(levels, 16);
+  const auto parts = pieces(levels);
   at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t number = begin; number < end; ++number) {
-      const Level& part = parts[number];
-      in_lanes(part, [&](int64_t channel, auto lanes) {
+      const Piece& part = parts[number];
+      in_lanes(part, [&](auto lanes) {
         Vector<lanes.value> sums[9] = {};
         for (int64_t line = 0; line < images * size.height; ++line) {
-          const float* g = gradients + line * size.width * channels + channel;
-          const float* image = source + line / size.height * from.height * from.width * channels + channel;
+          const float* g = gradients + line * size.width * channels + part.first;
+          const float* image = source + line / size.height * from.height * from.width * channels + part.first;
           for (int64_t tap = 0; tap < 9; ++tap) {
             const int64_t row = line % size.height * stride - part.padding + tap / 3 * part.dilation;
             if (row < 0 || row >= from.height) continue;
@@ -338,8 +360,8 @@ Tensor backward_weight(
           }
         }
         for (int64_t tap = 0; tap < 9; ++tap)
-          for (int64_t lane = 0; lane < lanes.value; ++lane)
-            target[9 * (channel + lane) + tap] = reinterpret_cast<const float*>(&sums[tap])[lane];
+          for (int64_t channel = part.own; channel < part.first + lanes.value; ++channel)
+            target[9 * channel + tap] = reinterpret_cast<const float*>(&sums[tap])[channel - part.first];
       });
     }
   });
