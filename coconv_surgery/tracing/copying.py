@@ -9,6 +9,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from coconv_surgery.tracing.surroundings import CACHE, DEFINITIONS, OF_EVERY_MOD
 # Torch may be built without it.
 _PROCESS_GROUP: Any = getattr(torch.distributed, "ProcessGroup", ())
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOK_TABLES = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 _TALKATIVE = {"print", "open", "input", "breakpoint", "exec", "eval"}
 _SILENT = {
     "cmath",
@@ -47,8 +49,9 @@ def copy_network(
 ) -> tuple[nn.Module, Mapping[int, Any]]:
     """Copy a network deeply, whatever its parts do when they are copied.
 
-    Functions that the network holds, and hooks with which it feeds itself, see the copy where they saw the network.
-    Other people's hooks are left out. What refuses to be copied and holds no tensors, such as a lock, is shared.
+    Functions that the network holds, hooks with which it feeds itself, and hooks that may change a map, see the copy
+    where they saw the network. Other people's hooks are left out. What refuses to be copied and holds no tensors, such
+    as a lock, is shared.
 
     Args:
         model: The network.
@@ -81,8 +84,12 @@ def copy_network(
         copied, held = vars(memo[id(module)]), vars(module)
         copied.update((name, OrderedDict(held[name])) for name in _HOOK_FLAGS)
         for name in _HOOK_TABLES:
-            own = [(key, binder.bind_hook(hook)) for key, hook in held[name].items() if binder.is_own_hook(hook)]
-            copied[name] = OrderedDict(own)
+            forward = name in _FORWARD_HOOKS
+            copied[name] = OrderedDict(
+                (key, binder.bind_hook(hook))
+                for key, hook in held[name].items()
+                if binder.is_own_hook(hook) or (forward and _may_change_maps(hook))
+            )
     return twin, memo
 
 
@@ -309,7 +316,13 @@ class _Binder:
         """A hook for the copy. Nobody else sees what it leaves in its closure."""
         if isinstance(hook, types.FunctionType | functools.partial):
             return self.bind(hook, everything=True)
-        return copy.deepcopy(hook, self._memo)
+        try:
+            return copy.deepcopy(hook, self._memo)
+        except Exception as error:  # whatever the hook's own code raises
+            raise CopyError(
+                f"a forward hook of class {type(hook).__name__} cannot be copied ({in_short(error)}), and planning "
+                "runs a copy: make copy.deepcopy() of it work, or take the hook off meanwhile"
+            ) from error
 
     def bind(self, value: Any, everything: bool = False) -> Any:
         """The same with the copy in place of the network; containers of the copy are changed in place.
@@ -389,6 +402,42 @@ class _Binder:
 
     def _is_reached_from(self, value: Any) -> bool:
         return any(id(part) in self._memo for part in walk(value, into=_seen_through_objects))
+
+
+def _may_change_maps(hook: Any) -> bool:
+    """Whether a forward hook returns something, or writes to a tensor in place, as far as its code shows."""
+    function = _code_of(hook)
+    if function is None:
+        return False
+    if any(name.endswith("_") and not name.endswith("__") for name in function.__code__.co_names):
+        return True
+    # A lambda returns what it calls, whether that gives something or not.
+    forced = function.__name__ == "<lambda>" and _tells_others(function)
+    return any(not forced or not opname.startswith("CALL") for opname in _returned(function.__code__))
+
+
+def _code_of(hook: Any) -> types.FunctionType | None:
+    if isinstance(hook, functools.partial):
+        return _code_of(hook.func)
+    if isinstance(hook, types.MethodType):
+        return _code_of(hook.__func__)
+    if isinstance(hook, nn.Module):
+        return _code_of(type(hook).forward)
+    called = hook if isinstance(hook, types.FunctionType) else getattr_static(type(hook), "__call__", None)
+    return called if isinstance(called, types.FunctionType) else None
+
+
+def _returned(code: types.CodeType) -> Iterator[str]:
+    """The instructions that give what a function returns, where that is not None."""
+    before: Any = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
+            yield instruction.opname
+        if instruction.opname == "RETURN_VALUE":
+            nothing = before.opname == "LOAD_CONST" and before.argval is None and not instruction.is_jump_target
+            if not nothing:
+                yield before.opname
+        before = instruction
 
 
 def _tells_others(function: types.FunctionType) -> bool:

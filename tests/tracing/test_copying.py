@@ -394,6 +394,46 @@ def test_a_hook_that_changes_a_map_changes_sizes(way):
     assert sizes(network, way) == ((16, 16),)
 
 
+class Scaling:
+    """Hooks that hold something besides the network."""
+
+    def __init__(self):
+        self.factor = torch.tensor(2.0)
+
+    def __call__(self, module, args, output):
+        return F.max_pool2d(output * self.factor, 4)
+
+    def hook(self, module, args, output):
+        return self(module, args, output)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "hook",
+    [
+        Scaling(),
+        Scaling().hook,
+        functools.partial(lambda factor, module, args, output: F.max_pool2d(output * factor, 4), torch.tensor(2.0)),
+        lambda module, args, output, sizes=[4]: F.max_pool2d(output, sizes[0]),
+    ],
+)
+def test_a_hook_that_changes_a_map_is_the_networks_whatever_it_holds(hook, way):
+    network = Net()
+    network.norm.register_forward_hook(hook)
+    assert cs.plan_conversion(network, **WAYS[way]).rows[1].output_sizes == ((8, 8),)
+
+
+def test_a_hook_that_changes_a_map_and_cannot_be_copied_is_told():
+    network = Net()
+
+    class Alone(Scaling, Refusing):
+        pass
+
+    network.conv.register_forward_hook(Alone())
+    with pytest.raises(TypeError, match="a forward hook of class Alone cannot be copied"):
+        cs.plan_conversion(network, input_size=32)
+
+
 def test_a_hook_that_logs_is_somebody_elses(caplog):
     network = Net()
     network.conv.register_forward_hook(lambda module, args, output: logging.getLogger("sizes").warning(output.shape))
