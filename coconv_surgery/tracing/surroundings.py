@@ -1,6 +1,7 @@
 """What a network's code can reach outside of the network, remembered and put back."""
 
 import array
+import contextvars
 import dis
 import functools
 import io
@@ -166,14 +167,17 @@ class Surroundings:
             return (value.fget, value.fset)
         if kind in (dict, list, tuple, set, frozenset):
             return parts(value)
+        if kind is contextvars.ContextVar:
+            return _current(value)
         if isinstance(value, type):
-            return (*value.__mro__[1:], *(() if _is_library(value.__module__) else vars(value).values()))
+            own = () if _is_library(value.__module__) else tuple(vars(value).values())
+            return (*_class(value), *value.__mro__[1:], *own)
         if isinstance(value, logging.Logger | torch.Tensor | types.ModuleType):
             return ()
         if isinstance(value, dict | list | tuple | set | frozenset | deque | functools.partial):
             return (*parts(value), *_class(value), *_dict(value))
         if _is_library(kind.__module__) and kind.__module__ not in _HOLDERS:
-            return _dict(value) if isinstance(value, nn.Module) else ()
+            return _dict(value) if isinstance(value, nn.Module) else _functions(value)
         return (*_class(value), *_dict(value), *slots_of(value).values())
 
     def _named(self, names: list[str], namespace: dict[str, Any], *, imports: bool) -> Iterator[Any]:
@@ -201,6 +205,19 @@ def _class(value: Any) -> tuple[type, ...]:
 def _dict(value: Any) -> tuple[dict[str, Any], ...]:
     found = dict_of(value)
     return () if found is None else (found,)
+
+
+def _functions(value: Any) -> list[Any]:
+    """The functions of others that an object holds, as a loader of data does."""
+    held = (dict_of(value) or {}).values()
+    return [part for part in held if isinstance(part, types.FunctionType | types.MethodType | functools.partial)]
+
+
+def _current(variable: contextvars.ContextVar[Any]) -> tuple[Any, ...]:
+    try:
+        return (variable.get(),)
+    except LookupError:
+        return ()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,5 +1,6 @@
 """Copies of a network that leave nothing behind, wherever the network's code puts things."""
 
+import contextlib
 import contextvars
 import functools
 import gc
@@ -15,6 +16,7 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from coconv_surgery.tracing.inputs import Inputs
+from coconv_surgery.tracing.objects import dict_of
 from coconv_surgery.tracing.surroundings import Surroundings
 from coconv_surgery.tracing.twin import Twin
 
@@ -72,10 +74,13 @@ class Visit:
                 return
             step()
         if _alive(traces) and not self.failed:
+            holder = _holder(traces)
+            _delete_attributes(traces)
             raise ValueError(
-                f"{type(self.model).__name__} keeps what planning computed in {_holder(traces)}, from where it cannot "
-                "be taken out: the network may return it. Let planning run with numbers, "
-                "example_inputs=Inputs(..., needs_numbers=True), or plan another instance and apply_plan() that"
+                f"{type(self.model).__name__} keeps what planning computed in {holder}, where it cannot be told what "
+                "there was before: the network may return it, or miss an attribute that is deleted now. Make anew what "
+                "it keeps there, and let planning run with numbers, example_inputs=Inputs(..., needs_numbers=True), or "
+                "plan another instance and apply_plan() that"
             )
 
 
@@ -109,8 +114,8 @@ def _take_out(traces: Iterable[weakref.ref[Any]]) -> None:
         if type(value) is functools._lru_cache_wrapper:
             steps += _out_of_cache(value, ours)
         elif type(value) in (dict, OrderedDict):
-            if not ("__name__" in value and "__loader__" in value):
-                held = [key for key, item in list(value.items()) if _holds((key, item), ours)]
+            held = [key for key, item in list(value.items()) if _holds((key, item), ours)]
+            if held and _owner(value) is None:
                 steps += [functools.partial(value.pop, key, None) for key in held]
         elif type(value) in (list, deque) and _holds(value, ours):
             steps.append(functools.partial(_keep_only, value, [item for item in value if not _holds((item,), ours)]))
@@ -118,6 +123,29 @@ def _take_out(traces: Iterable[weakref.ref[Any]]) -> None:
             steps.append(functools.partial(value.difference_update, [item for item in value if _holds((item,), ours)]))
     while steps:
         steps.pop()()
+
+
+def _owner(namespace: dict[Any, Any]) -> Any:
+    """The object or class whose attributes a dictionary holds, or None."""
+    for value in gc.get_referrers(namespace):
+        # What else a class holds it holds in its namespace.
+        if isinstance(value, type) or dict_of(value) is namespace:
+            return value
+    return None
+
+
+def _delete_attributes(traces: Iterable[weakref.ref[Any]]) -> None:
+    """Delete what objects and classes hold of twins: an attribute that is missed is better than one of no numbers."""
+    ours = {id(part) for part in _made_with(traces)}
+    for value in gc.get_objects():
+        if id(value) in ours or not any(id(part) in ours for part in gc.get_referents(value)):
+            continue
+        owner = _owner(value) if type(value) is dict else value
+        namespace = vars(owner) if isinstance(owner, type) else dict_of(owner) or {}
+        delete: Any = type.__delattr__ if isinstance(owner, type) else object.__delattr__
+        for name in [name for name, item in list(namespace.items()) if id(item) in ours]:
+            with contextlib.suppress(AttributeError, TypeError):
+                delete(owner, name)
 
 
 def _out_of_cache(cache: Any, ours: set[int]) -> list[Callable[[], object]]:

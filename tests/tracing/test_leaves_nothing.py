@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import time
+import typing
 import warnings
 import weakref
 from collections import OrderedDict, deque
@@ -532,6 +533,88 @@ def test_what_cannot_be_taken_out_is_an_error_with_its_holder():
         assert cs.plan_conversion(Sealing(), **WAYS["numbers"]).converted
     finally:
         del globals()["_SEALED"]
+
+
+class Kept:
+    """Keeps one grid, by its size."""
+
+    size = grid = None
+
+    @classmethod
+    def of(cls, size):
+        return cls.made(cls, size)
+
+    @staticmethod
+    def made(keeper, size):
+        if keeper.size != size:
+            keeper.size, keeper.grid = size, torch.ones(size)
+        return keeper.grid
+
+
+class KeptByTheMetaclass(type):
+    size = grid = None
+
+    def of(cls, size):
+        return Kept.made(KeptByTheMetaclass, size)
+
+
+class Singleton(type):
+    made: typing.ClassVar = {}
+
+    def __call__(cls):
+        if cls not in cls.made:
+            cls.made[cls] = super().__call__()
+        return cls.made[cls]
+
+
+class OfAMetaclass(metaclass=KeptByTheMetaclass):
+    pass
+
+
+class OnlyOne(metaclass=Singleton):
+    size = grid = None
+
+
+KEPT_BY_ALL = Kept()
+INHERITED = contextvars.ContextVar("kept", default=KEPT_BY_ALL)
+LOADER = torch.utils.data.DataLoader([1], collate_fn=Kept.of)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "grid",
+    [
+        lambda size: OfAMetaclass.of(size),
+        lambda size: Kept.made(OnlyOne(), size),
+        lambda size: Kept.made(INHERITED.get(), size),
+        lambda size: LOADER.collate_fn(size),
+    ],
+    ids=["metaclass", "singleton", "context", "loader"],
+)
+def test_what_a_network_reaches_in_a_roundabout_way_is_what_it_was(grid, way):
+    class Net(Gridded):
+        def grid(self, size):
+            return grid(size)
+
+    assert cs.plan_conversion(Net(), **WAYS[way]).converted
+    assert type(Net()(IMAGE)) is torch.Tensor
+
+
+def test_an_attribute_that_cannot_be_put_back_is_deleted_and_told():
+    class Elsewhere(Gridded):
+        def grid(self, size):
+            keeper = globals()["DETTIMO"[::-1]]
+            if not hasattr(keeper, "grid"):
+                keeper.grid = torch.ones(size)
+            return keeper.grid
+
+    globals()["OMITTED"] = type("Keeper", (), {})
+    try:
+        with pytest.raises(ValueError, match=r"Elsewhere keeps what planning computed in .* deleted now"):
+            cs.plan_conversion(Elsewhere(), input_size=32)
+        assert type(Elsewhere()(IMAGE)) is torch.Tensor
+    finally:
+        del globals()["OMITTED"]
 
 
 def test_a_network_that_does_not_run_leaves_nothing_either():
