@@ -99,6 +99,7 @@ _MEANINGS = {
     Reader.NOBODY: Reason.PREDICTION,
     Reader.SIDE_OUTPUT: Reason.SIDE_OUTPUT,
     Reader.POSITION: Reason.READ_BY_POSITION,
+    Reader.LEVELS: Reason.LEVEL,
     Reader.UNKNOWN: Reason.DATAFLOW_UNKNOWN,
 }
 

@@ -24,6 +24,7 @@ class Reader(enum.Enum):
     NOBODY = "prediction layer: no learned layer makes features of its output"
     SIDE_OUTPUT = "a learned layer reads its output, and it leaves the network as it is"
     POSITION = "its output is read by position, as the offsets, mask or kernel of another operation"
+    LEVELS = "it is one of several dilations of an input that are concatenated"
     UNKNOWN = "the network hides what reads its output"
 
 
@@ -79,7 +80,9 @@ def reader_of(dataflow: Dataflow, output: Node | None, returned: Set[Node], left
     if found.layers and not (found.at_an_end and all(_steers(dataflow, layer) for layer in found.layers)):
         if found.directly:
             return Reader.POSITION
-        return Reader.SIDE_OUTPUT if found.as_it_is else Reader.LAYER
+        if found.as_it_is:
+            return Reader.SIDE_OUTPUT
+        return Reader.LEVELS if _is_a_level(dataflow, output) else Reader.LAYER
     return Reader.POSITION if found.by_position else Reader.NOBODY
 
 
@@ -161,6 +164,31 @@ class _Search:
         pooled = node in self._pooled and is_matrix_product(product) and _is_matrix(product, index)
         # A query is multiplied with keys, for weights of attention.
         return (patches or pooled) and not any("Softmax" in after.name() for after in self._follow(product))
+
+
+def _is_a_level(dataflow: Dataflow, output: Node) -> bool:
+    """Whether an output is concatenated, as it is, with those of convolutions of the same input and other dilations."""
+    (consumer, _), *others = dataflow.consumers[output] or [(None, 0)]
+    if others or consumer is None or not consumer.name().startswith("Cat"):
+        return False
+    levels = [_alone(dataflow, source) for _, source in dataflow.sources(consumer)]
+    if not all(level.name().startswith("ConvolutionBackward") for level in levels):
+        return False
+    dilations, inputs = {tuple(level._saved_dilation) for level in levels}, {_input_of(level) for level in levels}
+    return 1 < len(dilations) == len(levels) and len(inputs) == 1
+
+
+def _alone(dataflow: Dataflow, node: Node) -> Node:
+    """What a concatenation of a single map holds, as in a graph's convolution of one level."""
+    sources = dataflow.sources(node)
+    return sources[0][1] if node.name().startswith("Cat") and len(sources) == 1 else node
+
+
+def _input_of(convolution: Node) -> Node:
+    """What a convolution reads, or what that is a piece of."""
+    source, _ = convolution.next_functions[0]
+    is_piece = source is not None and source.name().startswith("Split")
+    return source.next_functions[0][0] if is_piece else source
 
 
 def _is_matrix(product: Node, index: int) -> bool:

@@ -24,10 +24,12 @@ from coconv_surgery import (
     get_deployment,
     get_plan,
     guard,
+    plan_conversion,
     register_coconv,
     to_coconv_,
 )
 from coconv_surgery.deployment.forms import ConvLevels, GroupedConvLevels
+from coconv_surgery.planning.reasons import Reason
 
 
 def relative(found, expected):
@@ -291,12 +293,21 @@ def test_kernels_that_depend_on_the_image_are_left_with_the_reason():
         assert relative(deployed(IMAGE), net.eval()(IMAGE)) < 1e-5
 
 
-def test_a_hook_of_the_network_on_a_convolution_keeps_its_norm():
-    def double(module, args, output):
-        return 2 * output
+class Factor:
+    def __init__(self):
+        self.factor = torch.tensor(2.0)
 
+    def __call__(self, module, args, output):
+        return self.factor * output
+
+    def in_place(self, module, args, output):
+        output.mul_(self.factor)
+
+
+@pytest.mark.parametrize("hook", [lambda module, args, output: 2 * output, Factor(), Factor().in_place])
+def test_a_hook_that_changes_what_a_convolution_gives_keeps_its_norm(hook):
     net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
-    net[0].register_forward_hook(double)
+    net[0].register_forward_hook(hook)
     randomise_norms(net)
     deployed = deploy(net, example_inputs=IMAGE)
     with torch.no_grad():
@@ -613,6 +624,17 @@ def test_a_deployed_network_is_deployed_again(net, image):
     deployed = check(convert(net, input_size=32), image)
     again = check(deployed, image)
     assert get_deployment(again).folded == {}
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize(
+    "trace", [lambda net: net, fx.symbolic_trace, lambda net: torch.export.export(net, (IMAGE,)).module()]
+)
+def test_the_levels_of_a_deployed_network_are_not_split_once_more(groups, trace):
+    net = nn.Sequential(conv(), nn.ReLU(), conv(groups=groups), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    plan = plan_conversion(trace(deploy(net, example_inputs=IMAGE)), example_inputs=IMAGE)
+    assert not plan.converted
+    assert sum(row.reason_key is Reason.LEVEL for row in plan.rows) == 4
 
 
 def test_random_numbers_stay_in_order(net, image):

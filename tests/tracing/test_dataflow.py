@@ -634,3 +634,13 @@ def test_a_residual_map_with_layer_scale_that_a_network_returns_is_no_prediction
     model = Model(forward, first=conv(3), last=conv(), mix=nn.Conv2d(16, 4, 1))
     model.factor = learned(16, 1, 1)
     assert reasons(model) == {"first": None, "last": None}
+
+
+def test_convolutions_of_one_dilation_that_are_concatenated_are_converted():
+    network = Model(
+        lambda self, x: self.mix(torch.cat([self.a(x), self.b(x)], 1)),
+        a=nn.Conv2d(3, 8, 3, padding=1),
+        b=nn.Conv2d(3, 8, 3, padding=1),
+        mix=nn.Conv2d(16, 4, 1),
+    )
+    assert [row.name for row in cs.plan_conversion(network, input_size=32).converted] == ["a", "b"]
