@@ -36,7 +36,7 @@ FILES = {
         *("convertible", "objects", "operations", "differences", "evaluating", "inputs", "unseen", "surroundings"),
         *("copying", "twin", "visit", "signature", "graph_convs", "graph_weights", "rewriting", "sites", "finding"),
         *("switching", "unrecorded", "dataflow", "readers", "axes", "grids", "writing", "grid_rules", "following"),
-        *("padding", "observer", "fx_map", "trace"),
+        *("weight_reads", "padding", "observer", "fx_map", "trace"),
     ],
     "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "decision"],
     "merging": ["convs", "methods", "plain", "calls", "comparing", "carrying", "blocks"],

@@ -70,10 +70,6 @@ class Dataflow:
         self._find_learned(order)
         self._find_patches(order)
 
-    def of_use(self) -> set[Node]:
-        """All nodes that something depends on that the network or a layer of it gives."""
-        return set(self._upstream([*self.ends, *self._known]))
-
     def sources(self, node: Node) -> list[tuple[int, Node]]:
         """Where an operation's inputs come from, by their number."""
         return [

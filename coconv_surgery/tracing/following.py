@@ -12,9 +12,9 @@ from coconv_surgery.tracing.axes import Axis
 from coconv_surgery.tracing.grid_rules import RULES
 from coconv_surgery.tracing.grids import Grid, Seen, fresh, pointwise, within
 from coconv_surgery.tracing.objects import tensors_in
+from coconv_surgery.tracing.operations import makes_anew, name_of
 from coconv_surgery.tracing.writing import written
 
-_MAKE = ("new_", "rand", "full", "zeros", "ones", "empty", "arange", "scalar_tensor")
 _MAKE_ZEROS = ("zeros", "zeros_like", "new_zeros", "zero_")
 _FILL = ("full", "full_like", "new_full", "fill_")
 # What leaves zeros zeros.
@@ -69,7 +69,7 @@ class Positions:
         results = list(_tensors(result if isinstance(result, list | tuple) else (result,)))
         if not results:
             return
-        name = operation.name().removeprefix("aten::").partition(".")[0]
+        name = name_of(operation)
         tensors = list(_tensors((*args, *kwargs.values())))
         if name in ("copy_", "fill_", "zero_") and args[0] in self._parts:
             value = args[1] if len(args) > 1 else 0
@@ -77,8 +77,12 @@ class Positions:
             return
         self._note_zeros(name, args, kwargs, results)
         self._note_part(name, args, kwargs, results)
-        if not name.startswith(_MAKE) and not name.endswith("_like") and any(map(self._grid, tensors)):
+        if not makes_anew(operation) and any(map(self._grid, tensors)):
             self._follow(name, tensors, results, args, kwargs)
+
+    def depends_on_input(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was computed of what the network is called with."""
+        return self._grid(tensor) is not None
 
     def _grid(self, tensor: Any) -> Grid | None:
         found: Grid | None = self._grids.get(tensor) if isinstance(tensor, torch.Tensor) else None

@@ -21,13 +21,14 @@ from coconv_surgery.tracing.dataflow import Dataflow, Node
 from coconv_surgery.tracing.following import Positions
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.objects import tensors_in, walk
-from coconv_surgery.tracing.operations import Operations
+from coconv_surgery.tracing.operations import Operations, makes_anew
 from coconv_surgery.tracing.padding import OneSided, padded_by
 from coconv_surgery.tracing.readers import Reader, reader_of
 from coconv_surgery.tracing.surroundings import contents
 from coconv_surgery.tracing.twin import NetworkError, Twin
 from coconv_surgery.tracing.unrecorded import Unrecordeds
 from coconv_surgery.tracing.unseen import saved_as_they_are, saves_by_hooks
+from coconv_surgery.tracing.weight_reads import WeightReads
 
 
 @dataclass(frozen=True)
@@ -148,11 +149,9 @@ class _Observer(TorchFunctionMode):
         self._see_through = see_through
         self._outputs: list[_Output] = []
         self._activations: list[torch.Tensor] = []
-        # Where a weight enters an operation that is not its convolution's own.
-        self._reads: list[tuple[Node, str]] = []
-        self._names: dict[int, list[str]] = defaultdict(list)
         self._running = 0
         self._positions = Positions()
+        self._weights = WeightReads(self._positions.depends_on_input)
         self._unrecorded = Unrecordeds()
         # What was computed since, with its node, and what a checkpoint then took for its own.
         self._computed: dict[int, tuple[torch.Tensor, Node]] = {}
@@ -162,8 +161,7 @@ class _Observer(TorchFunctionMode):
         for module in model.modules():
             if module in watched:
                 self._watch_conv(watched[module], module)
-                for weight in _weights(module):
-                    self._names[id(weight)].append(watched[module])
+                self._weights.watch(watched[module], _weights(module))
             elif module._parameters and not isinstance(module, ParametrizationList):
                 module.register_forward_hook(lambda module, args, output: self._activate(output))
 
@@ -171,9 +169,11 @@ class _Observer(TorchFunctionMode):
     def follow(self, inputs: Any) -> Iterator[None]:
         """Follow the positions of tensors inside, from inputs of the network."""
 
-        def tell(*operation: Any) -> None:
+        def tell(operation: Any, args: Any, kwargs: Any, result: Any) -> None:
             with self._at_fault():
-                self._positions.tell(*operation)
+                if not self._running and not makes_anew(operation):
+                    self._weights.tell((args, kwargs), result)
+                self._positions.tell(operation, args, kwargs, result)
 
         with self._at_fault():
             self._positions.enter(inputs)
@@ -206,10 +206,8 @@ class _Observer(TorchFunctionMode):
                 any(one_sided(*axes) for axes in output.axes),
             )
             calls[output.name].append(call)
-        # What leaves a convolution's output as it is comes with the convolution's own node.
-        reads = [(node, name) for node, name in self._reads if node not in outputs]
-        used = dataflow.of_use() if reads else set()
-        return Observation(calls, {name for node, name in reads if node in used}, twin.fake)
+        self._weights.leave(returned)
+        return Observation(calls, self._weights.names, twin.fake)
 
     def _results_in(self, value: Any) -> Iterator[torch.Tensor]:
         """The tensors in an object, with the nodes that computed them."""
@@ -259,11 +257,6 @@ class _Observer(TorchFunctionMode):
         if torch.is_grad_enabled():
             with self._at_fault():
                 self._unrecorded.see(func, args, kwargs or {}, result)
-        if not self._running and isinstance(result, torch.Tensor) and result.grad_fn is not None:
-            with self._at_fault():
-                for source, _ in result.grad_fn.next_functions:
-                    for name in self._names.get(id(getattr(source, "variable", None)), ()):
-                        self._reads.append((result.grad_fn, name))
         return result
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:

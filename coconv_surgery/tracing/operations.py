@@ -13,6 +13,20 @@ LEAVES = {
     *(torch.Tensor.untyped_storage, torch.Tensor.__dlpack__),
 }
 
+_MAKE = ("new_", "rand", "full", "zeros", "ones", "empty", "arange", "scalar_tensor")
+
+
+def name_of(operation: Any) -> str:
+    """The name of an operation of torch's."""
+    name: str = operation.name().removeprefix("aten::").partition(".")[0]
+    return name
+
+
+def makes_anew(operation: Any) -> bool:
+    """Whether an operation takes no numbers from a tensor that it is given, but at most its size and type."""
+    name = name_of(operation)
+    return name.startswith(_MAKE) or name.endswith("_like")
+
 
 class Operations(TorchDispatchMode):
     """Tells of every operation that has run.

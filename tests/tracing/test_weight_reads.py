@@ -1,0 +1,79 @@
+"""A weight that something else uses as well is seen, whatever way it takes."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from forwards import WAYS, Model
+
+import coconv_surgery as cs
+from coconv_surgery.planning.reasons import Reason
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.sign()
+
+
+class Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        return F.conv2d(x, weight, padding=1)
+
+
+@torch.jit.script
+def scripted(x: torch.Tensor, weight: torch.Tensor):
+    return torch.conv2d(x, weight, None, [1, 1], [1, 1])
+
+
+def convolve(x, weight):
+    return F.conv2d(x, weight, padding=1)
+
+
+def reason(way, branch):
+    """Why a convolution is left alone beside a branch that is called with it and its input."""
+    network = Model(
+        lambda self, x: self.mix((self.conv(self.stem(x)) + branch(self.conv, self.stem(x))).relu()),
+        stem=nn.Conv2d(3, 16, 3, padding=1),
+        conv=nn.Conv2d(16, 16, 3, padding=1),
+        mix=nn.Conv2d(16, 4, 1),
+    )
+    return next(row.reason_key for row in cs.plan_conversion(network, **WAYS[way]).rows if row.name == "conv")
+
+
+READS = {
+    "itself": lambda conv, x: convolve(x, conv.weight),
+    "computed with": lambda conv, x: convolve(x, F.softmax(conv.weight * 2, 0)),
+    "detached": lambda conv, x: convolve(x, conv.weight.detach()),
+    "data": lambda conv, x: convolve(x, conv.weight.data),
+    "a parameter of it": lambda conv, x: convolve(x, nn.Parameter(conv.weight.data)),
+    "state": lambda conv, x: convolve(x, conv.state_dict()["weight"]),
+    "sign": lambda conv, x: convolve(x, Sign.apply(conv.weight)),
+    "function": lambda conv, x: Convolve.apply(x, conv.weight),
+    "scripted": lambda conv, x: scripted(x, conv.weight),
+    "vmap": lambda conv, x: torch.vmap(lambda one: convolve(one[None], conv.weight)[0])(x),
+    "no gradients": torch.no_grad()(lambda conv, x: convolve(x, conv.weight)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("read", READS)
+def test_a_weight_that_meets_a_map_outside_of_its_convolution_is_read(read, way):
+    assert reason(way, READS[read]) is Reason.WEIGHT_READ
+
+
+OTHERS = {
+    "nothing": lambda conv, x: x,
+    "shape": lambda conv, x: x.new_zeros(conv.weight.shape[0])[None, :, None, None] + x,
+    "type": lambda conv, x: x.to(conv.weight.device, conv.weight.dtype),
+    "zeros like it": lambda conv, x: torch.zeros_like(conv.weight).sum() + x,
+    "its size, kept": lambda conv, x: (setattr(conv, "size", conv.weight.pow(2).sum()), x)[1],
+    "its bias": lambda conv, x: x + conv.bias[:, None, None],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_weight_that_meets_no_map_elsewhere_is_not_read(other, way):
+    assert reason(way, OTHERS[other]) is None
