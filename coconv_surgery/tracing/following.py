@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from coconv_surgery.tracing.axes import Axis
-from coconv_surgery.tracing.grid_rules import RULES
+from coconv_surgery.tracing.grid_rules import RULES, Rule, mixed
 from coconv_surgery.tracing.grids import Grid, Seen, fresh, pointwise, within
 from coconv_surgery.tracing.objects import tensors_in
 from coconv_surgery.tracing.operations import makes_anew, name_of
@@ -78,7 +79,8 @@ class Positions:
         self._note_zeros(name, args, kwargs, results)
         self._note_part(name, args, kwargs, results)
         if not makes_anew(operation) and any(map(self._grid, tensors)):
-            self._follow(name, tensors, results, args, kwargs)
+            rule = mixed if isinstance(operation, HigherOrderOperator) else RULES.get(name)
+            self._follow(rule, tensors, results, args, kwargs)
 
     def depends_on_input(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor was computed of what the network is called with."""
@@ -95,10 +97,10 @@ class Positions:
         return Seen(self._grid, lambda tensor: isinstance(tensor, torch.Tensor) and tensor in self._zeros, tuple(shape))
 
     def _follow(
-        self, name: str, tensors: list[Any], results: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, rule: Rule | None, tensors: list[Any], results: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         read = self._axes_of(tensors)
-        if rule := RULES.get(name):
+        if rule:
             kwargs = {key: value for key, value in kwargs.items() if key != "out"}
             try:
                 found = rule(self._seen(results[0].shape), *args, **kwargs)

@@ -10,6 +10,8 @@ from coconv_surgery.tracing.axes import Axis, Blank, Piece, joined, repeated, re
 from coconv_surgery.tracing.grids import Dim, Grid, Seen, fresh, new, pointwise, resized_dim, within
 from coconv_surgery.tracing.writing import scattered, written_slice
 
+Rule = Callable[..., Grid | list[Grid | None] | None]
+
 
 def _view(seen: Seen, x: Any, *_: Any) -> Grid | None:
     """Dimensions are regrouped; those that are cut otherwise are new."""
@@ -272,12 +274,13 @@ def _linear(seen: Seen, x: Any, weight: Any, bias: Any = None) -> Grid | None:
     return grid and grid.but({len(grid) - 1: new(seen.shape[-1])})
 
 
-def _mixed(seen: Seen, *_: Any, **__: Any) -> Grid:
+def mixed(seen: Seen, *_: Any, **__: Any) -> Grid:
+    """Nothing is known of how positions are computed."""
     return fresh(seen.shape)
 
 
 # By name, without what comes behind a dot. Any other operation is pointwise as far as sizes allow.
-RULES: dict[str, Callable[..., Grid | list[Grid | None] | None]] = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _view),
     "expand": _expand,
     "permute": _permute,
@@ -309,5 +312,5 @@ RULES: dict[str, Callable[..., Grid | list[Grid | None] | None]] = {
         ("sum", "mean", "prod", "var", "std", "any", "all", "max", "min", "amax", "amin", "argmax", "argmin"), _reduced
     ),
     **dict.fromkeys(("var_mean", "logsumexp", "linalg_vector_norm", "norm", "topk", "median"), _reduced),
-    **dict.fromkeys(("as_strided", "sort", "grid_sampler_2d"), _mixed),
+    **dict.fromkeys(("as_strided", "sort", "grid_sampler_2d"), mixed),
 }

@@ -35,6 +35,8 @@ class Operations(TorchDispatchMode):
         tell: Called with the operation, its arguments, those by name, and what it returned.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, tell: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], object]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._tell = tell
@@ -44,7 +46,8 @@ class Operations(TorchDispatchMode):
     ) -> Any:
         named = dict(kwargs or {})
         result = func(*args, **named)
-        if func.namespace != "prim":  # questions of torch's own, where a fault of whoever is told would end the process
+        # Questions of torch's own, where a fault of whoever is told would end the process.
+        if getattr(func, "namespace", None) != "prim":
             self._tell(func, args, named, result)
         return result
 
