@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 import functools
+import itertools
 import pickle
 import threading
 import types
@@ -108,13 +109,14 @@ class Pooled(nn.Conv2d):
         return F.avg_pool2d(x, 3, 1, 1)
 
 
-class TwoPairs(nn.Module):
-    """Two convolutions in a row, each merged with the norm that follows it."""
+class Pairs(nn.Module):
+    """Convolutions in a row, each merged with the norm that follows it."""
 
-    def __init__(self):
+    def __init__(self, channels=(4, 4, 4)):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        ends = list(itertools.pairwise(channels))
+        self.convs = nn.ModuleList(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False) for inputs, outputs in ends)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(outputs) for _, outputs in ends)
 
     def forward(self, x):
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -122,14 +124,14 @@ class TwoPairs(nn.Module):
         return x
 
     def fuse(self):
-        for index in range(2):
+        for index in range(len(self.convs)):
             self.convs[index] = fuse_conv_bn_weights_into(self.convs[index], self.norms[index])
             self.norms[index] = nn.Identity()
         return self
 
 
 def fuse_conv_bn_weights_into(conv, norm):
-    merged = nn.Conv2d(4, 4, 3, padding=1)
+    merged = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1)
     weights = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
     merged.weight, merged.bias = fuse_conv_bn_weights(*weights)
     return merged
@@ -198,12 +200,15 @@ def test_branches_of_one_plan_may_merge_in_place():
     torch.testing.assert_close(reparameterize_model(model)(image), model(image))
 
 
-def test_pairs_of_different_levels_keep_their_own():
-    model = lively(nn.Sequential(TwoPairs(), nn.Conv2d(4, 2, 1)))
-    cs.convert(model, input_size=(4, 16, 16), overrides={"0.convs.1": (1, 3)})
-    image = torch.randn(1, 4, 16, 16)
+@pytest.mark.parametrize("second", [(1, 2, 3), (1, 3)], ids=["the same levels", "different levels"])
+@pytest.mark.parametrize("channels", [(4, 4, 4), (3, 4, 4), (3, 4, 8, 4), (4, 8, 4)], ids=str)
+def test_pairs_merged_in_one_call_keep_the_levels_of_each(channels, second):
+    model = lively(nn.Sequential(Pairs(channels), nn.Conv2d(4, 2, 1)))
+    cs.convert(model, input_size=(channels[0], 16, 16), overrides={"0.convs.1": second})
+    levels = [conv.dilations for conv in model[0].convs]
+    image = torch.randn(1, channels[0], 16, 16)
     merged = reparameterize_model(model)
-    assert [conv.dilations for conv in merged[0].convs] == [(1, 2, 3), (1, 3)]
+    assert [conv.dilations for conv in merged[0].convs] == levels
     torch.testing.assert_close(merged(image), model(image))
 
 
@@ -439,7 +444,7 @@ def test_a_merge_that_returns_a_module_among_other_things_keeps_its_levels(wrap)
 
 
 def test_a_merge_by_helpers_that_take_modules_keeps_levels():
-    class Helped(TwoPairs):
+    class Helped(Pairs):
         def fuse_conv_bn(self, conv, norm):
             return fuse_conv_bn_weights_into(conv, norm)
 
@@ -503,7 +508,7 @@ def test_every_block_of_a_network_that_merges_is_compared_by_itself():
     with pytest.raises(ValueError, match="would not compute the same"):
         model.fuse()
     assert same_state(state(model), before)
-    model = lively(Whole(TwoPairs()))
+    model = lively(Whole(Pairs()))
     cs.convert(model, input_size=(4, 48, 48), overrides={"block.convs.1": (1, 3), "block.convs.0": 2})
     image = torch.randn(1, 4, 48, 48)
     expected = model(image)
@@ -693,7 +698,7 @@ def test_a_pool_that_is_folded_in_is_seen_where_the_block_cannot_be_run(way):
     assert same_state(state(model), before)
 
 
-@pytest.mark.parametrize("build", [Block, TwoPairs, Branches])
+@pytest.mark.parametrize("build", [Block, Pairs, Branches])
 def test_a_block_that_cannot_be_run_merges_where_its_kernels_agree(build):
     plain = build()
     plain.__class__ = type("Sized", (Sized, type(plain)), {})
@@ -755,7 +760,7 @@ def test_a_merge_in_another_way_than_by_calling_a_method_is_refused(fuse, call):
 
 
 def test_a_plain_convolution_is_refused_wherever_a_block_holds_contextual_ones():
-    model = cs.convert(around(TwoPairs()), input_size=(4, 16, 16))
+    model = cs.convert(around(Pairs()), input_size=(4, 16, 16))
     new = nn.Conv2d(4, 4, 3, padding=1)
     for put in (
         lambda: model[0].convs.__setitem__(0, new),
@@ -768,20 +773,20 @@ def test_a_plain_convolution_is_refused_wherever_a_block_holds_contextual_ones()
 
 
 def test_what_is_meant_to_be_plain_may_be_put_into_a_block():
-    model = cs.convert(around(TwoPairs()), input_size=(4, 16, 16))
+    model = cs.convert(around(Pairs()), input_size=(4, 16, 16))
     block = model[0]
-    block.mix, block.wider, block.head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 9, 3), TwoPairs()
+    block.mix, block.wider, block.head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 9, 3), Pairs()
     cs.to_conv_(block.convs[0])
     block.convs[0] = nn.Conv2d(4, 4, 3, padding=1)
     block.convs[1] = cs.CoConv2d(4, 4, 3, padding=1, levels=2)
     cs.revert(model)
     block.convs[1] = nn.Conv2d(4, 4, 3, padding=1)
-    assert (type(block), type(block.convs)) == (TwoPairs, nn.ModuleList)
+    assert (type(block), type(block.convs)) == (Pairs, nn.ModuleList)
 
 
 @pytest.mark.xfail(torch.__version__.startswith("2.4."), reason="torch 2.4 compiles no __setattr__", strict=True)
 def test_a_block_that_is_watched_compiles_where_its_forward_sets_attributes():
-    class Counting(TwoPairs):
+    class Counting(Pairs):
         def forward(self, x):
             self.seen = x.mean()
             return super().forward(x)

@@ -75,17 +75,23 @@ def _merge_with_levels(run: Callable[[], Any], block: nn.Module) -> tuple[Any, C
 
 def _carry_over(block: nn.Module, call: Call) -> None:
     """Give what was made the levels of what was merged."""
-    merged, made = call.merged, call.made
-    shapes = {conv.weight.shape for conv in made}
-    of_one_kind = len(set(map(kind, merged))) == 1
-    # What has another shape was dropped, as an auxiliary branch is.
-    sources = merged[:1] * len(made) if of_one_kind else [conv for conv in merged if conv.weight.shape in shapes]
-    if [conv.weight.shape for conv in sources] != [conv.weight.shape for conv in made]:
-        raise _refusal(block)
-    for conv, source in zip(made, sources, strict=True):
+    for conv, source in zip(call.made, _sources(block, call), strict=True):
         if isinstance(source, CoConv2d):
             to_coconv_(conv, source.dilations, source.splits)
             pass_mark_on(source, conv)
+
+
+def _sources(block: nn.Module, call: Call) -> list[nn.Conv2d]:
+    """What each convolution that was made has its levels from."""
+    shapes = [conv.weight.shape for conv in call.made]
+    # What has another shape was dropped, as an auxiliary branch is.
+    kept = [conv for conv in call.merged if conv.weight.shape in shapes]
+    if [conv.weight.shape for conv in kept] == shapes:
+        return kept
+    ends = {(conv.out_channels, conv.kernel_size) for conv in (*call.merged, *call.made)}
+    if len(ends) > 1 or len(set(map(kind, call.merged))) > 1:
+        raise _refusal(block)
+    return call.merged[:1] * len(call.made)
 
 
 def _refusal(block: nn.Module) -> ValueError:
