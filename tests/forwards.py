@@ -1,7 +1,9 @@
-"""Networks of a forward function, and the two ways in which planning runs one."""
+"""Networks of a forward function, the two ways in which planning runs one, and an operator that takes functions."""
 
+import pytest
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import coconv_surgery as cs
 
@@ -23,3 +25,17 @@ class Model(nn.Module):
 
     def forward(self, x):
         return self._forward(self, x)
+
+
+needs_modes_for_functions = pytest.mark.skipif(
+    not hasattr(TorchDispatchMode, "supports_higher_order_operators"),
+    reason="this torch hands no operator that takes functions to a mode",
+)
+
+
+def attend(x):
+    """Attention between all pixels."""
+    from torch.nn.attention.flex_attention import flex_attention  # since torch 2.5
+
+    tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
+    return flex_attention(tokens, tokens, tokens).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])

@@ -91,7 +91,7 @@ class _Watch:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Follow the channels through an operation that has run."""
-        operation = func.overloadpacket
+        operation = getattr(func, "overloadpacket", func)
         if operation in _NOT_READ:
             return
         inputs = tensor_leaves((args, kwargs))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch._ops import HigherOrderOperator
 
 from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.receptive.rules import (
@@ -106,13 +107,16 @@ class Watch:
 
     def note(self, func: Any, args: Iterable[Any], kwargs: Mapping[str, Any], results: Any) -> None:
         """Note what an operation that has run read."""
+        if isinstance(func, HigherOrderOperator):
+            self._note_unknown(str(func), tensors_in(args, kwargs), tensors_in(results))
+            return
         arguments = bound(func, tuple(args), kwargs)
         written = [
             arguments[each.name]
             for each in func._schema.arguments
             if each.alias_info is not None and each.alias_info.is_write and each.name in arguments
         ]
-        maps = {id(tensor): found for tensor in tensors_in(arguments) if (found := self.map_of(tensor)) is not None}
+        maps = self._maps_of(tensors_in(arguments))
         name = name_of(func)
         if not maps or not isinstance(results, torch.Tensor | tuple | list):
             return
@@ -126,6 +130,16 @@ class Watch:
                 )
         for tensor in written:
             self._note_write(tensor)
+
+    def _maps_of(self, tensors: Iterable[torch.Tensor]) -> dict[int, Map]:
+        return {id(tensor): found for tensor in tensors if (found := self.map_of(tensor)) is not None}
+
+    def _note_unknown(self, name: str, inputs: Iterable[torch.Tensor], outputs: Iterable[torch.Tensor]) -> None:
+        """Note an operator that takes functions, and has no schema."""
+        if maps := list(self._maps_of(inputs).values()):
+            reading = read_everything(maps, None)
+            for output in outputs:
+                self._enter(output, reading.dims, _Node(reading.grid, tuple(reading.steps), None, name))
 
     def _note_result(self, operation: Operation, output: torch.Tensor) -> None:
         unknown = None

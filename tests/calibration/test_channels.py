@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from forwards import needs_modes_for_functions
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
@@ -120,6 +121,12 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 def test_channels_that_are_read_by_position_stay_where_they_are(reader):
     assert "conv.weight" not in free_weights(READERS[reader].eval(), torch.randn(1, 3, 8, 8))
+
+
+@needs_modes_for_functions
+def test_channels_that_an_operator_of_functions_reads_stay_where_they_are():
+    reader = Reader(lambda x: torch.ops.higher_order.cond(True, torch.relu, torch.sigmoid, (x,)))
+    assert "conv.weight" not in free_weights(reader.eval(), torch.randn(1, 3, 8, 8))
 
 
 def test_channels_that_the_network_returns_stay_where_they_are():

@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from forwards import attend, needs_modes_for_functions
 
 import coconv_surgery as cs
 
@@ -161,6 +162,12 @@ def test_what_no_rule_knows_is_said_and_left_alone():
     field = cs.receptive_fields(model, SIZE)["last"]
     assert field.size is field.pixels is field.mask is None
     assert field.unknown == "no rule for flip"
+
+
+@needs_modes_for_functions
+def test_an_operator_that_takes_functions_is_named_as_unknown():
+    field = cs.receptive_fields(Functional(attend), SIZE)["last"]
+    assert field.unknown == "no rule for flex_attention"
 
 
 def test_a_write_by_way_of_a_part_is_not_overlooked():

@@ -14,11 +14,10 @@ import torch.ao.nn.quantized as quantized
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from forwards import Model
+from forwards import Model, attend, needs_modes_for_functions
 from timm.layers import CondConv2d
 from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn.utils import parametrizations
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import DeformConv2d
 
 import coconv_surgery as cs
@@ -547,17 +546,7 @@ def test_inputs_may_be_arguments_by_name():
     assert cs.plan_conversion(Pair(), example_inputs=images["left"]).rows[0].levels == 4
 
 
-def attend(x):
-    """Attention between all pixels, by an operator that takes functions."""
-    flex_attention = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
-    tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
-    return flex_attention(tokens, tokens, tokens).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-@pytest.mark.skipif(
-    not hasattr(TorchDispatchMode, "supports_higher_order_operators"),
-    reason="this torch hands no operator that takes functions to a mode",
-)
+@needs_modes_for_functions
 def test_an_operator_that_takes_functions_stops_no_plan_and_keeps_no_positions():
     layers = {"conv": nn.Conv2d(16, 16, 3), "mix": nn.Conv2d(16, 4, 1)}
     model = Model(lambda m, x: m.mix(m.conv(attend(F.pad(x, (1, 1, 2, 0)))).relu()), **layers)
