@@ -79,7 +79,8 @@ class Positions:
         self._note_zeros(name, args, kwargs, results)
         self._note_part(name, args, kwargs, results)
         if not makes_anew(operation) and any(map(self._grid, tensors)):
-            rule = mixed if isinstance(operation, HigherOrderOperator) else RULES.get(name)
+            rule = RULES.get(name) or RULES.get(name.removesuffix("_copy"))  # many a view has a form that copies
+            rule = mixed if isinstance(operation, HigherOrderOperator) else rule
             self._follow(rule, tensors, results, args, kwargs)
 
     def depends_on_input(self, tensor: torch.Tensor) -> bool:

@@ -98,6 +98,10 @@ def _slice(
     return grid.but({dim: cut})
 
 
+def _narrow(seen: Seen, x: Any, dim: int, start: int, length: int) -> Grid | None:
+    return _slice(seen, x, dim, start, start % x.shape[dim] + length)
+
+
 def _select(seen: Seen, x: Any, dim: int, index: int) -> Grid | None:
     grid, dim = seen.grid(x), dim % x.dim()
     if grid is None:
@@ -234,6 +238,12 @@ def _convolution(
     return grid.but({1: new(seen.shape[1])} | changed) if grid and changed else None
 
 
+def _unfold(seen: Seen, x: Any, dim: int, size: int, step: int) -> Grid | None:
+    """What windows see, and the places within one, which are new."""
+    grid = _along(seen, x, dim, lambda axis: window(axis, 0, size - 1, step, seen.shape[dim]))
+    return grid and replace(grid, dims=(*grid.dims, new(size)))
+
+
 def _pool(seen: Seen, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, *_: Any) -> Any:
     # Averages have no dilation, but whether they round up there.
     dilation = 1 if isinstance(dilation, bool) else dilation
@@ -279,6 +289,10 @@ def mixed(seen: Seen, *_: Any, **__: Any) -> Grid:
     return fresh(seen.shape)
 
 
+_SCATTERING = (
+    *("index_put", "_unsafe_index_put", "index_copy", "index_add", "index_reduce"),
+    *("scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
+)
 # By name, without what comes behind a dot. Any other operation is pointwise as far as sizes allow.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _view),
@@ -288,6 +302,7 @@ RULES: dict[str, Rule] = {
     "squeeze": _squeeze,
     "unsqueeze": _unsqueeze,
     "slice": _slice,
+    "narrow_copy": _narrow,
     "select": _select,
     "unbind": _unbind,
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"), _split),
@@ -300,10 +315,11 @@ RULES: dict[str, Rule] = {
     "repeat": _repeat,
     "index_select": _index_select,
     "gather": _gather,
-    "index": _index,
-    **dict.fromkeys(("index_put", "index_put_", "index_copy", "index_copy_", "scatter", "scatter_"), scattered),
+    **dict.fromkeys(("index", "_unsafe_index"), _index),
+    **dict.fromkeys((name + place for name in _SCATTERING for place in ("", "_")), scattered),
     "slice_scatter": written_slice,
     "convolution": _convolution,
+    "unfold": _unfold,
     **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d"), _pool),
     **dict.fromkeys(("mm", "bmm"), _product),
     **dict.fromkeys(("addmm", "baddbmm"), _added_product),

@@ -96,6 +96,7 @@ CAUSAL = {
     "rows copied somewhere": Around(
         conv(padding=(0, 1)), lambda x: x.new_zeros(1, 3, 34, 32).index_copy(2, torch.arange(2, 34), x)
     ),
+    "windows of a padded map": Around(conv(padding=(0, 1)), lambda x: F.pad(x, (0, 0, 4, 0)).unfold(2, 3, 1).mean(-1)),
     "a transposed map padded": Around(conv(), lambda x: F.pad(x.transpose(2, 3), (2, 0, 1, 1)).transpose(2, 3)),
     "a map with one more dimension padded": Around(conv(), lambda x: down(x.unsqueeze(0)).squeeze(0)),
     "flattened rows padded": Around(
@@ -150,6 +151,23 @@ CROPPED = {
     "with channels last": lambda y: y.permute(0, 2, 3, 1)[:, :-2].permute(0, 3, 1, 2),
     "flattened": lambda y: y.flatten(2)[..., : 32 * 32].unflatten(2, (32, 32)),
 }
+CROPPED |= {
+    "by narrowing a copy": lambda y: torch.narrow_copy(y, 2, 0, 32),
+    "by slicing a copy": lambda y: torch.slice_copy(y, 2, 0, 32),
+    "by an index that nobody checks": lambda y: torch.ops.aten._unsafe_index(y, [None, None, torch.arange(32)]),
+}
+ROWS = torch.arange(2, 34)
+PLACES = ROWS[:, None].expand(1, 3, 32, 32)
+SCATTERED = {
+    "added by an index": lambda whole, x: whole.index_add(2, ROWS, x),
+    "added in place": lambda whole, x: whole.index_add_(2, ROWS, x, alpha=0.5),
+    "reduced by an index": lambda whole, x: whole.index_reduce(2, ROWS, x, "amax"),
+    "scattered and added": lambda whole, x: whole.scatter_add(2, PLACES, x),
+    "scattered and added in place": lambda whole, x: whole.scatter_add_(2, PLACES, x),
+    "scattered and reduced": lambda whole, x: whole.scatter_reduce(2, PLACES, x, "sum"),
+    "scattered by a mask": lambda whole, x: whole.masked_scatter((torch.arange(34) > 1)[:, None], x),
+    "scattered by a mask in place": lambda whole, x: whole.masked_scatter_((torch.arange(34) > 1)[:, None], x),
+}
 SHIFTED = {
     "by padding and cropping": lambda y: F.pad(y, (0, 0, 1, 0))[:, :, :-1],
     "by negative padding": lambda y: F.pad(y, (0, 0, 1, -1)),
@@ -158,6 +176,10 @@ SHIFTED = {
 }
 CAUSAL |= {f"cropping {how}": Around(conv(padding=(2, 1)), behind=crop) for how, crop in CROPPED.items()}
 CAUSAL |= {f"a shift behind {how}": Around(conv(padding=1), behind=shift) for how, shift in SHIFTED.items()}
+CAUSAL |= {
+    f"rows {how}": Around(conv(padding=(0, 1)), lambda x, put=put: put(x.new_zeros(1, 3, 34, 32), x))
+    for how, put in SCATTERED.items()
+}
 SYMMETRIC = {
     "no padding": Around(conv()),
     "own padding": Around(conv(padding=1)),
@@ -171,6 +193,8 @@ SYMMETRIC = {
     "padding of its own before that of the next layer": Around(
         Conv2dSame(3, 16, 3, stride=2), behind=nn.ZeroPad2d((0, 1, 0, 1))
     ),
+    "windows": Around(conv(padding=1), lambda x: F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).amax((4, 5))),
+    "patches": Around(conv(padding=1), lambda x: x.unfold(2, 4, 4).unfold(3, 4, 4).amax((4, 5))),
     "a subsampled output": Around(conv(padding=1), behind=lambda x: x[:, :, ::2, ::2]),
     "zeros joined on both sides": Around(
         conv(padding=(1, 0)), lambda x: around(x, torch.zeros_like(x[..., :1]), x.new_zeros(1, 3, 32, 1))
