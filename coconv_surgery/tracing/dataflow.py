@@ -1,5 +1,6 @@
 """What reads what: autograd's record of a forward pass, and what autograd leaves out."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -48,7 +49,8 @@ class Dataflow:
         activations: All nodes that depend on an activation.
         consumers: What reads a node's output, and as which of its inputs, or as its :data:`POSITIONS`.
         learned: Nodes that combine activations with parameters.
-        patches: Nodes that hold overlapping patches of a map, or what was taken from it at computed positions.
+        patches: Nodes that hold overlapping patches of a map, or what was taken from it at computed positions, and how
+            many numbers of a patch are left that have not been summed up, as far as that is known.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Dataflow:
         self.activations: set[Node] = set()
         self.consumers: dict[Node, list[tuple[Node, int]]] = defaultdict(list)
         self.learned: set[Node] = set()
-        self.patches: set[Node] = set()
+        self.patches: dict[Node, float] = {}
         order = self._upstream([*self.ends, *self._known, *others])
         self._find_consumers(order)
         self._find_learned(order)
@@ -122,21 +124,39 @@ class Dataflow:
 
     def _find_patches(self, order: Iterable[Node]) -> None:
         for node in order:
-            name = node.name()
-            begins = node in self._positions or (_PATCHES.match(name) and _overlapping(node)) or self._is_shift(node)
-            goes_on = any(source in self.patches for _, source in self.sources(node))
-            ends = self.mixes(node) or name.startswith("Col2Im") or is_reduction(node) or is_matrix_product(node)
-            if begins or (goes_on and not ends):
-                self.patches.add(node)
+            before = max((self.patches.get(source, 0) for _, source in self.sources(node)), default=0)
+            if taken := self._taken(node):
+                self.patches[node] = taken * max(before, 1)
+            elif before and not (self.mixes(node) or node.name().startswith("Col2Im")):
+                summed_up = is_reduction(node) or is_matrix_product(node)
+                left = before / max(self._summed_up(node), 1) if summed_up else before
+                if left > 1 or not summed_up:
+                    self.patches[node] = left
 
-    def _is_shift(self, node: Node) -> bool:
-        """Whether a node is one of several shifted copies of a map."""
+    def _taken(self, node: Node) -> int:
+        """How many numbers a node takes for each position: 1 if that is not known, 0 if it takes no patches."""
+        if _PATCHES.match(node.name()) and _overlapping(node):
+            return _size_of_patch(node)
+        return self._shifts(node) or int(node in self._positions)
+
+    def _summed_up(self, node: Node) -> float:
+        """Of how many numbers a reduction or a matrix product of patches makes one."""
+        index, source = max(self.sources(node), key=lambda each: self.patches.get(each[1], 0))
+        whole, rest = _shape_of(source), _shape_of(node)
+        if whole is None or rest is None:
+            return math.inf
+        if is_reduction(node):
+            return math.prod(whole) / max(math.prod(rest), 1)
+        return whole[-1 if index == _first_factor(node) else -2]
+
+    def _shifts(self, node: Node) -> int:
+        """Of how many shifted copies of a map a node is one; 0 if it is none, or one of a few."""
         _, source = next(iter(self.sources(node)), (0, None))
         crops = node.name().startswith("Slice") and source is not None and _PADDED.match(source.name())
         if not crops and not node.name().startswith("Roll"):
-            return False
+            return 0
         alike = [consumer for consumer, _ in self.consumers[source] if consumer.name() == node.name()]
-        return len(alike) >= _SHIFTS
+        return len(alike) if len(alike) >= _SHIFTS else 0
 
 
 def is_elementwise(node: Node) -> bool:
@@ -157,6 +177,24 @@ def is_total(node: Node) -> bool:
 def is_matrix_product(node: Node) -> bool:
     """Whether a node multiplies matrices."""
     return bool(_MATRIX_PRODUCTS.match(node.name()))
+
+
+def _first_factor(product: Node) -> int:
+    """Which input of a matrix product is the first matrix."""
+    return 1 if product.name().startswith(("Addmm", "Baddbmm")) else 0
+
+
+def _size_of_patch(node: Node) -> int:
+    """How many numbers a patch has along the axes that a node takes it along; 1 if that is not known."""
+    if hasattr(node, "_saved_kernel_size"):
+        return math.prod(node._saved_kernel_size)
+    return int(node._saved_size) if hasattr(node, "_saved_step") else 1
+
+
+def _shape_of(node: Node) -> tuple[int, ...] | None:
+    """The shape of what a node has computed, where autograd has kept it."""
+    kept = getattr(node, "_input_metadata", ())
+    return tuple(kept[0].shape) if kept else None
 
 
 def _overlapping(node: Node) -> bool:

@@ -396,6 +396,47 @@ def involution_by_rolling(model, x):
     return model.mix(sum(copy * kernel[:, i : i + 1] for i, copy in enumerate(rolled)))
 
 
+def in_steps(patches, rows, columns):
+    return ((patches * rows[:, None, :, None]).sum(2) * columns[:, None]).sum(2)
+
+
+def by_einsum(patches, rows, columns):
+    return torch.einsum("bcijhw,bihw,bjhw->bchw", patches, rows, columns)
+
+
+def by_products(patches, rows, columns):
+    patches, rows, columns = (tensor.movedim((-2, -1), (1, 2)) for tensor in (patches, rows, columns))
+    along_rows = (patches.transpose(-1, -2) @ rows[..., None, :, None]).squeeze(-1)
+    return (along_rows @ columns[..., None]).squeeze(-1).movedim(-1, 1)
+
+
+def unfolded(y):
+    return F.unfold(y, 3, padding=1).view(1, 16, 3, 3, 32, 32)
+
+
+def windows(y):
+    return F.pad(y, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).movedim((4, 5), (2, 3))
+
+
+def crops(y):
+    padded = F.pad(y, (1, 1, 1, 1))
+    copies = [padded[:, :, i : i + 32, j : j + 32] for i in range(3) for j in range(3)]
+    return torch.stack(copies, 2).unflatten(2, (3, 3))
+
+
+@pytest.mark.parametrize("patches", [unfolded, windows, crops])
+@pytest.mark.parametrize("apply", [in_steps, by_einsum, by_products])
+def test_each_of_two_kernels_for_rows_and_columns_is_read_by_position(apply, patches):
+    def forward(model, x):
+        y = model.first(x)
+        return model.mix(model.behind(apply(patches(y), model.rows(y), model.columns(y))).relu())
+
+    parts = {"first": conv(3), "rows": conv(16, 3), "columns": conv(16, 3), "behind": conv()}
+    by_position = dict.fromkeys(("rows", "columns"), Reason.READ_BY_POSITION)
+    found = reasons(Model(forward, **parts, mix=nn.Conv2d(16, 4, 1)))
+    assert found == {"first": None, **by_position, "behind": None}
+
+
 def carafe(model, x):
     y = model.first(x)
     kernel = F.pixel_shuffle(model.make(y), 2).softmax(1).unsqueeze(1)
@@ -469,6 +510,12 @@ def gate(model, x):
     return model.mix(y * model.make(y).sigmoid())
 
 
+def gate_of_an_average_of_patches(model, x):
+    y = model.first(x)
+    average = F.unfold(y, 3, padding=1).view(1, 16, 9, 32, 32).mean(2)
+    return model.mix(average * model.make(y).sigmoid())
+
+
 def pooled_gate(model, x):
     y = model.first(x)
     return model.mix(y * model.make(y).mean((2, 3), keepdim=True).sigmoid())
@@ -523,8 +570,8 @@ def unpooling(model, x):
 
 
 GATES = [
-    *(gate, pooled_gate, gate_by_einsum, attention, attention_with_pooled_queries, linear_attention),
-    *(attention_to_neighbours, selection_of_branches, relu_by_hand, unpooling),
+    *(gate, gate_of_an_average_of_patches, pooled_gate, gate_by_einsum, relu_by_hand, unpooling),
+    *(attention, attention_with_pooled_queries, linear_attention, attention_to_neighbours, selection_of_branches),
 ]
 
 
