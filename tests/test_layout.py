@@ -63,7 +63,9 @@ FILES = {
             "__main__",
         ),
     ],
-    "checkpoint": ["pickles", "reading", "tensors", "header", "origin", "converted", "guard", "hub", "timm_loading"],
+    "checkpoint": [
+        *("pickles", "naming", "reading", "tensors", "header", "origin", "converted", "guard", "hub", "timm_loading"),
+    ],
 }
 
 

@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from coconv_surgery.checkpoint.header import beside_tensors, check_network, is_json, read_header, write_header
+from coconv_surgery.checkpoint.naming import prefix_of, without
 from coconv_surgery.checkpoint.origin import plan_told
-from coconv_surgery.checkpoint.reading import is_safetensors, read_checkpoint, weights_in
+from coconv_surgery.checkpoint.reading import is_safetensors, read_checkpoint, weights_as_named
 from coconv_surgery.checkpoint.tensors import cannot_write, check_fit, check_loadable, each_once, held_once, is_expanded
 from coconv_surgery.layers.arguments import file_to_write, flag
 from coconv_surgery.layers.files import whole_file
@@ -97,7 +98,9 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         model: A network of the same architecture, plain or converted.
         path: A file that :func:`save_converted` wrote, or any other that tells its plan, see :func:`plan_of`: a state
             dict that ``torch.save`` wrote, a checkpoint of mmengine or Lightning. No code in it is executed. Where a
-            training script kept an average of the weights beside them, that is loaded, as timm does.
+            training script kept an average of the weights beside them, that is loaded, as timm does. What is put before
+            all names, as by data parallelism, ``torch.compile``, ``AveragedModel`` or Lightning, is taken off where the
+            rest are the network's.
 
     Returns:
         The same model object.
@@ -110,9 +113,9 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         OSError: If the file cannot be read.
     """
     check_convertible(model)
-    plan, weights = _plan_and_weights(path)
-    check_loadable(model, {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, path)
     own = _unguarded(model.state_dict())
+    plan, weights = _plan_and_weights(path, own)
+    check_loadable(model, {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, path)
     check_fit(model, own, weights, path)
     both = [name for name in own if isinstance(own[name], torch.Tensor)]
     expanded = {name: (own[name], weights.pop(name)) for name in both if is_expanded(own[name])}
@@ -146,16 +149,18 @@ def check_sizes(model: nn.Module, path: str | Path) -> None:
         model: The network.
         path: As of :func:`load_converted`, with the same errors.
     """
-    _, weights = _plan_and_weights(path)
-    check_fit(model, _unguarded(model.state_dict()), weights, path)
+    own = _unguarded(model.state_dict())
+    _, weights = _plan_and_weights(path, own)
+    check_fit(model, own, weights, path)
 
 
-def _plan_and_weights(path: str | Path) -> tuple[Plan, dict[str, Any]]:
+def _plan_and_weights(path: str | Path, own: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
+    """What a file holds, by the names of a network's own weights."""
     content = read_checkpoint(path)
-    plan, weights = plan_told(content, path), weights_in(content, path)
     if is_safetensors(path):
-        weights |= beside_tensors(read_header(path), weights, path)
-    return plan, _unguarded(weights)
+        content |= beside_tensors(read_header(path), content, path)
+    plan, weights = plan_told(content, path, own), weights_as_named(content, path)
+    return plan, _unguarded(without(prefix_of(weights, own), weights))
 
 
 def _unguarded(state: Mapping[str, Any]) -> dict[str, Any]:

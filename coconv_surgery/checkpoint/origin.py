@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import clean_state_dict
 
 from coconv_surgery.checkpoint.header import plan_in_header, read_header
+from coconv_surgery.checkpoint.naming import prefix_of
 from coconv_surgery.checkpoint.reading import STATES, CheckpointError, is_safetensors, read_checkpoint
 from coconv_surgery.layers import metadata
 from coconv_surgery.layers.arguments import file_to_read
@@ -65,14 +65,19 @@ def read_plan(path: str | Path) -> Plan:
     return plan_told(read_checkpoint(path), path)
 
 
-def plan_told(content: Mapping[Any, Any], path: str | Path) -> Plan:
+def plan_told(content: Mapping[Any, Any], path: str | Path, own: Mapping[str, Any] | None = None) -> Plan:
     """The plan of a file, as :func:`read_plan` gives it, of which the content was read.
+
+    Args:
+        content: What was read.
+        path: The file.
+        own: The weights of the network that the plan is for, if it is known.
 
     Raises:
         PlanError: If what it says is not a plan.
         CheckpointError: If it tells no plan.
     """
-    plan = _plan_in_file(content, path)
+    plan = _plan_in_file(content, path, own)
     if plan is None:
         raise CheckpointError(
             f"{path} holds no plan: it comes from a plain network, or what wrote it dropped what torch keeps with a "
@@ -81,18 +86,18 @@ def plan_told(content: Mapping[Any, Any], path: str | Path) -> Plan:
     return plan
 
 
-def _plan_in_file(content: Mapping[Any, Any], path: str | Path) -> Plan | None:
+def _plan_in_file(content: Mapping[Any, Any], path: str | Path, own: Mapping[str, Any] | None = None) -> Plan | None:
     in_header = plan_in_header(read_header(path), path) if is_safetensors(path) else None
-    return in_header or _plan_in(content, str(path))
+    return _plan_in(content, str(path), own) if in_header is None else _unwrapped(in_header, content, own)
 
 
-def _plan_in(content: Mapping[Any, Any], label: str) -> Plan | None:
+def _plan_in(content: Mapping[Any, Any], label: str, own: Mapping[str, Any] | None = None) -> Plan | None:
     meta = content.get("meta")
     if isinstance(meta, Mapping) and isinstance(text := meta.get(notes.KEY), str):
         return read_plan_text(text, label)
     for state in (content, *(content[key] for key in STATES if isinstance(content.get(key), Mapping))):
         if plan := _plan_in_metadata(state, label) or _plan_in_guard(state, label):
-            return _unwrapped(plan, state)
+            return _unwrapped(plan, state, own)
     return None
 
 
@@ -161,12 +166,9 @@ def _within(plan: Plan, part: str) -> Plan:
     return _renamed(plan, lambda name: _join(part, name))
 
 
-def _unwrapped(plan: Plan, state: Mapping[Any, Any]) -> Plan:
-    """A plan by the names that its weights are loaded by: without what wrappers put before all of them."""
-    wrapped, cleaned = (next((str(key) for key in keys), "") for keys in (state, clean_state_dict(dict(state))))
-    prefix = wrapped.removesuffix(cleaned)
-    if not prefix or not all(str(key).startswith(prefix) for key in state):
-        return plan
+def _unwrapped(plan: Plan, state: Mapping[Any, Any], own: Mapping[str, Any] | None) -> Plan:
+    """A plan by the names that its weights are loaded by: without what is put before all of them."""
+    prefix = prefix_of({str(key): value for key, value in state.items()}, own)
     return _renamed(plan, lambda name: f"{name}.".removeprefix(prefix).removesuffix("."))
 
 

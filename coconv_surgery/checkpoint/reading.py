@@ -13,8 +13,8 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import clean_state_dict
 
+from coconv_surgery.checkpoint.naming import prefix_of, without
 from coconv_surgery.checkpoint.pickles import ALLOWED, Pickle, RefusedError
 from coconv_surgery.layers.arguments import file_to_read, kind, shown
 
@@ -39,7 +39,7 @@ class CheckpointError(ValueError):
 def read_weights(path: str | Path) -> dict[str, Any]:
     """Read tensors by name, as timm would.
 
-    Those of the first entry of :data:`STATES` are taken, and what ``DataParallel`` and ``torch.compile`` put before
+    Those of the first entry of :data:`STATES` are taken, and what ``DataParallel`` and ``torch.compile`` put before all
     names is taken off.
 
     Args:
@@ -59,6 +59,16 @@ def weights_in(content: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If it holds none, or what it holds has no names.
     """
+    weights = weights_as_named(content, path)
+    return without(prefix_of(weights), weights)
+
+
+def weights_as_named(content: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
+    """The tensors in what :func:`read_checkpoint` has read, by the names that they have there.
+
+    Raises:
+        CheckpointError: If it holds none, or what it holds has no names.
+    """
     entries = (content.get(key) for key in STATES)
     # A tensor of such a name is one of the weights.
     entry = next((entry for entry in entries if entry is not None and not torch.is_tensor(entry)), content)
@@ -67,8 +77,7 @@ def weights_in(content: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
     for name in entry:
         if not isinstance(name, str):
             raise CheckpointError(f"{path} holds something under {shown(name)}, not a tensor by name")
-    weights: dict[str, Any] = clean_state_dict(dict(entry))
-    return weights
+    return dict(entry)
 
 
 def read_checkpoint(path: str | Path) -> dict[Any, Any]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import timm.models._helpers as timm_helpers
 
-from coconv_surgery.checkpoint.header import plan_in_header, read_header
+from coconv_surgery.checkpoint.origin import plan_of
 from coconv_surgery.layers.levels import Levels
 from coconv_surgery.layers.metadata import write_levels
 
@@ -35,7 +35,7 @@ def _load_state_dict(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[st
     state: dict[str, Any] = _upstream_load_state_dict(checkpoint_path, *args, **kwargs)
     if not str(checkpoint_path).endswith(".safetensors"):
         return state
-    plan = plan_in_header(read_header(checkpoint_path), checkpoint_path)
+    plan = plan_of(checkpoint_path)
     if plan is None:
         return state
     state = _with_metadata(state, {row.name: {"version": 1} for row in plan.rows})  # as torch notes every module

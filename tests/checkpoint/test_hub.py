@@ -86,12 +86,12 @@ def test_a_guarded_network_is_refused(model):
         cs.hub_arguments(cs.guard(model))
 
 
-@pytest.mark.parametrize("kind", ["torch", "entry", "save_converted"])
+@pytest.mark.parametrize("kind", ["torch", "entry", "save_converted", "save_converted, wrapped"])
 def test_a_checkpoint_path_of_other_levels_is_refused(model, tmp_path, kind):
     other = timm.create_model("coresnet18", levels=(2, 2, 2, 1))
-    path = tmp_path / ("net.safetensors" if kind == "save_converted" else "net.pth")
-    if kind == "save_converted":
-        cs.save_converted(other, path)
+    path = tmp_path / ("net.safetensors" if "save_converted" in kind else "net.pth")
+    if "save_converted" in kind:
+        cs.save_converted(torch.nn.DataParallel(other) if "wrapped" in kind else other, path)
     else:
         state = {f"module.{name}": tensor for name, tensor in other.state_dict().items()}
         state = torch.nn.ModuleDict({"module": other}).state_dict() if kind == "entry" else other.state_dict()

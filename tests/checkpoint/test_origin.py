@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
 
 import coconv_surgery as cs
 
@@ -65,6 +66,76 @@ class Holder(nn.Module):
 def test_the_name_of_a_wrapper_is_no_part_of_the_names(converted):
     assert cs.plan_of(Holder("module", converted).state_dict()) == cs.get_plan(converted)
     assert cs.plan_of(Holder("_orig_mod", Holder("module", converted)).state_dict()) == cs.get_plan(converted)
+
+
+WRAPPERS = {
+    "data parallelism": nn.DataParallel,
+    "torch.compile": torch.compile,
+    "an average": AveragedModel,
+    "an average of a parallel one": lambda net: AveragedModel(nn.DataParallel(net)),
+    "Lightning": lambda net: Holder("model", net),
+}
+WRITERS = {
+    "net.safetensors": cs.save_converted,
+    "guarded.safetensors": lambda net, path: cs.save_converted(net, path, guard=True),
+    "net.pth": lambda net, path: torch.save(net.state_dict(), path),
+}
+
+
+@pytest.mark.parametrize("file", WRITERS)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_file_of_a_wrapped_network_loads_into_the_bare_one(converted, image, tmp_path, wrapper, file):
+    WRITERS[file](WRAPPERS[wrapper](converted), tmp_path / file)
+    fresh = cs.load_converted(type(converted)().eval(), tmp_path / file)
+    assert torch.equal(fresh(image), converted(image))
+    assert not cs.get_plan(fresh).diff(cs.get_plan(converted))
+
+
+@pytest.mark.parametrize("file", WRITERS)
+@pytest.mark.parametrize("others", [{}, {"head": nn.Linear(2, 2)}], ids=["alone", "beside another"])
+def test_a_network_may_call_a_part_as_wrappers_do(converted, tmp_path, others, file):
+    model, fresh = (nn.ModuleDict({"module": net, **others}) for net in (converted, type(converted)()))
+    WRITERS[file](model, tmp_path / file)
+    cs.load_converted(fresh, tmp_path / file)
+    assert torch.equal(fresh["module"].stem.weight, converted.stem.weight)
+    assert not cs.get_plan(fresh).diff(cs.get_plan(model))
+
+
+@pytest.mark.parametrize("file", WRITERS)
+def test_what_a_network_calls_as_wrappers_do_stays_in_the_wrapped_one(converted, tmp_path, file):
+    WRITERS[file](nn.DataParallel(Holder("module", converted)), tmp_path / file)
+    fresh = cs.load_converted(Holder("module", type(converted)()), tmp_path / file)
+    assert torch.equal(fresh.module.stem.weight, converted.stem.weight)
+
+
+def test_a_convolution_that_two_parts_share_is_found_under_the_names_of_all_weights(tmp_path):
+    def build():
+        net = Holder("conv", nn.Conv2d(4, 4, 3))
+        net.add_module("module", Holder("conv", net.conv))
+        return net
+
+    model = build()
+    cs.to_coconv_(model.conv, (1, 2))
+    cs.save_converted(nn.DataParallel(model), tmp_path / "net.safetensors")
+    fresh = cs.load_converted(build(), tmp_path / "net.safetensors")
+    assert fresh.conv.contextual_levels == model.conv.contextual_levels
+    assert torch.equal(fresh.conv.weight, model.conv.weight)
+
+
+def test_weights_of_a_part_beside_others_do_not_load_into_it(converted, net, tmp_path):
+    torch.save(nn.ModuleDict({"model": converted, "loss": nn.Linear(2, 2)}).state_dict(), tmp_path / "net.pth")
+    fresh = type(net)()
+    with pytest.raises(ValueError, match="do not fit TinyNet"):
+        cs.load_converted(fresh, tmp_path / "net.pth")
+    assert not cs.get_plan(fresh).converted
+
+
+def test_an_average_beside_the_weights_is_loaded_as_it_is_saved(converted, image, tmp_path):
+    """As torchvision's reference script writes them by ``--model-ema``."""
+    average = AveragedModel(converted)
+    torch.save({"model": converted.state_dict(), "model_ema": average.state_dict()}, tmp_path / "net.pth")
+    fresh = cs.load_converted(type(converted)().eval(), tmp_path / "net.pth")
+    assert torch.equal(fresh(image), converted(image))
 
 
 @pytest.mark.parametrize("wrap", [lambda net: net, lambda net: Holder("module", net)], ids=["bare", "wrapped"])
