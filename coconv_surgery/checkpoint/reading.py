@@ -27,6 +27,15 @@ _UNREADABLE = (
     *(pickle.UnpicklingError, struct.error, BadZipFile, SafetensorError),
 )
 _ADVICE = "copy or download it again"
+_JSON = "is JSON, not weights: a plan is applied by apply_plan(model, Plan.from_json(path))"
+_SCRIPTED = "is a TorchScript archive, which is code: save the state_dict() of the network"
+_EXPORTED = "is a program of torch.export, which torch.export.load() reads: save the state_dict() of the network"
+# What else torch writes as zip files is known by these in it; the last is in older ones.
+_OF_OTHERS = {
+    "constants.pkl": _SCRIPTED,
+    "archive_format": _EXPORTED,
+    "serialized_exported_program.json": _EXPORTED,
+}
 # Of a zip file without a comment: a fixed record, before which those of a large file have two more.
 _END, _END_SIZE = b"PK\5\6", 22
 _LOCATOR, _LOCATOR_SIZE, _LARGE_END_SIZE = b"PK\6\7", 20, 56
@@ -105,6 +114,8 @@ def read_checkpoint(path: str | Path) -> dict[Any, Any]:
         if is_safetensors(path):
             form = "safetensors file"
             return load_file(str(path))
+        if start[:1] == b"{":
+            raise RefusedError(_JSON)
         if zipped := start == b"PK":
             _check_zip(path, size)
         else:
@@ -137,8 +148,8 @@ def _check_zip(path: Path, size: int) -> None:
         entries = file.infolist()
         names = [entry.filename for entry in entries]
         folder = names[0].partition("/")[0]
-        if f"{folder}/constants.pkl" in names:
-            raise RefusedError("is a TorchScript archive, which is code: save the state_dict() of the network")
+        if others := {name.removeprefix(f"{folder}/") for name in names} & _OF_OTHERS.keys():
+            raise RefusedError(_OF_OTHERS[others.pop()])
         if any(entry.compress_type != ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
             raise RefusedError("is compressed, which torch.save() does not do: unpack it, and save it anew")
         if sum(entry.file_size for entry in entries) > size:

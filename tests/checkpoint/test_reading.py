@@ -126,6 +126,21 @@ def two_directories(path):
         file.writestr("net/data.pkl", pickle.dumps({"x": 2}, protocol=2))
 
 
+def exported(path):
+    torch.export.save(torch.export.export(nn.ReLU(), (torch.ones(1),)), path.with_suffix(".pt2"))
+    path.with_suffix(".pt2").rename(path)
+
+
+def exported_by_an_older_torch(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("serialized_exported_program.json", "{}")
+        file.writestr("serialized_state_dict.pt", b"")
+
+
+def planned(path):
+    cs.plan_conversion(NET, input_size=32).to_json(path)
+
+
 HOSTILE = {
     "expanded": (expanded, r"tensor 'layer\.x' that claims 1,000,000,000 numbers of the 1 in its storage"),
     "expanded, legacy": (lambda path: expanded(path, False), "claims 1,000,000,000 numbers"),
@@ -143,6 +158,9 @@ HOSTILE = {
     "two directories": (two_directories, "did not write"),
     "list": (lambda path: torch.save([1], path), "holds a list, not tensors by name"),
     "TorchScript": (lambda path: torch.jit.script(nn.ReLU()).save(str(path)), "is a TorchScript archive"),
+    "export": (exported, r"is a program of torch\.export"),
+    "export of an older torch": (exported_by_an_older_torch, r"is a program of torch\.export"),
+    "plan": (planned, r"is JSON, not weights: a plan is applied by apply_plan\(model, Plan\.from_json\(path\)\)"),
     "text": (lambda path: path.write_text("hello"), "is not a complete checkpoint: copy or download it again"),
     "length": (lambda path: path.write_bytes(b"\x80\x02\x8d" + b"\xff" * 7 + b"\x3f"), "is not a complete checkpoint"),
     "empty": (lambda path: path.write_bytes(b""), "is not a complete checkpoint"),
