@@ -108,6 +108,7 @@ def convert(
     from coconv_surgery.calibration import calibrate
     from coconv_surgery.checkpoint import save_converted
     from coconv_surgery.checkpoint.converted import file_of_weights
+    from coconv_surgery.checkpoint.origin import plan_for
     from coconv_surgery.cli import targets
     from coconv_surgery.cli.images import image_batches
     from coconv_surgery.cli.weights import load
@@ -142,7 +143,7 @@ def convert(
     with doing(f"converting {target}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NoChangeWarning)  # the summary says so
         if replayed is not None:
-            apply_plan(network, replayed)
+            apply_plan(network, plan_for(network, replayed))
         elif options.asks_for_a_plan(choices) or not told:
             apply_plan(network, targets.plan_as_chosen(network, target, **choices))
     if folder is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from coconv_surgery.checkpoint.header import plan_in_header, read_header
 from coconv_surgery.checkpoint.naming import prefix_of
@@ -14,6 +15,7 @@ from coconv_surgery.layers import metadata
 from coconv_surgery.layers.arguments import file_to_read
 from coconv_surgery.planning import notes
 from coconv_surgery.planning.plan import Plan, PlanRow, read_plan_text
+from coconv_surgery.surgery import get_plan
 from coconv_surgery.tracing.signature import Signature
 
 
@@ -84,6 +86,16 @@ def plan_told(content: Mapping[Any, Any], path: str | Path, own: Mapping[str, An
             "state dict; save_converted() writes one"
         )
     return plan
+
+
+def plan_for(model: nn.Module, plan: Plan) -> Plan:
+    """A plan by the names that a network's convolutions have, without what is put before all of them in the plan.
+
+    Args:
+        model: The network.
+        plan: A plan of it within another, such as a module of Lightning's.
+    """
+    return _without(prefix_of(_names_in(plan), _names_in(get_plan(model))), plan)
 
 
 def _plan_in_file(content: Mapping[Any, Any], path: str | Path, own: Mapping[str, Any] | None = None) -> Plan | None:
@@ -168,8 +180,15 @@ def _within(plan: Plan, part: str) -> Plan:
 
 def _unwrapped(plan: Plan, state: Mapping[Any, Any], own: Mapping[str, Any] | None) -> Plan:
     """A plan by the names that its weights are loaded by: without what is put before all of them."""
-    prefix = prefix_of({str(key): value for key, value in state.items()}, own)
+    return _without(prefix_of({str(key): value for key, value in state.items()}, own), plan)
+
+
+def _without(prefix: str, plan: Plan) -> Plan:
     return _renamed(plan, lambda name: f"{name}.".removeprefix(prefix).removesuffix("."))
+
+
+def _names_in(plan: Plan) -> dict[str, PlanRow]:
+    return {name: row for row in plan.rows for name in (row.name, *row.aliases)}
 
 
 def _renamed(plan: Plan, rename: Callable[[str], str]) -> Plan:

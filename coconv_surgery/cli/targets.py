@@ -18,7 +18,7 @@ import torch.nn as nn
 from coconv_surgery.checkpoint.converted import check_sizes, load_converted
 from coconv_surgery.checkpoint.header import is_json, network_in_header, read_header
 from coconv_surgery.checkpoint.hub import coconv_converted
-from coconv_surgery.checkpoint.origin import read_plan
+from coconv_surgery.checkpoint.origin import plan_for, read_plan
 from coconv_surgery.checkpoint.reading import is_safetensors
 from coconv_surgery.cli.images import image_sides
 from coconv_surgery.layers.arguments import Pair, kind, near_miss, shown
@@ -145,8 +145,8 @@ def convert_as_chosen(network: nn.Module, **choices: Any) -> nn.Module:
 
 
 def replay(network: nn.Module, plan: Plan) -> nn.Module:
-    """Convert a network in place by a plan, whose classifier may have had other outputs."""
-    return apply_plan(network, complete_plan(network, plan))
+    """Convert a network in place by a plan, which may be of one with other classes, or of one within another."""
+    return apply_plan(network, complete_plan(network, plan_for(network, plan)))
 
 
 def read_plan_file(path: Path) -> Plan:

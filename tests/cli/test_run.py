@@ -102,6 +102,16 @@ def test_a_plan_of_an_earlier_run_holds_for_another_number_of_classes(coconv, tr
     assert cs.Plan.from_json("again/coconv-plan-test_resnet.json").policy == "stage(2,2,2,1)"
 
 
+def test_a_plan_of_a_module_of_lightnings_that_holds_the_network_holds_for_it(coconv, train):
+    held = torch.nn.ModuleDict({"model": cs.convert(timm.create_model("test_resnet", num_classes=3), input_size=64)})
+    torch.save({"state_dict": held.state_dict()}, "last.ckpt")
+    done = coconv("run", "--plan", "last.ckpt", "--", train, "--model", "test_resnet")
+    assert done.code == 0, done.err
+    assert not cs.plan_of("last.pth").diff(cs.get_plan(held["model"]))
+    done = coconv("convert", "test_resnet", "--arg", "num_classes=3", "--plan", "last.ckpt", "-o", "net.safetensors")
+    assert done.code == 0, done.err
+
+
 def test_a_checkpoint_of_other_levels_is_refused_as_it_is_loaded(coconv, train):
     assert coconv("run", "--policy", "stage(2,2,2,1)", "--", train, "--model", "test_resnet").code == 0
     done = coconv(*AT_64, "--", train, "--model", "test_resnet", "--initial-checkpoint", "last.pth")
