@@ -10,6 +10,8 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save
 
+from coconv_surgery.layers.arguments import shown
+
 
 def check_loadable(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
     """Check that tensors can be copied into those that a network has under the same names.
@@ -66,7 +68,17 @@ def check_fit(model: nn.Module, own: Mapping[str, Any], weights: Mapping[str, An
     }
     if any(problems.values()):
         words = "; ".join(f"{len(names)} {kind}, as {names[0]}" for kind, names in problems.items() if names)
-        raise ValueError(f"the weights in {path} do not fit {type(model).__name__}: {words}")
+        advice = _advice(own, weights) if problems["missing"] else ""
+        raise ValueError(f"the weights in {path} do not fit {type(model).__name__}: {words}{advice}")
+
+
+def _advice(own: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
+    """What to do with weights of a larger network of which a part would fit."""
+    first = next(iter(own))
+    parts = (name.removesuffix(f".{first}") for name in weights if name.endswith(f".{first}"))
+    part = next((part for part in parts if all(f"{part}.{name}" in weights for name in own)), None)
+    where = f"under {shown(part)}, beside others"
+    return "" if part is None else f". All that it has are there {where}: save the state_dict() of that part"
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -122,10 +122,10 @@ def test_a_convolution_that_two_parts_share_is_found_under_the_names_of_all_weig
     assert torch.equal(fresh.conv.weight, model.conv.weight)
 
 
-def test_weights_of_a_part_beside_others_do_not_load_into_it(converted, net, tmp_path):
+def test_weights_of_a_part_beside_others_do_not_load_into_it_and_it_is_named(converted, net, tmp_path):
     torch.save(nn.ModuleDict({"model": converted, "loss": nn.Linear(2, 2)}).state_dict(), tmp_path / "net.pth")
     fresh = type(net)()
-    with pytest.raises(ValueError, match="do not fit TinyNet"):
+    with pytest.raises(ValueError, match=r"unexpected, as loss\.bias\. All that it has are there under 'model'"):
         cs.load_converted(fresh, tmp_path / "net.pth")
     assert not cs.get_plan(fresh).converted
 
