@@ -104,24 +104,26 @@ def separate_copy(model: nn.Module) -> nn.Module:
         for name, value in vars(module).items():
             if name in OF_EVERY_MODULE:
                 continue
-            functions = [part for part in walk(value) if isinstance(part, types.FunctionType)]
+            functions = [part for part in walk(value, into=held_by) if isinstance(part, types.FunctionType)]
             seen = walk(*functions, into=_seen_through_objects)
             if any(isinstance(part, nn.Module) and part in modules for part in seen):
                 raise CopyError(
                     f"{path_of(path)}.{name} is a function that sees the network itself, and in a copy it still would: "
-                    "convert in place, or make it a method"
+                    "make it a method"
                 )
     # Results that somebody keeps, as pruned weights, are refused by deepcopy.
     results = (part for part in walk(model, into=held_by) if isinstance(part, torch.Tensor) and not part.is_leaf)
     copied = copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
+    for module in copied.modules():
+        vars(module).pop("_compiled_call_impl", None)  # which would run the network
     _check_apart(model, copied)
     return copied
 
 
 def held_by(value: Any) -> Iterable[Any]:
-    """What an object holds, of modules without their hooks."""
+    """What an object holds, of modules without their hooks and what they were compiled into."""
     if isinstance(value, nn.Module):
-        return [part for name, part in vars(value).items() if name not in _HOOK_TABLES]
+        return [part for name, part in vars(value).items() if name not in (*_HOOK_TABLES, "_compiled_call_impl")]
     return parts(value)
 
 

@@ -32,7 +32,8 @@ _HOLDERS = (
 )
 CACHE = functools._lru_cache_wrapper
 DEFINITIONS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
-OF_EVERY_MODULE = vars(nn.Module()).keys()
+# The last is there once a module was compiled in place.
+OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
 _IMPORT = dis.opmap["IMPORT_NAME"]
 _MISSING = object()
 _without_subclass: Any = torch._C.DisableTorchFunctionSubclass  # torch has no types for it

@@ -208,10 +208,30 @@ def test_a_copy_to_convert_must_be_one():
         cs.convert(network, input_size=32, inplace=False)
     seeing = Running()
     seeing.run = lambda x: seeing.mix(seeing.conv(x))
-    with pytest.raises(TypeError, match=r"model\.run is a function that sees the network itself"):
+    with pytest.raises(TypeError, match=r"model\.run is a function that sees the network itself.*: make it a method$"):
         cs.convert(seeing, input_size=32, inplace=False)
     assert not cs.get_plan(network).converted
     assert not cs.get_plan(seeing).converted
+
+
+class Attributes(Net):
+    """Copies whatever it has."""
+
+    def __deepcopy__(self, memo):
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+@pytest.mark.parametrize("make", [Net, Attributes, lambda: fx.symbolic_trace(Net())])
+@pytest.mark.parametrize("part", ["", "conv"])
+def test_a_copy_of_a_network_that_was_compiled_in_place_is_not_compiled(make, part):
+    network = make().eval()
+    network.get_submodule(part).compile(backend="eager")
+    for copied in (cs.deploy(network, input_size=32), cs.convert(network, inplace=False, input_size=32)):
+        assert not any(module._compiled_call_impl for module in copied.modules())
+        assert {id(p) for p in copied.parameters()}.isdisjoint(map(id, network.parameters()))
+    assert network.get_submodule(part)._compiled_call_impl
 
 
 def run_on(network, x):
