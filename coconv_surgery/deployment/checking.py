@@ -20,6 +20,7 @@ Computed = dict[str, list[torch.Tensor]]
 _OUTPUTS = "."
 _SAMPLE = 256
 _HIDDEN = "its code may use convolutions or norms in a way that one forward pass does not show"
+_NO_NUMBERS = " on these inputs holds no numbers to compare: give others"
 _ROUNDED = 100  # times what the rounding of weights changes
 
 
@@ -106,8 +107,10 @@ def compare(found: Computed, expected: Computed, rounded: Computed) -> float:
                 )
             if not math.isnan(differs):
                 apart.setdefault(name, []).append(differs)
+        if name == _OUTPUTS and name not in apart and any(tensor.numel() for tensor in tensors):
+            raise DeploymentError(f"what the network returns{_NO_NUMBERS}")
     if not apart and len(expected) > 1:
-        raise DeploymentError("what the network computes on these inputs holds no numbers to compare: give others")
+        raise DeploymentError(f"what the network computes{_NO_NUMBERS}")
     return max(apart.get(_OUTPUTS) or [number for numbers in apart.values() for number in numbers] or [0.0])
 
 

@@ -409,6 +409,14 @@ def test_what_computes_nothing_to_compare_is_refused():
         deploy(silent, example_inputs=IMAGE)
 
 
+def test_a_network_that_returns_no_number_is_not_compared_by_its_maps_alone():
+    net = Net(lambda self, x: self.last(self.norm(self.conv(x))), conv=conv(), norm=nn.BatchNorm2d(8), last=conv())
+    with torch.no_grad():
+        net.last.weight.fill_(torch.nan)
+    with pytest.raises(DeploymentError, match="what the network returns on these inputs holds no numbers to compare"):
+        deploy(net, example_inputs=IMAGE)
+
+
 def test_statements_of_a_graph_that_nothing_reads_stay():
     class Clamped(nn.Module):
         def __init__(self):
