@@ -5,7 +5,7 @@ import torch
 from coconv_surgery.tracing.differences import difference
 
 # Magnitudes of the random numbers that a module is tried on: what clamps or saturates does not do so at all of them.
-SCALES = (1e-2, 1.0, 1e3)
+SCALES = (1e-2, 1.0, 1e3, 1e8)
 _ROUNDING = 1e-6
 
 

@@ -362,30 +362,40 @@ def test_an_activation_that_the_example_does_not_reach_stays():
 
 
 class Clamping(nn.BatchNorm2d):
+    def __init__(self, channels, limit):
+        super().__init__(channels)
+        self.limit = limit
+
     def forward(self, x):
-        return super().forward(x).clamp(-8, 8)
+        return super().forward(x).clamp(-self.limit, self.limit)
 
 
 class ClampingConv(nn.Conv2d):
+    def __init__(self, *sizes, limit):
+        super().__init__(*sizes)
+        self.limit = limit
+
     def forward(self, x):
-        return super().forward(x).clamp(-30, 30)
+        return super().forward(x).clamp(-self.limit, self.limit)
 
 
 @pytest.mark.parametrize(
     "net",
     [
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 1, 1), BatchNormAct2d(1)),
-        nn.Sequential(nn.Conv2d(8, 8, 3), Clamping(8)),
-        nn.Sequential(ClampingConv(8, 8, 3), nn.BatchNorm2d(8)),
+        nn.Sequential(nn.Conv2d(8, 8, 3), Clamping(8, limit=8)),
+        nn.Sequential(nn.Conv2d(8, 8, 3), Clamping(8, limit=65504)),
+        nn.Sequential(ClampingConv(8, 8, 3, limit=30), nn.BatchNorm2d(8)),
+        nn.Sequential(ClampingConv(8, 8, 3, limit=65504), nn.BatchNorm2d(8)),
     ],
-    ids=["gate", "norm", "convolution"],
+    ids=["gate", "norm", "norm in half precision", "convolution", "convolution in half precision"],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_what_shows_on_other_images_alone_is_kept(net, seed):
     randomise_norms(net, seed)
     torch.manual_seed(seed)
     deployed = deploy(net, example_inputs=IMAGE)
-    for scale in (-100, -1, 1, 100):
+    for scale in (-1e6, -100, -1, 1, 100, 1e6):
         assert relative(deployed(scale * IMAGE), net.eval()(scale * IMAGE)) < 1e-4
 
 
