@@ -142,33 +142,42 @@ class Converting:
             self._at.is_within = True
             try:
                 network = make(*given.args, **given.kwargs)
-                self._convert(network, name)
+                changed = self._convert(network, name)
             finally:
                 self._at.is_within = False
             if checkpoint:
                 load_checkpoint(network, checkpoint)
-            elif any(value for key, value in _flat(given).items() if key in ("pretrained", "weights")):
+            elif changed and any(value for key, value in _flat(given).items() if key in ("pretrained", "weights")):
                 _say(f"{name}: its weights were trained in plain convolutions; fine-tune it")
             return network
 
         return made
 
-    def _convert(self, network: nn.Module, name: str) -> None:
-        if get_plan(network).converted:
+    def _convert(self, network: nn.Module, name: str) -> bool:
+        """Convert a network that is plain, if it can be.
+
+        Returns:
+            Whether it was changed.
+        """
+        if (plan := get_plan(network)).converted:
             _say(f"{name} is contextual already, and stays as it is")
-        else:
-            try:
-                self._change(network)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-        plan = get_plan(network)
-        if not plan.converted:
+            self._keep(plan, name)
+            return False
+        try:
+            self._change(network)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if not (plan := get_plan(network)).converted:
             _say(f"{name} has no convolution to convert, and stays plain: {plan.summary()}")
-            return
+            return False
+        _say(f"{name}, converted by {plan.policy} for {plan.input}\n{plan}")
+        self._keep(plan, name)
+        return True
+
+    def _keep(self, plan: Plan, name: str) -> None:
         self.count += 1
         number = f"-{self.count}" if self.count > 1 else ""
         self._pending[re.sub(r"[^\w.-]+", "-", f"coconv-plan-{name}") + f"{number}.json"] = plan
-        _say(f"{name}, converted by {plan.policy} for {plan.input}\n{plan}")
         if self._folder is not None and self._folder.is_dir():
             self._write(self._folder)
 

@@ -153,7 +153,23 @@ def test_a_network_that_is_contextual_already_stays_as_it_is(coconv, train):
     done = coconv(*AT_64, "--", train, "--model", "local-dir:folder")
     assert done.code == 0, done.err
     assert "local-dir:folder is contextual already, and stays as it is" in done.err
+    assert "converted by" not in done.err
     assert cs.plan_of("last.pth").policy == "stage(2,2,2,1)"
+
+
+@pytest.mark.parametrize(("name", "levels", "told"), [("resnet", 1, True), ("resnet", 2, False), ("vit", 1, False)])
+def test_weights_of_plain_convolutions_are_told_where_a_conversion_changed_a_network(coconv, train, name, levels, told):
+    model, arguments = timm.create_model(f"test_{name}", num_classes=3), {}
+    if levels > 1:
+        arguments = cs.hub_arguments(cs.convert(model, f"uniform({levels})"))
+    timm.models.save_for_hf(model, "folder", **arguments)
+    train.write_text(
+        "import timm\ntimm.create_model('local-dir:folder', pretrained=True)\ntimm.create_model('test_resnet')"
+    )
+    done = coconv("run", "--policy", "resolution", "--input-size", 160, "--", train)
+    assert done.code == 0, done.err
+    assert ("folder: its weights were trained in plain convolutions" in done.err) is told
+    assert ("folder, converted by" in done.err) is told
 
 
 def test_a_teacher_can_be_left_out(coconv, train):
