@@ -20,12 +20,18 @@ Computed = dict[str, list[torch.Tensor]]
 _OUTPUTS = "."
 _SAMPLE = 256
 _HIDDEN = "its code may use convolutions or norms in a way that one forward pass does not show"
+_DOES_NOT_RUN = "the network does not run on the inputs to deploy it for"
+COPY_DOES_NOT_RUN = f"the network runs, and the deployed one does not: {_HIDDEN}"
 _NO_NUMBERS = " on these inputs holds no numbers to compare: give others"
 _ROUNDED = 100  # times what the rounding of weights changes
 
 
 def compute(
-    model: nn.Module, inputs: Inputs, names: Collection[str], change: Callable[[nn.Module], object] | None = None
+    model: nn.Module,
+    inputs: Inputs,
+    names: Collection[str],
+    change: Callable[[nn.Module], object] | None = None,
+    otherwise: str = _DOES_NOT_RUN,
 ) -> Computed:
     """What a copy of a network computes in evaluation mode, if need be after a change.
 
@@ -34,6 +40,7 @@ def compute(
         inputs: What to run it on.
         names: Modules whose outputs to sample.
         change: A change.
+        otherwise: What to say if it does not run.
     """
 
     def run(twin: nn.Module) -> Computed:
@@ -43,7 +50,7 @@ def compute(
         for name, module in twin.named_modules():
             if name in names:
                 module.register_forward_hook(functools.partial(_sample, computed.setdefault(name, [])))
-        computed[_OUTPUTS] = outputs_of(inputs.run, twin)
+        computed[_OUTPUTS] = outputs_of(inputs.run, twin, otherwise=otherwise)
         return computed
 
     return on_a_copy(model, inputs, run)
@@ -62,18 +69,18 @@ def round_weights(model: nn.Module) -> None:
             tensor.data = tensor.data * (1 + 2 * torch.finfo(tensor.dtype).eps * noise).to(tensor)
 
 
-def outputs_of(run: Callable[..., Any], *args: Any) -> list[torch.Tensor]:
+def outputs_of(run: Callable[..., Any], *args: Any, otherwise: str) -> list[torch.Tensor]:
     """The tensors that a run of a network returns, without gradients and with the same random numbers each time.
 
     Raises:
-        DeploymentError: If the network's code raises something.
+        DeploymentError: If the network's code raises something, which stands behind ``otherwise``.
     """
     torch.manual_seed(0)
     try:
         with torch.no_grad():
             return [tensor.detach().clone() for tensor in tensors_in(run(*args))]
     except Exception as error:  # the network's own code
-        raise DeploymentError(f"the network does not run on the inputs to deploy it for: {in_short(error)}") from error
+        raise DeploymentError(f"{otherwise}: {in_short(error)}") from error
 
 
 def compare(found: Computed, expected: Computed, rounded: Computed) -> float:

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.layers import Conv2dSame
 
-from coconv_surgery.deployment.checking import outputs_of
+from coconv_surgery.deployment.checking import COPY_DOES_NOT_RUN, outputs_of
 from coconv_surgery.deployment.kernels import Kernels, is_as_it_is, is_layer, read_kernels
 from coconv_surgery.deployment.norms import Norm, is_norm, read_norm
 from coconv_surgery.deployment.report import Deployment
@@ -49,7 +49,7 @@ def decide(model: nn.Module, inputs: Inputs) -> Decision:
 
 def _decide_by(twin: nn.Module, inputs: Inputs) -> Decision:
     watch = Watch(twin)
-    outputs_of(watch.run, inputs)
+    outputs_of(watch.run, inputs, otherwise=COPY_DOES_NOT_RUN)
     modules = dict(twin.named_modules())
     layers = {name: module for name, module in modules.items() if is_layer(module)}
     dtypes = {name: _dtype_of(module) for name, module in layers.items()}

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_map_only
 
 from coconv_surgery.deployment.blocks import merge_blocks
-from coconv_surgery.deployment.checking import compare, compute, round_weights
+from coconv_surgery.deployment.checking import COPY_DOES_NOT_RUN, compare, compute, round_weights
 from coconv_surgery.deployment.deciding import Decision, decide
 from coconv_surgery.deployment.graphs import nodes_to_modules
 from coconv_surgery.deployment.report import Deployment, DeploymentError
@@ -59,11 +59,12 @@ def deploy(model: nn.Module, *, input_size: InputSize | None = None, example_inp
     12 contextual convolutions written out as 36 plain ones; 20 norms folded
     """
     check_convertible(model)
-    inputs = _with_numbers(infer_inputs(model, input_size, example_inputs))
     if any(parameter.is_meta for parameter in model.parameters()):
         raise DeploymentError("the network is on the meta device, without numbers: load its weights first")
+    inputs = _with_numbers(infer_inputs(model, input_size, example_inputs))
     deployed = separate_copy(model)
     with unseen(model):
+        compute(model, inputs, ())  # whatever does not run from here on is the copy
         evaluate(deployed)
         deployed, merged, refused = merge_blocks(deployed)
         refused |= nodes_to_modules(deployed)
@@ -76,7 +77,8 @@ def deploy(model: nn.Module, *, input_size: InputSize | None = None, example_inp
         with ExitStack() as undo:
             _forget_conversion(deployed, undo)
             undo.pop_all()
-        apart = compare(compute(deployed, inputs, names), expected, rounded)
+        found = compute(deployed, inputs, names, otherwise=COPY_DOES_NOT_RUN)
+        apart = compare(found, expected, rounded)
     report = replace(decision.report, merged=tuple(merged), left={**refused, **decision.report.left}, difference=apart)
     attributes_kept_by(deployed)[_ATTRIBUTE] = report
     return deployed.requires_grad_(False)

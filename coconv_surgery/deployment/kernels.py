@@ -237,7 +237,8 @@ def _convs(call: _Convolution, weight: torch.Tensor, bias: torch.Tensor | None) 
     ]
     if len(levels) == 1:
         return levels[0]
-    return (ConvLevels if call.groups == 1 else GroupedConvLevels)(levels, call.channel_dim)
+    form = ConvLevels if call.groups == 1 else GroupedConvLevels
+    return form(levels, call.channel_dim, call.padding, call.dilation)
 
 
 def _conv(

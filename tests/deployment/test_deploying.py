@@ -314,14 +314,25 @@ def test_a_hook_that_changes_what_a_convolution_gives_keeps_its_norm(hook):
         assert relative(deployed(IMAGE), net.eval()(IMAGE)) < 1e-5
 
 
+COPY_DOES_NOT_RUN = "the network runs, and the deployed one does not: its code may use"
+
+
 def test_a_network_that_reads_the_statistics_of_its_norm_is_refused():
     net = Net(
         lambda self, x: self.norm(self.conv(x)) + self.norm.running_mean[:, None, None],
         conv=conv(),
         norm=nn.BatchNorm2d(8),
     )
-    with pytest.raises(DeploymentError, match=r"does not run on the inputs.*'Identity' object has no attribute"):
+    with pytest.raises(DeploymentError, match=f"{COPY_DOES_NOT_RUN}.*'Identity' object has no attribute"):
         deploy(net, example_inputs=IMAGE)
+
+
+def test_a_network_that_reads_the_branches_of_a_merged_block_is_refused():
+    block = timm.create_model("repvgg_a0").stages[0][1]
+    channels = next(block.parameters()).shape[0]
+    net = Net(lambda self, x: self.block(x) + self.block.conv_1x1(x), block=block)
+    with pytest.raises(DeploymentError, match=f"{COPY_DOES_NOT_RUN}.*has no attribute 'conv_1x1'"):
+        deploy(net, example_inputs=torch.randn(1, channels, 12, 12))
 
 
 def test_a_network_that_takes_another_way_later_is_refused():
@@ -541,6 +552,18 @@ def test_code_that_asks_a_convolution_for_its_kind_still_runs():
     check(net, IMAGE)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_code_that_computes_with_what_a_convolution_has_still_runs(groups, bias):
+    def run(self, x):
+        conv = self.conv
+        options = {"padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+        assert conv.padding_mode == "zeros"
+        return conv(x) + F.conv2d(x, conv.weight, conv.bias, conv.stride, **options)
+
+    check(Net(run, conv=conv(dilations=(2, 3), padding=1, groups=groups, bias=bias)), IMAGE)
+
+
 def test_a_copy_of_a_deployed_graph_knows_what_was_done():
     deployed = deploy(fx.symbolic_trace(nn.Sequential(conv(), nn.BatchNorm2d(8))), example_inputs=IMAGE)
     assert get_deployment(copy.deepcopy(deployed)) == get_deployment(deployed)
@@ -670,7 +693,11 @@ def test_random_numbers_stay_in_order(net, image):
         (lambda: deploy(nn.Conv2d(3, 8, 3)), ValueError, "does not say how large its input is"),
         (lambda: deploy(nn.Conv2d(3, 8, 3), input_size=2), DeploymentError, "does not run on the inputs to deploy it"),
         (lambda: deploy(nn.Conv2d(3, 8, 3), input_size=8000), ValueError, "too large to run the network on"),
-        (lambda: deploy(nn.Conv2d(3, 8, 3, device="meta"), input_size=32), DeploymentError, "on the meta device"),
+        (
+            lambda: deploy(nn.Conv2d(3, 8, 3, device="meta"), input_size=32),
+            DeploymentError,
+            "the network is on the meta",
+        ),
         (lambda: deploy(conv(), example_inputs=IMAGE.to("meta")), DeploymentError, "inputs are on the meta device"),
         (lambda: get_deployment(nn.ReLU()), ValueError, r"was not deployed: deploy\(\) returns"),
         (lambda: deploy(torch.jit.script(nn.ReLU())), TypeError, "is scripted"),
