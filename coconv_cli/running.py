@@ -41,7 +41,7 @@ def run(
     With neither, nothing is converted. A module is run by -- -m and its name.
 
     Networks are planned for --input-size, or else for the size that timm says, whatever the script trains at. What the
-    script makes in other ways, or in processes that it spawns itself, is not converted.
+    script makes in other ways, or in processes that it spawns rather than forks, is not converted.
 
     \b
     coconv run --policy resolution -- train.py DATA --model resnet50 --output runs/1
@@ -77,15 +77,15 @@ def run(
         with converting.in_force():
             _as_python_would(functools.partial(run_command, command))
     except SystemExit as end:
-        if end.code or converting.count:
+        if end.code or converting.found_any:
             raise
-    if not converting.count and converting.passed_over:
+    if not converting.found_any and converting.passed_over:
         made = ", ".join(dict.fromkeys(converting.passed_over))
         sys.exit(f"coconv: nothing was converted: the script made {made}, which no --network matches")
-    if not converting.count:
+    if not converting.found_any:
         sys.exit(
             "coconv: nothing was converted: the script made no network with 3×3 convolutions by timm.create_model or "
-            "torchvision.models.get_model in this process"
+            "torchvision.models.get_model in this process or one forked off"
         )
 
 

@@ -4,6 +4,7 @@ import builtins
 import functools
 import importlib.util
 import inspect
+import mmap
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib.abc import InspectLoader
+from multiprocessing.util import Finalize, register_after_fork
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -100,7 +102,7 @@ class Converting:
         names: Patterns of the names by which networks are made that are converted. Default: all.
 
     Attributes:
-        count: How many networks have become contextual.
+        count: How many contextual networks this process has made.
         passed_over: Names by which networks were made that no pattern matches.
     """
 
@@ -113,6 +115,13 @@ class Converting:
         self._folder = None if folder is None else folder.absolute()  # the script may go elsewhere
         self._at = threading.local()
         self._pending: dict[str, Plan] = {}
+        self._shared = mmap.mmap(-1, 1)  # with processes that are forked off
+        register_after_fork(self, Converting._enter_child)
+
+    @property
+    def found_any(self) -> bool:
+        """Whether this process, or one that was forked off, has made a contextual network."""
+        return self._shared[0] > 0
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -122,8 +131,12 @@ class Converting:
             with _replaced({make: self.converting(make) for make in makers}):
                 yield
         finally:
-            if self._folder is not None:
-                self._write(self._folder if self._folder.is_dir() else Path())
+            self._write_all()
+
+    def _enter_child(self) -> None:
+        """Let a process that ``multiprocessing`` has forked off write its own plans when it ends."""
+        self._pending.clear()
+        Finalize(None, self._write_all, exitpriority=0)
 
     def converting(self, make: Maker) -> Maker:
         """What makes a converted network as ``make`` makes a plain one; a file of weights is loaded once it is."""
@@ -176,10 +189,15 @@ class Converting:
 
     def _keep(self, plan: Plan, name: str) -> None:
         self.count += 1
+        self._shared[0] = 1
         number = f"-{self.count}" if self.count > 1 else ""
         self._pending[re.sub(r"[^\w.-]+", "-", f"coconv-plan-{name}") + f"{number}.json"] = plan
         if self._folder is not None and self._folder.is_dir():
             self._write(self._folder)
+
+    def _write_all(self) -> None:
+        if self._folder is not None:
+            self._write(self._folder if self._folder.is_dir() else Path())
 
     def _write(self, folder: Path) -> None:
         while self._pending:

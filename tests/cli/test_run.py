@@ -216,6 +216,31 @@ def test_a_plan_waits_for_the_folder_that_the_script_makes(coconv, train, what, 
     assert len(list(Path().rglob("coconv-plan*"))) == 1
 
 
+FORKED = """
+import multiprocessing, os, sys, timm
+
+def child():
+    timm.create_model("test_resnet")
+    os.makedirs("new", exist_ok=True)
+
+if sys.argv[1] == "both":
+    timm.create_model("test_byobnet")
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start()
+process.join()
+sys.exit(process.exitcode)
+"""
+
+
+@pytest.mark.parametrize(("who", "made"), [("child", ["test_resnet"]), ("both", ["test_byobnet", "test_resnet-2"])])
+def test_a_plan_of_a_forked_process_is_written_too(train, tmp_path, who, made):
+    train.write_text(FORKED)
+    done = run("-m", "coconv_surgery", *AT_64, "--", train, who, "--output", "new", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*.json")) == [f"coconv-plan-{name}.json" for name in made]
+    assert done.stderr.count("coconv: plan: ") == len(made)
+
+
 def test_a_script_sees_what_python_would_show_it(coconv, train):
     train.write_text(
         "import os, pickle, sys\n"
