@@ -96,19 +96,21 @@ def trace_network(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Tr
             f"{type(model).__name__} does not run on {f'a {size} input' if size else 'these inputs'} "
             f"({in_words(cause)}): give input_size= or example_inputs= that suit it"
         ) from cause
-    tied: dict[Any, list[str]] = defaultdict(list)
+    tied: dict[Any, list[Site]] = defaultdict(list)
     for site in sites:
-        tied[site.weight_key].append(site.name)
+        tied[site.weight_key].append(site)
     traced = tuple(
         TracedConv(
             site=site,
-            calls=tuple(call for other in tied[site.weight_key] for call in observed.calls.get(other, ())),
+            calls=tuple(call for other in tied[site.weight_key] for call in observed.calls.get(other.name, ())),
             network_size=inputs.image_size,
             nodes=tuple(node for path in paths[site.name] for node in graphs.calls.get(path, ())),
             untraced=next(
                 (None if path in graphs.calls else graphs.why_unseen(path) for path in paths[site.name]), None
             ),
-            weight_read=site.weight_read or site.name in observed.weight_reads,
+            weight_read=site.weight_read
+            or site.name in observed.weight_reads
+            or not all(isinstance(other.conv, nn.Conv2d) for other in tied[site.weight_key]),
         )
         for site in sites
     )

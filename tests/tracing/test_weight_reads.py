@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
-from forwards import WAYS, Model
+from forwards import IMAGE, WAYS, Model
 
 import coconv_surgery as cs
 from coconv_surgery.planning.reasons import Reason
@@ -77,3 +78,27 @@ OTHERS = {
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_weight_that_meets_no_map_elsewhere_is_not_read(other, way):
     assert reason(way, OTHERS[other]) is None
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mix = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.mix(F.conv_transpose2d(self.conv(x).relu(), self.conv.weight, padding=1).relu())
+
+
+@pytest.mark.parametrize(
+    "trace", [lambda net: net, fx.symbolic_trace, lambda net: torch.export.export(net, (IMAGE,)).module()]
+)
+def test_a_weight_shared_with_a_transposed_convolution_is_read(trace):
+    rows = cs.plan_conversion(trace(Tied()), input_size=32).rows
+    assert Reason.WEIGHT_READ in {row.reason_key for row in rows}
+    assert not [row for row in rows if row.converted]
+
+
+def test_a_weight_shared_with_a_transposed_layer_is_read():
+    network = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ConvTranspose2d(3, 3, 3), nn.Conv2d(3, 4, 1))
+    network[1].weight = network[0].weight
+    assert cs.plan_conversion(network, input_size=32).rows[0].reason_key is Reason.WEIGHT_READ
