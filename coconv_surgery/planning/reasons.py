@@ -24,7 +24,7 @@ class Reason(enum.Enum):
     READ_BY_POSITION = "its output is read by position, as the offsets, mask or kernel of another operation"
     SIDE_OUTPUT = "prediction layer: the network gives out what it computes, besides reading it"
     LEVEL = "it is a level already: convolutions of the same input with other dilations are concatenated with it"
-    DATAFLOW_UNKNOWN = "what reads its output is not known: the network hides it, in inference mode for one"
+    DATAFLOW_UNKNOWN = "what reads its output is not known: the network hides it, in inference mode or another thread"
     CAUSAL = "all its padding is on one side: it does not see what comes later, and larger dilations would"
     PADDED_OUTSIDE = "{mode} padding by another layer is too narrow for larger dilations"
     ONE_LEVEL = "one level: the conv itself"

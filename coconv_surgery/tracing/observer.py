@@ -1,6 +1,7 @@
 """One forward pass, watched: which convolution is called on how large a map, and what becomes of its output."""
 
 import contextlib
+import threading
 import types
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -149,6 +150,7 @@ class _Observer(TorchFunctionMode):
         self._see_through = see_through
         self._outputs: list[_Output] = []
         self._activations: list[torch.Tensor] = []
+        self._thread = threading.get_ident()
         self._running = 0
         self._positions = Positions()
         self._weights = WeightReads(self._positions.depends_on_input)
@@ -237,7 +239,8 @@ class _Observer(TorchFunctionMode):
         if all(isinstance(value, torch.Tensor) and value.dim() >= 3 for value in (input, output)):
             size, output_size = (input.shape[-2], input.shape[-1]), (output.shape[-2], output.shape[-1])
             axes = tuple(zip(self._positions.of_map(input), self._positions.of_map(output), strict=True))
-            self._outputs.append(_Output(name, size, output_size, output.grad_fn, axes))
+            seen = threading.get_ident() == self._thread  # nobody sees what other threads compute
+            self._outputs.append(_Output(name, size, output_size, output.grad_fn if seen else None, axes))
 
     def _activate(self, output: Any) -> None:
         with self._at_fault():

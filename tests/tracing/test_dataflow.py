@@ -1,6 +1,7 @@
 """Where the dataflow is hidden it is followed all the same, or the convolution stays what it is."""
 
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -691,3 +692,12 @@ def test_convolutions_of_one_dilation_that_are_concatenated_are_converted():
         mix=nn.Conv2d(16, 4, 1),
     )
     assert [row.name for row in cs.plan_conversion(network, input_size=32).converted] == ["a", "b"]
+
+
+def test_what_other_threads_compute_is_not_known():
+    def forward(self, x):
+        with ThreadPoolExecutor(1) as pool:
+            return self.mix(pool.submit(lambda: self.conv(F.pad(x, (1, 1, 2, 0)))).result().relu())
+
+    network = Model(forward, conv=nn.Conv2d(3, 16, 3), mix=nn.Conv2d(16, 4, 1))
+    assert cs.plan_conversion(network, input_size=32).rows[0].reason_key is Reason.DATAFLOW_UNKNOWN
