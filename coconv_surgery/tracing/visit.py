@@ -7,7 +7,7 @@ import gc
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -108,6 +108,7 @@ def _take_out(traces: Iterable[weakref.ref[Any]]) -> None:
     """
     ours = {id(part) for part in _made_with(traces)}
     steps: list[Callable[[], object]] = []  # taken when the list of all objects, which keeps them alive, is gone
+    tables: dict[int, tuple[dict[Any, Any], list[Any]]] = {}
     for value in gc.get_objects():
         if id(value) in ours:
             continue
@@ -115,32 +116,37 @@ def _take_out(traces: Iterable[weakref.ref[Any]]) -> None:
             steps += _out_of_cache(value, ours)
         elif type(value) in (dict, OrderedDict):
             held = [key for key, item in list(value.items()) if _holds((key, item), ours)]
-            if held and _owner(value) is None:
-                steps += [functools.partial(value.pop, key, None) for key in held]
+            if held:
+                tables[id(value)] = value, held
         elif type(value) in (list, deque) and _holds(value, ours):
             steps.append(functools.partial(_keep_only, value, [item for item in value if not _holds((item,), ours)]))
         elif type(value) is set and _holds(value, ours):
             steps.append(functools.partial(value.difference_update, [item for item in value if _holds((item,), ours)]))
+    for number in tables.keys() - _owners(tables).keys():
+        table, held = tables[number]
+        steps += [functools.partial(table.pop, key, None) for key in held]
+    tables.clear()
     while steps:
         steps.pop()()
 
 
-def _owner(namespace: dict[Any, Any]) -> Any:
-    """The object or class whose attributes a dictionary holds, or None."""
-    for value in gc.get_referrers(namespace):
+def _owners(tables: Collection[int]) -> dict[int, Any]:
+    """The objects and classes whose attributes some dictionaries hold, which are given by their ``id``."""
+    return {
+        id(part): value
+        for value in gc.get_objects()
+        for part in gc.get_referents(value)
         # What else a class holds it holds in its namespace.
-        if isinstance(value, type) or dict_of(value) is namespace:
-            return value
-    return None
+        if id(part) in tables and (isinstance(value, type) or dict_of(value) is part)
+    }
 
 
 def _delete_attributes(traces: Iterable[weakref.ref[Any]]) -> None:
     """Delete what objects and classes hold of twins: an attribute that is missed is better than one of no numbers."""
     ours = {id(part) for part in _made_with(traces)}
-    for value in gc.get_objects():
-        if id(value) in ours or not any(id(part) in ours for part in gc.get_referents(value)):
-            continue
-        owner = _owner(value) if type(value) is dict else value
+    holders = [value for value in gc.get_objects() if any(id(part) in ours for part in gc.get_referents(value))]
+    owners = _owners({id(value) for value in holders if type(value) is dict}).values()
+    for owner in (*holders, *owners):
         namespace = vars(owner) if isinstance(owner, type) else dict_of(owner) or {}
         delete: Any = type.__delattr__ if isinstance(owner, type) else object.__delattr__
         for name in [name for name, item in list(namespace.items()) if id(item) in ours]:
