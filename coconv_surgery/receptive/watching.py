@@ -21,7 +21,7 @@ from coconv_surgery.receptive.rules import (
     read_everything,
 )
 from coconv_surgery.receptive.spots import Spots
-from coconv_surgery.tracing.objects import tensors_in
+from coconv_surgery.tracing.objects import memory_of, tensors_in
 from coconv_surgery.tracing.operations import Operations
 
 Place = tuple[Any, ...]
@@ -95,7 +95,7 @@ class Watch:
     def map_of(self, tensor: torch.Tensor) -> Map | None:
         """What is known of a tensor; None where the image does not reach it."""
         held = self._maps.get(id(tensor))
-        storage = self._storages.get(_memory(tensor))
+        storage = self._storages.get(memory_of(tensor))
         if storage is None or (held is not None and held[2] == storage.version):
             return held[1] if held else None
         if _place(tensor) == storage.place:
@@ -152,7 +152,7 @@ class Watch:
 
     def _note_write(self, tensor: torch.Tensor) -> None:
         if (held := self._maps.get(id(tensor))) is not None:
-            memory = _memory(tensor)
+            memory = memory_of(tensor)
             version = self._storages[memory].version + 1 if memory in self._storages else 1
             self._storages[memory] = _Storage(version, _place(tensor), held[1])
             self._maps[id(tensor)] = (tensor, held[1], version)
@@ -160,7 +160,7 @@ class Watch:
     def _enter(self, tensor: torch.Tensor, dims: Any, node: _Node) -> Map:
         self._nodes.append(node)
         found = Map(len(self._nodes) - 1, node.grid, dims, tuple(tensor.shape))
-        storage = self._storages.get(_memory(tensor))
+        storage = self._storages.get(memory_of(tensor))
         self._maps[id(tensor)] = (tensor, found, storage.version if storage else 0)
         return found
 
@@ -188,13 +188,6 @@ class Watch:
                 before = waiting.get(source)
                 waiting[source] = read_there if before is None else before.union(read_there)
         return Seen(waiting.get(0), tuple(through), tuple(unknown))
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # kinds of tensors that have none
-        return -id(tensor)
 
 
 def _place(tensor: torch.Tensor) -> Place:

@@ -127,3 +127,11 @@ def in_words(error: BaseException | None) -> str:
 def in_short(error: BaseException) -> str:
     """The same in one line."""
     return in_words(error).splitlines()[0]
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """A number for the memory that a tensor shares with its views."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # kinds of tensors that have none
+        return -id(tensor)

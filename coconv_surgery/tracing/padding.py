@@ -116,18 +116,19 @@ def _on_all(ways: list[Corners]) -> Corners:
 
 
 def _maxima(corners: Iterable[Corner]) -> Corners:
-    found: list[Corner] = []
-    for corner in corners:
-        if not any(corner.within(other) for other in found):
-            found = [other for other in found if not other.within(corner)] + [corner]
-    return tuple(found)
+    return _outermost(corners, Corner.within)
 
 
 def _minima(corners: Iterable[Corner]) -> Corners:
+    return _outermost(corners, lambda corner, other: other.within(corner))
+
+
+def _outermost(corners: Iterable[Corner], behind: Callable[[Corner, Corner], bool]) -> Corners:
+    """Those of some corners that are behind no other."""
     found: list[Corner] = []
     for corner in corners:
-        if not any(other.within(corner) for other in found):
-            found = [other for other in found if not corner.within(other)] + [corner]
+        if not any(behind(corner, other) for other in found):
+            found = [other for other in found if not behind(other, corner)] + [corner]
     return tuple(found)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from coconv_surgery.tracing.objects import tensor_leaves
+from coconv_surgery.tracing.objects import memory_of, tensor_leaves
 
 
 class WeightReads:
@@ -30,7 +30,7 @@ class WeightReads:
     def watch(self, name: str, weights: Iterable[torch.Tensor]) -> None:
         """Begin with the parameters that a convolution's weight is made of."""
         for weight in weights:
-            self._by_memory[_memory(weight)].add(name)
+            self._by_memory[memory_of(weight)].add(name)
 
     def tell(self, arguments: Any, result: Any) -> None:
         """Follow an operation that is not part of a convolution's own forward."""
@@ -47,12 +47,5 @@ class WeightReads:
         self.names |= self._names_of(outputs)
 
     def _names_of(self, tensors: Iterable[torch.Tensor]) -> set[str]:
-        found = [self._computed.get(tensor) or self._by_memory.get(_memory(tensor), set()) for tensor in tensors]
+        found = [self._computed.get(tensor) or self._by_memory.get(memory_of(tensor), set()) for tensor in tensors]
         return set().union(*found)
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # kinds of tensors that have none
-        return -id(tensor)
