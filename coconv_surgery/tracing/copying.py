@@ -18,7 +18,15 @@ import torch.nn as nn
 
 from coconv_surgery.tracing.convertible import path_of
 from coconv_surgery.tracing.objects import attributes, in_short, parts, walk
-from coconv_surgery.tracing.surroundings import CACHE, DEFINITIONS, OF_EVERY_MODULE, Surroundings, contents, empty_cache
+from coconv_surgery.tracing.surroundings import (
+    CACHE,
+    COMPILED,
+    DEFINITIONS,
+    OF_EVERY_MODULE,
+    Surroundings,
+    contents,
+    empty_cache,
+)
 
 # Torch may be built without it.
 _PROCESS_GROUP: Any = getattr(torch.distributed, "ProcessGroup", ())
@@ -115,7 +123,7 @@ def separate_copy(model: nn.Module) -> nn.Module:
     results = (part for part in walk(model, into=held_by) if isinstance(part, torch.Tensor) and not part.is_leaf)
     copied = copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
     for module in copied.modules():
-        vars(module).pop("_compiled_call_impl", None)  # which would run the network
+        vars(module).pop(COMPILED, None)
     _check_apart(model, copied)
     return copied
 
@@ -123,7 +131,7 @@ def separate_copy(model: nn.Module) -> nn.Module:
 def held_by(value: Any) -> Iterable[Any]:
     """What an object holds, of modules without their hooks and what they were compiled into."""
     if isinstance(value, nn.Module):
-        return [part for name, part in vars(value).items() if name not in (*_HOOK_TABLES, "_compiled_call_impl")]
+        return [part for name, part in vars(value).items() if name not in (*_HOOK_TABLES, COMPILED)]
     return parts(value)
 
 
@@ -136,7 +144,7 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for module in amiss:
             attempt.setdefault(id(module), type(module).__new__(type(module)))
         for module in amiss:
-            state = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
+            state = {name: value for name, value in vars(module).items() if name != COMPILED}
             attempt[id(module)].__setstate__(_deepcopy(state, attempt, module))
         twin = _deepcopy(model, attempt)
         _check_apart(model, twin)

@@ -1,5 +1,6 @@
 """What torch computes, operation by operation, and where numbers leave it without one."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,12 +17,14 @@ LEAVES = {
 _MAKE = ("new_", "rand", "full", "zeros", "ones", "empty", "arange", "scalar_tensor")
 
 
+@functools.cache
 def name_of(operation: Any) -> str:
     """The name of an operation of torch's."""
     name: str = operation.name().removeprefix("aten::").partition(".")[0]
     return name
 
 
+@functools.cache
 def makes_anew(operation: Any) -> bool:
     """Whether an operation takes no numbers from a tensor that it is given, but at most its size and type."""
     name = name_of(operation)

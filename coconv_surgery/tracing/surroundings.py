@@ -32,8 +32,9 @@ _HOLDERS = (
 )
 CACHE = functools._lru_cache_wrapper
 DEFINITIONS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
-# The last is there once a module was compiled in place.
-OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
+# Where a module that was compiled in place keeps what runs it. In a copy that would run the network.
+COMPILED = "_compiled_call_impl"
+OF_EVERY_MODULE = {*vars(nn.Module()), COMPILED}
 _IMPORT = dis.opmap["IMPORT_NAME"]
 _MISSING = object()
 _without_subclass: Any = torch._C.DisableTorchFunctionSubclass  # torch has no types for it

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from coconv_surgery.tracing.copying import CopyError, copy_network, silence
 from coconv_surgery.tracing.evaluating import evaluate
 from coconv_surgery.tracing.objects import in_short, tensors_in
-from coconv_surgery.tracing.surroundings import Surroundings
+from coconv_surgery.tracing.surroundings import COMPILED, Surroundings
 
 
 class NetworkError(Exception):
@@ -108,7 +108,7 @@ class Twin:
     def _call_alone(self) -> None:
         """Let modules be called without the hooks on all modules, in place of what ``torch.compile`` puts there."""
         for module in self.model.modules():
-            vars(module)["_compiled_call_impl"] = functools.partial(_call, weakref.ref(module))
+            vars(module)[COMPILED] = functools.partial(_call, weakref.ref(module))
 
     def traces(self) -> list[weakref.ref[Any]]:
         """What dies with the twin, unless somebody keeps a part of it or a tensor that it computed."""
