@@ -136,7 +136,7 @@ def receptive_fields(
         wanted = [site for site in sites if patterns is None or first_match((site.name, *site.aliases), patterns)]
         with Visit(model, inputs) as visit:
             found = contextvars.copy_context().run(_look, visit, wanted, inputs, inputs.image_size, reverted)
-            visit.failed = isinstance(found, NetworkError)
+            visit.error = found if isinstance(found, NetworkError) else None
     if isinstance(found, NetworkError):
         cause = found.__cause__
         raise ValueError(
@@ -177,7 +177,7 @@ def _look(
         try:
             twin.run(inputs.args, dict(inputs.kwargs), functools.partial(_run, watch, convs, inputs.call))
         except NetworkError as raised:
-            error = raised.without_frames()
+            error = raised
             continue
         called = [*watch.outputs, *(site.name for site in sites if site.name not in watch.outputs)]
         return tuple(_field(watch, name, size) for name in called)

@@ -23,7 +23,7 @@ _LIBRARIES = {
     *sys.stdlib_module_names,
     *("torch", "numpy", "coconv_surgery", "mmengine", "huggingface_hub", "safetensors", "triton", "sympy"),
     *("rich", "tqdm", "yaml", "addict", "PIL", "cv2", "matplotlib", "pycocotools", "yapf", "packaging"),
-    "typing_extensions",
+    *("typing_extensions", "pytest", "_pytest", "pluggy", "hypothesis", "IPython", "ipykernel", "traitlets"),
 }
 # Classes of theirs that hold what others put into them.
 _HOLDERS = (

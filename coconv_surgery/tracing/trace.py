@@ -89,7 +89,7 @@ def trace_network(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Tr
     """
     with unseen(model), Visit(model, inputs) as visit:
         graphs, paths, observed = contextvars.copy_context().run(_look, visit, sites, inputs)
-        visit.failed = isinstance(observed, NetworkError)
+        visit.error = observed if isinstance(observed, NetworkError) else None
     if isinstance(observed, NetworkError):
         cause, size = observed.__cause__, " × ".join(map(str, inputs.image_size or ()))
         raise ValueError(
@@ -145,7 +145,7 @@ def _look(
         try:
             return graphs, paths, observe(twin, watched, inputs, originals, see_through=see_through)
         except NetworkError as raised:
-            error = raised.without_frames()
+            error = raised
     return graphs, paths, error
 
 

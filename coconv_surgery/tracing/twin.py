@@ -28,13 +28,12 @@ class NetworkError(Exception):
 
     hidden: bool = False
 
-    def without_frames(self) -> "NetworkError":
-        """The same without the variables of the functions that it came through, which keep the network's copy."""
+    def clear_frames(self) -> None:
+        """Let go of the variables of the functions that it came through, which keep the network's copy."""
         error: BaseException | None = self
         while error is not None:
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__ or error.__context__
-        return self
 
 
 class Twin:

@@ -13,7 +13,7 @@ import torch.nn as nn
 from coconv_surgery.tracing import leftovers
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.surroundings import Surroundings
-from coconv_surgery.tracing.twin import Twin
+from coconv_surgery.tracing.twin import NetworkError, Twin
 
 _Result = TypeVar("_Result")
 
@@ -27,7 +27,7 @@ class Visit:
 
     Attributes:
         model (nn.Module): The network.
-        failed (bool): Whether the network does not run: its error keeps what it came through.
+        error (NetworkError | None): Why the network does not run, if so.
 
     Raises:
         ValueError: At the end, if somebody keeps a part of a twin, or a tensor of it, and cannot be made to let go.
@@ -35,7 +35,7 @@ class Visit:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model = model
-        self.failed = False
+        self.error: NetworkError | None = None
         self._surroundings = Surroundings(model, *([inputs.call] if inputs.call else []))
         # Operations on single numbers are computed even where tensors have no data.
         self._surroundings.keep_buffers(of_at_most=1)
@@ -56,6 +56,8 @@ class Visit:
         torch.clear_autocast_cache()  # which has casts of the twins' weights
         self._surroundings.put_back()
         traces = [trace for twin in self._twins for trace in twin.traces()]
+        if self.error is not None:
+            self.error.clear_frames()
         while self._twins:
             self._twins.pop().take_apart()
         if error is None:
@@ -68,7 +70,7 @@ class Visit:
             if not leftovers.alive(traces):
                 return
             step()
-        if leftovers.alive(traces) and not self.failed:
+        if leftovers.alive(traces) and self.error is None:
             holder = leftovers.holder(traces)
             leftovers.delete_attributes(traces)
             raise ValueError(
