@@ -15,7 +15,7 @@ CONVERT = Path(__file__).parents[2] / "configs" / "convert"
 
 
 NAMES = sorted(path.stem for path in CONVERT.glob("*.py"))
-BY_DEFAULT = ("rtmdet_tiny_8xb32-300e_coco", "faster-rcnn_r50_fpn_1x_coco")
+BY_DEFAULT = ("rtmdet_tiny_8xb32-300e_coco",)
 
 
 @pytest.mark.parametrize(
