@@ -263,7 +263,6 @@ def test_a_network_that_does_not_exist_has_no_optimizer(configured):
 PLAIN = {"optimizer": {"type": "SGD", "lr": 0.002}}
 
 
-@pytest.mark.long
 def test_two_processes_equal_one_that_has_batches_of_both_and_take_over_from_each_other(launched):
     """Weights after twelve steps agree to 1e-5: sums are taken in another order."""
     one, two = (launched(NAMES[1], world, f"{world}", **EVERY_STEP, **PLAIN) for world in (1, 2))
