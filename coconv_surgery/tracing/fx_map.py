@@ -17,6 +17,7 @@ from torch.fx import _symbolic_trace
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.objects import in_short, tensors_in
 from coconv_surgery.tracing.sites import WatchedConv, graphs_of
+from coconv_surgery.tracing.surroundings import COMPILED
 from coconv_surgery.tracing.twin import call_alone
 
 # Whatever the network's code raises where there are no numbers; it may even want to exit.
@@ -157,18 +158,16 @@ class _Tracer(fx.Tracer):
     @contextlib.contextmanager
     def _calls_followed(self) -> Iterator[None]:
         """Let the root's modules call the tracer, and give proxies for their parameters."""
-        before = {
-            module: (vars(module).get("_compiled_call_impl"), module._parameters) for module in self.root.modules()
-        }
+        before = {module: (vars(module).get(COMPILED), module._parameters) for module in self.root.modules()}
         try:
             for module, (_, parameters) in before.items():
-                vars(module)["_compiled_call_impl"] = functools.partial(self._called, module)
+                vars(module)[COMPILED] = functools.partial(self._called, module)
                 if parameters:
                     vars(module)["_parameters"] = _Proxied(parameters, functools.partial(self._parameter, module))
             yield
         finally:
             for module, (call, parameters) in before.items():
-                vars(module).update(_compiled_call_impl=call, _parameters=parameters)
+                vars(module).update({COMPILED: call, "_parameters": parameters})
 
     def _parameter(self, module: nn.Module, name: str) -> Any:
         return self.create_proxy("get_attr", _join(self.path_of_module(module), name), (), {})

@@ -36,29 +36,30 @@ def take_out(traces: Iterable[weakref.ref[Any]]) -> None:
         step()
 
 
-def delete_attributes(traces: Iterable[weakref.ref[Any]]) -> None:
+def delete_attributes(traces: Iterable[weakref.ref[Any]]) -> str:
     """Delete what objects and classes hold of twins: an attribute that is missed is better than one of no numbers.
 
     Args:
         traces: Of the twins.
+
+    Returns:
+        Who kept what is left of them, for a reader.
     """
     search = _Search(traces)
+    holder = _first_of(search.holders)
     owners = _owners([value for value in search.holders if type(value) is dict]).values()
     for owner in (*search.holders, *owners):
         namespace = vars(owner) if isinstance(owner, type) else dict_of(owner) or {}
         delete: Any = type.__delattr__ if isinstance(owner, type) else object.__delattr__
-        for name in [name for name, item in list(namespace.items()) if id(item) in search.ours]:
+        for name in [name for name, item in list(namespace.items()) if search.holds(item)]:
             with contextlib.suppress(AttributeError, TypeError):
                 delete(owner, name)
+    return holder
 
 
-def holder(traces: Iterable[weakref.ref[Any]]) -> str:
-    """Who keeps what is left of twins, for a reader.
-
-    Args:
-        traces: Of the twins.
-    """
-    for value in _Search(traces).holders:
+def _first_of(holders: Iterable[Any]) -> str:
+    """The first of some holders that is not a function at work, in words."""
+    for value in holders:
         if type(value) is not types.FrameType:
             owners = [type(owner).__qualname__ for owner in gc.get_referrers(value) if not isinstance(owner, list)]
             return f"a {type(value).__qualname__}" + (f" of a {owners[0]}" if owners else "")
@@ -69,7 +70,7 @@ class _Search:
     """A look at every object there is.
 
     Attributes:
-        ours (set[int]): The ``id`` of each thing that is left: modules, tensors without data, proxies; their
+        ours (dict[int, Any]): Each thing that is left by its ``id``: modules, tensors without data, proxies; their
             attributes; and tuples, frozensets and links of caches that hold such.
         holders (list[Any]): What else refers to one of them.
     """
@@ -81,17 +82,15 @@ class _Search:
         kinds = {kind for kind in set(map(type, every)) if issubclass(kind, tuple(_OWNERS))}
         left += [value for value in every if type(value) in kinds and id(_twin_of(value)) in known]
         found = [*left, *(vars(value) for value in left if hasattr(value, "__dict__"))]
-        self.ours: set[int] = set()
-        self._kept: list[Any] = []  # since an id is a thing's own only as long as it lives
-        self.holders: list[Any] = []
+        self.ours: dict[int, Any] = {}
+        holders: dict[int, Any] = {}
         while found:
-            new = {id(value) for value in found}
+            new = {id(value): value for value in found}
             self.ours |= new
-            self._kept += found
-            holders = [value for value in every if not new.isdisjoint(map(id, gc.get_referents(value)))]
-            found = [value for value in holders if _carries(value) and id(value) not in self.ours]
-            self.holders += holders
-        self.holders = [value for value in self.holders if id(value) not in self.ours]
+            held_by = [value for value in every if not new.keys().isdisjoint(map(id, gc.get_referents(value)))]
+            found = [value for value in held_by if _carries(value) and id(value) not in self.ours]
+            holders |= {id(value): value for value in held_by}
+        self.holders = [value for number, value in holders.items() if number not in self.ours]
 
     def holds(self, *values: Any) -> bool:
         """Whether some values are of what is left."""

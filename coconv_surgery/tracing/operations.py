@@ -24,7 +24,6 @@ def name_of(operation: Any) -> str:
     return name
 
 
-@functools.cache
 def makes_anew(operation: Any) -> bool:
     """Whether an operation takes no numbers from a tensor that it is given, but at most its size and type."""
     name = name_of(operation)

@@ -52,7 +52,7 @@ class Visit:
         self._surroundings.empty_caches()
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:
         torch.clear_autocast_cache()  # which has casts of the twins' weights
         self._surroundings.put_back()
         traces = [trace for twin in self._twins for trace in twin.traces()]
@@ -60,7 +60,7 @@ class Visit:
             self.error.clear_frames()
         while self._twins:
             self._twins.pop().take_apart()
-        if error is None:
+        if raised is None:
             self._let_go(traces)
 
     def _let_go(self, traces: list[weakref.ref[Any]]) -> None:
@@ -71,8 +71,7 @@ class Visit:
                 return
             step()
         if leftovers.alive(traces) and self.error is None:
-            holder = leftovers.holder(traces)
-            leftovers.delete_attributes(traces)
+            holder = leftovers.delete_attributes(traces)
             raise ValueError(
                 f"{type(self.model).__name__} keeps what planning computed in {holder}, where it cannot be told what "
                 "there was before: the network may return it, or miss an attribute that is deleted now. Make anew what "
