@@ -98,7 +98,8 @@ def test_a_converted_file_is_loaded_whole_or_not_at_all(build, tmp_path, capsys)
     for parameter in saved.parameters():
         nn.init.normal_(parameter)
     cs.save_converted(saved, tmp_path / "saved.safetensors")
-    count = every_fault(build, lambda model: cs.load_converted(model, tmp_path / "saved.safetensors"))
+    # Most calls read the file, which changes nothing.
+    count = every_fault(build, lambda model: cs.load_converted(model, tmp_path / "saved.safetensors"), step=7)
     assert count > 50
     report(capsys, f"load_converted, {build.__name__}", count)
 
@@ -117,7 +118,7 @@ def test_a_checkpoint_of_the_authors_is_loaded_whole_or_not_at_all(tmp_path, cap
     torch.save(cs.export_authors_state_dict(theirs), tmp_path / "theirs.pth")
     # Most calls read the file, which changes nothing.
     load = lambda model: cs.load_authors_checkpoint(model, tmp_path / "theirs.pth")  # noqa: E731
-    count = every_fault(authors_network, load, step=17)
+    count = every_fault(authors_network, load, step=53)
     assert count > 20
     report(capsys, "load_authors_checkpoint", count)
 

@@ -17,7 +17,7 @@ from PIL import Image
 import coconv_surgery as cs
 from coconv_cli import console, main, measuring, options
 from coconv_surgery.bench.run import Target
-from coconv_surgery.bench.speed import ENGINES
+from coconv_surgery.bench.speed import ENGINES, LAYERS, SUBJECTS, _layer
 from coconv_surgery.layers.levels import SplitRule
 from coconv_surgery.planning.policies import POLICIES
 from coconv_surgery.sweep.collections import COLLECTIONS
@@ -283,11 +283,13 @@ def test_sweep_of_nothing_is_one_clear_error(coconv, tmp_path):
     assert "timm has no network that matches 'rsnet*'" in done.err
 
 
-def test_bench_prints_the_table_that_it_writes(coconv, tmp_path):
-    done = coconv("bench", "layers", "--only", "256 at 14*", "--engine", "eager", "--rounds", 2, "-o", tmp_path)
+def test_bench_prints_the_table_that_it_writes(coconv, tmp_path, monkeypatch):
+    for table in (LAYERS, SUBJECTS):
+        monkeypatch.setitem(table, "tiny", _layer(8, 6, 2))
+    done = coconv("bench", "layers", "--only", "tiny", "--engine", "eager", "--rounds", 2, "-o", tmp_path)
     assert done.code == 0, done.err
     assert (tmp_path / "layers-eager.md").read_text() in done.out
-    assert done.out.count("| 256 at 14×14, 2 levels |") == 8
+    assert done.out.count("| tiny |") == 8
     assert {path.name for path in tmp_path.iterdir()} == {"layers-eager.json", "layers-eager.md", "layers-eager.png"}
 
 
