@@ -89,6 +89,23 @@ def weights_as_named(content: Mapping[Any, Any], path: str | Path) -> dict[str, 
     return dict(entry)
 
 
+def weights_for(own: Mapping[str, Any], content: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
+    """The tensors in what :func:`read_checkpoint` has read, by the names that a network has.
+
+    What is put before all names is taken off where the rest are the network's, whoever has put it there.
+
+    Args:
+        own: The network's own weights.
+        content: What was read.
+        path: The file.
+
+    Raises:
+        CheckpointError: If it holds none, or what it holds has no names.
+    """
+    weights = weights_as_named(content, path)
+    return without(prefix_of(weights, own), weights)
+
+
 def read_checkpoint(path: str | Path) -> dict[Any, Any]:
     """Read what was saved, as it was saved.
 

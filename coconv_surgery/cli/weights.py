@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch.nn as nn
-from timm.models import load_checkpoint, load_state_dict
+from timm.models import load_checkpoint
 
 from coconv_surgery.checkpoint import load_converted, plan_of
+from coconv_surgery.checkpoint.reading import read_checkpoint, weights_for
 from coconv_surgery.checkpoint.tensors import check_fit
 from coconv_surgery.zoo.authors import is_authors_checkpoint, load_authors_checkpoint
 
@@ -22,14 +23,17 @@ def load(network: nn.Module, file: Path | None) -> Literal["none", "authors", "c
     if is_authors_checkpoint(file):
         load_authors_checkpoint(network, file)
         return "authors"
-    of_jax = file.suffix in (".npz", ".npy")  # which timm's networks read by themselves
-    if not of_jax and plan_of(file) is not None:
+    if file.suffix in (".npz", ".npy"):
+        load_checkpoint(network, str(file))  # of JAX, which timm's networks read by themselves
+        return "plain"
+    if plan_of(file) is not None:
         load_converted(network, file)
         return "converted"
-    if not of_jax:
-        try:
-            check_fit(network, network.state_dict(), load_state_dict(str(file), weights_only=True), file)
-        except ValueError as error:
-            raise ValueError(f"{error}. Build the network as it was trained, as with --arg num_classes=10") from error
-    load_checkpoint(network, str(file), weights_only=True)
+    own = network.state_dict()
+    weights = weights_for(own, read_checkpoint(file), file)
+    try:
+        check_fit(network, own, weights, file)
+    except ValueError as error:
+        raise ValueError(f"{error}. Build the network as it was trained, as with --arg num_classes=10") from error
+    network.load_state_dict(weights)
     return "plain"

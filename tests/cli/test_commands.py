@@ -1,5 +1,6 @@
 """The command line, as a process."""
 
+import copy
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
 
 import coconv_surgery as cs
 from coconv_cli import console, main, measuring, options
@@ -165,6 +168,35 @@ def test_weights_that_do_not_fit_are_named_in_one_line(coconv, tmp_path):
     assert done.code == 1
     assert "do not fit ResNet: 2 of another shape, as fc.weight (7×" in done.err
     assert done.err.count("\n") == 1
+
+
+def _as_lightning(network):
+    return {"state_dict": {f"model.{name}": value for name, value in network.state_dict().items()}, "epoch": 3}
+
+
+def _as_torchvision(network):
+    average = AveragedModel(network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    return {"model": network.state_dict(), "model_ema": average.state_dict(), "epoch": 3}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("saved", [_as_lightning, _as_torchvision])
+def test_plain_weights_are_taken_as_training_scripts_save_them(coconv, tmp_path, saved, suffix):
+    network = timm.create_model("test_resnet", zero_init_last=False)
+    expected = copy.deepcopy(network.state_dict())
+    content, path = saved(network), tmp_path / f"w.{suffix}"
+    if suffix == "pth":
+        torch.save(content, path)
+    else:
+        save_file(next(content[key] for key in ("model_ema", "state_dict") if key in content), path)
+    done = coconv("convert", "test_resnet", "--checkpoint", path, "-o", tmp_path / "out.safetensors")
+    assert done.code == 0, done.err
+    loaded = cs.load_converted(timm.create_model("test_resnet"), tmp_path / "out.safetensors").state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
 def test_plan_prints_the_table_and_the_summary_and_saves_json_and_a_picture(coconv, tmp_path):
