@@ -114,7 +114,7 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
     check_convertible(model)
     own = _unguarded(model.state_dict())
     plan, weights = _plan_and_weights(path, own)
-    check_loadable(model, {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, path)
+    check_loadable(model, weights, path)
     check_fit(model, own, weights, path)
     both = [name for name in own if isinstance(own[name], torch.Tensor)]
     expanded = {name: (own[name], weights.pop(name)) for name in both if is_expanded(own[name])}

@@ -13,12 +13,12 @@ from safetensors.torch import save
 from coconv_surgery.layers.arguments import shown
 
 
-def check_loadable(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
+def check_loadable(model: nn.Module, weights: Mapping[str, Any], path: str | Path) -> None:
     """Check that tensors can be copied into those that a network has under the same names.
 
     Args:
         model: The network.
-        weights: Tensors by name.
+        weights: Tensors by name, and what else a state dict may hold, which is not looked at.
         path: Where they come from, for the message.
 
     Raises:
@@ -30,6 +30,8 @@ def check_loadable(model: nn.Module, weights: Mapping[str, torch.Tensor], path: 
             f"{type(model).__name__} is on the meta device, where weights have no place: build it on another"
         )
     for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
         kind = _not_ordinary(tensor)
         if tensor.is_complex() and not (name in own and own[name].is_complex()):
             kind = f"is of type {tensor.dtype}, which would lose its imaginary part"

@@ -8,7 +8,7 @@ from timm.models import load_checkpoint
 
 from coconv_surgery.checkpoint import load_converted, plan_of
 from coconv_surgery.checkpoint.reading import read_checkpoint, weights_for
-from coconv_surgery.checkpoint.tensors import check_fit
+from coconv_surgery.checkpoint.tensors import check_fit, check_loadable
 from coconv_surgery.zoo.authors import is_authors_checkpoint, load_authors_checkpoint
 
 
@@ -31,6 +31,7 @@ def load(network: nn.Module, file: Path | None) -> Literal["none", "authors", "c
         return "converted"
     own = network.state_dict()
     weights = weights_for(own, read_checkpoint(file), file)
+    check_loadable(network, weights, file)
     try:
         check_fit(network, own, weights, file)
     except ValueError as error:
