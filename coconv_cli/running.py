@@ -27,7 +27,8 @@ from coconv_cli import options
     "networks",
     multiple=True,
     metavar="GLOB",
-    help="Only networks that are made by such a name, and not a teacher, say. Repeatable.",
+    help="Only networks of such a name, and not a teacher, say; made by functions of that name as well, as "
+    "torchvision.models.resnet50(). Repeatable.",
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="SCRIPT [ARGUMENTS]...")
 def run(
@@ -72,7 +73,7 @@ def run(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     folder = output or (output_folder(command) if plan_path is None else None)  # a plan that was given is there already
-    converting = Converting(change, folder, networks or ("*",))
+    converting = Converting(change, folder, networks)
     try:
         with converting.in_force():
             _as_python_would(functools.partial(run_command, command))
@@ -85,7 +86,8 @@ def run(
     if not converting.found_any:
         sys.exit(
             "coconv: nothing was converted: the script made no network with 3×3 convolutions by timm.create_model or "
-            "torchvision.models.get_model in this process or one forked off"
+            "torchvision.models.get_model in this process or one forked off; what it makes otherwise, as by "
+            "torchvision.models.resnet50(), is converted by --network resnet50"
         )
 
 

@@ -99,7 +99,8 @@ class Converting:
         change: Converts a network in place.
         folder: Where plans are written, once it is there; if it never comes, the current folder has them at the end.
             None where nobody wants them.
-        names: Patterns of the names by which networks are made that are converted. Default: all.
+        names: Patterns of the names of networks that are converted, which may then be made by functions of these names
+            as well, such as ``torchvision.models.resnet50``. Default: all, of those that are made by name.
 
     Attributes:
         count: How many contextual networks this process has made.
@@ -107,7 +108,7 @@ class Converting:
     """
 
     def __init__(
-        self, change: Callable[[nn.Module], nn.Module], folder: Path | None, names: Sequence[str] = ("*",)
+        self, change: Callable[[nn.Module], nn.Module], folder: Path | None, names: Sequence[str] = ()
     ) -> None:
         self.count = 0
         self.passed_over: list[str] = []
@@ -126,9 +127,11 @@ class Converting:
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """Within, networks are converted as they are made, whoever imports what makes them, and from where."""
-        makers = [timm.create_model, *_of_torchvision()]
+        makers: dict[Maker, str | None] = dict.fromkeys([timm.create_model, *_of_torchvision()])
+        if self._names:  # else a script's teachers, losses and scores would be taken for its network
+            makers |= _functions()
         try:
-            with _replaced({make: self.converting(make) for make in makers}):
+            with _replaced({make: self.converting(make, name) for make, name in makers.items()}):
                 yield
         finally:
             self._write_all()
@@ -138,30 +141,36 @@ class Converting:
         self._pending.clear()
         Finalize(None, self._write_all, exitpriority=0)
 
-    def converting(self, make: Maker) -> Maker:
-        """What makes a converted network as ``make`` makes a plain one; a file of weights is loaded once it is."""
-        signature = inspect.signature(make)
+    def converting(self, make: Maker, name: str | None = None) -> Maker:
+        """What makes a converted network as ``make`` makes a plain one; a file of weights is loaded once it is.
+
+        Args:
+            make: Makes a network.
+            name: The network's name. Default: the first argument.
+        """
+        # Around some functions of torchvision there are others, which take what they do not.
+        signature = inspect.signature(make, follow_wrapped=False)
 
         @functools.wraps(make)
         def made(*args: Any, **kwargs: Any) -> nn.Module:
             if getattr(self._at, "is_within", False):  # another maker, whose network will be converted
                 return make(*args, **kwargs)
             given = signature.bind(*args, **kwargs)
-            name = str(next(iter(given.arguments.values())))
-            if not any(fnmatchcase(name, pattern) for pattern in self._names):
-                self.passed_over.append(name)
+            called = name or str(next(iter(given.arguments.values())))
+            if not any(fnmatchcase(called, pattern) for pattern in self._names or ("*",)):
+                self.passed_over.append(called)
                 return make(*args, **kwargs)
             checkpoint = given.arguments.pop("checkpoint_path", None)
             self._at.is_within = True
             try:
                 network = make(*given.args, **given.kwargs)
-                changed = self._convert(network, name)
+                changed = self._convert(network, called)
             finally:
                 self._at.is_within = False
             if checkpoint:
                 load_checkpoint(network, checkpoint)
             elif changed and any(value for key, value in _flat(given).items() if key in ("pretrained", "weights")):
-                _say(f"{name}: its weights were trained in plain convolutions; fine-tune it")
+                _say(f"{called}: its weights were trained in plain convolutions; fine-tune it")
             return network
 
         return made
@@ -255,6 +264,16 @@ def _of_torchvision() -> list[Maker]:
     except ImportError:
         return []
     return [get_model]
+
+
+def _functions() -> dict[Maker, str]:
+    """Functions that make one network each, and its name."""
+    found: dict[Maker, str] = {timm.models.model_entrypoint(name): name for name in timm.list_models()}
+    try:
+        from torchvision.models import get_model_builder, list_models
+    except ImportError:
+        return found
+    return found | {get_model_builder(name): name for name in list_models()}
 
 
 @contextmanager

@@ -133,6 +133,7 @@ def test_a_script_that_leaves_nothing_converted_is_told_at_the_end(coconv, train
     done = coconv("run", "--policy", "stage", "--", train)
     assert done.code == 1
     assert "nothing was converted: the script made no network with 3×3 convolutions by timm.create_model" in done.err
+    assert "as by torchvision.models.resnet50(), is converted by --network resnet50" in done.err
     assert not list(Path().glob("coconv-plan*"))
 
 
@@ -179,6 +180,35 @@ def test_a_teacher_can_be_left_out(coconv, train):
     )
     done = coconv(*AT_64, "--network", "test_resnet", "--", train)
     assert done.out.split() == ["True", "False"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "models.resnet18(pretrained=False)",
+        "models.resnet18(False)",
+        "models.__dict__['resnet18'](weights=None)",
+        "models.get_model('resnet18')",
+        "timm.models.resnet18()",
+    ],
+)
+def test_networks_that_are_named_may_be_made_by_functions_of_that_name(coconv, train, call):
+    train.write_text(
+        "import timm, torchvision.models as models\n"
+        f"for model in ({call}, models.alexnet(), models.vgg11()):\n"
+        "    print(any(hasattr(module, 'dilations') for module in model.modules()))"
+    )
+    make = torchvision.models.resnet18
+    done = coconv(*AT_64, "--network", "resnet18", "--", train)
+    assert (done.code, done.out.split()) == (0, ["True", "False", "False"]), done.err
+    assert torchvision.models.resnet18 is make
+    assert Path("coconv-plan-resnet18.json").exists()
+
+
+def test_a_script_that_makes_other_networks_than_are_named_is_told_which(coconv, train):
+    train.write_text("import torchvision; torchvision.models.alexnet()")
+    done = coconv(*AT_64, "--network", "resnet18", "--", train)
+    assert "nothing was converted: the script made alexnet, which no --network matches" in done.err
 
 
 def test_threads_make_converted_networks_at_once(coconv, train):
