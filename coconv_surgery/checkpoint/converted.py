@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from coconv_surgery.checkpoint.header import beside_tensors, check_network, is_json, read_header, write_header
 from coconv_surgery.checkpoint.origin import plan_told
-from coconv_surgery.checkpoint.reading import is_safetensors, read_checkpoint, weights_for
+from coconv_surgery.checkpoint.reading import is_safetensors, read_checkpoint, weights_in
 from coconv_surgery.checkpoint.tensors import cannot_write, check_fit, check_loadable, each_once, held_once, is_expanded
 from coconv_surgery.layers.arguments import file_to_write, flag
 from coconv_surgery.layers.files import whole_file
@@ -158,7 +158,7 @@ def _plan_and_weights(path: str | Path, own: Mapping[str, Any]) -> tuple[Plan, d
     content = read_checkpoint(path)
     if is_safetensors(path):
         content |= beside_tensors(read_header(path), content, path)
-    return plan_told(content, path, own), _unguarded(weights_for(own, content, path))
+    return plan_told(content, path, own), _unguarded(weights_in(content, path, own))
 
 
 def _unguarded(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,47 +62,26 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     return weights_in(read_checkpoint(path), path)
 
 
-def weights_in(content: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
+def weights_in(content: Mapping[Any, Any], path: str | Path, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The tensors by name in what :func:`read_checkpoint` has read, as :func:`read_weights` gives them.
 
-    Raises:
-        CheckpointError: If it holds none, or what it holds has no names.
-    """
-    weights = weights_as_named(content, path)
-    return without(prefix_of(weights), weights)
-
-
-def weights_as_named(content: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
-    """The tensors in what :func:`read_checkpoint` has read, by the names that they have there.
+    Args:
+        content: What was read.
+        path: The file.
+        own: The weights of the network that they are for: what is put before all names is taken off where the rest are
+            the network's, whoever has put it there.
 
     Raises:
         CheckpointError: If it holds none, or what it holds has no names.
     """
     entries = (content.get(key) for key in STATES)
     # A tensor of such a name is one of the weights.
-    entry = next((entry for entry in entries if entry is not None and not torch.is_tensor(entry)), content)
-    if not isinstance(entry, Mapping):
-        raise CheckpointError(f"{path} holds a {kind(entry)} where its weights should be, not tensors by name")
-    for name in entry:
+    weights = next((entry for entry in entries if entry is not None and not torch.is_tensor(entry)), content)
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f"{path} holds a {kind(weights)} where its weights should be, not tensors by name")
+    for name in weights:
         if not isinstance(name, str):
             raise CheckpointError(f"{path} holds something under {shown(name)}, not a tensor by name")
-    return dict(entry)
-
-
-def weights_for(own: Mapping[str, Any], content: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
-    """The tensors in what :func:`read_checkpoint` has read, by the names that a network has.
-
-    What is put before all names is taken off where the rest are the network's, whoever has put it there.
-
-    Args:
-        own: The network's own weights.
-        content: What was read.
-        path: The file.
-
-    Raises:
-        CheckpointError: If it holds none, or what it holds has no names.
-    """
-    weights = weights_as_named(content, path)
     return without(prefix_of(weights, own), weights)
 
 

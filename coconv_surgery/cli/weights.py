@@ -7,7 +7,7 @@ import torch.nn as nn
 from timm.models import load_checkpoint
 
 from coconv_surgery.checkpoint import load_converted, plan_of
-from coconv_surgery.checkpoint.reading import read_checkpoint, weights_for
+from coconv_surgery.checkpoint.reading import read_checkpoint, weights_in
 from coconv_surgery.checkpoint.tensors import check_fit, check_loadable
 from coconv_surgery.zoo.authors import is_authors_checkpoint, load_authors_checkpoint
 
@@ -30,7 +30,7 @@ def load(network: nn.Module, file: Path | None) -> Literal["none", "authors", "c
         load_converted(network, file)
         return "converted"
     own = network.state_dict()
-    weights = weights_for(own, read_checkpoint(file), file)
+    weights = weights_in(read_checkpoint(file), file, own)
     check_loadable(network, weights, file)
     try:
         check_fit(network, own, weights, file)
