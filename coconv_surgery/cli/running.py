@@ -127,9 +127,11 @@ class Converting:
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """Within, networks are converted as they are made, whoever imports what makes them, and from where."""
-        makers: dict[Maker, str | None] = dict.fromkeys([timm.create_model, *_of_torchvision()])
-        if self._names:  # else a script's teachers, losses and scores would be taken for its network
-            makers |= _functions()
+        makers: dict[Maker, str | None] = {}
+        for make_by_name, function_of, names in _libraries():
+            makers[make_by_name] = None
+            if self._names:  # else a script's teachers, losses and scores would be taken for its network
+                makers |= {function_of(name): name for name in names()}
         try:
             with _replaced({make: self.converting(make, name) for make, name in makers.items()}):
                 yield
@@ -258,22 +260,14 @@ def _say(line: str) -> None:
         print(f"coconv: {line}", file=sys.stderr)
 
 
-def _of_torchvision() -> list[Maker]:
+def _libraries() -> list[tuple[Maker, Callable[[str], Maker], Callable[[], list[str]]]]:
+    """Of each library: what makes a network by its name, what gives the function of a name, and what lists names."""
+    found = [(timm.create_model, timm.models.model_entrypoint, timm.list_models)]
     try:
-        from torchvision.models import get_model
-    except ImportError:
-        return []
-    return [get_model]
-
-
-def _functions() -> dict[Maker, str]:
-    """Functions that make one network each, and its name."""
-    found: dict[Maker, str] = {timm.models.model_entrypoint(name): name for name in timm.list_models()}
-    try:
-        from torchvision.models import get_model_builder, list_models
+        from torchvision.models import get_model, get_model_builder, list_models
     except ImportError:
         return found
-    return found | {get_model_builder(name): name for name in list_models()}
+    return [*found, (get_model, get_model_builder, list_models)]
 
 
 @contextmanager
