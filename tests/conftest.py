@@ -56,6 +56,17 @@ def image() -> torch.Tensor:
     return torch.randn(2, 3, 32, 32)
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """A layer that takes no time, among those of the benchmark."""
+    from coconv_surgery.bench import speed
+
+    layer = speed._layer(8, 6, 2)
+    for table in (speed.LAYERS, speed.SUBJECTS):
+        monkeypatch.setitem(table, "tiny", layer)
+    return layer
+
+
 class Done(NamedTuple):
     """What a command came to."""
 

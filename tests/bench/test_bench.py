@@ -15,7 +15,7 @@ from coconv_surgery.bench.authors import LevelConvs, LevelsAlone, use_authors_la
 from coconv_surgery.bench.memory import Peak, peak_mib
 from coconv_surgery.bench.report import save
 from coconv_surgery.bench.run import run
-from coconv_surgery.bench.speed import LAYERS, SUBJECTS, Case, contender, measure, prepare
+from coconv_surgery.bench.speed import SUBJECTS, Case, contender, measure, prepare
 from coconv_surgery.bench.surgery import Cost, growth
 from coconv_surgery.bench.timing import Ratio, interleave
 from coconv_surgery.layers.levels import complete_levels
@@ -23,14 +23,6 @@ from coconv_surgery.layers.switch import to_coconv_
 from coconv_surgery.planning.plan import count_parameters
 
 CPU = torch.device("cpu")
-TINY = speed._layer(8, 6, 2)
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """A layer that takes no time, among those of the benchmark."""
-    for table in (LAYERS, SUBJECTS):
-        monkeypatch.setitem(table, "tiny", TINY)
 
 
 def test_calls_are_timed_in_turn_in_an_order_that_changes():
@@ -102,15 +94,15 @@ def test_every_subject_builds_with_as_many_parameters_plain_and_contextual(name)
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_step_leaves_gradients_in_the_layout_asked_for(layout, precision, tiny):
-    model = contender(TINY, "coconv")
-    prepare(model, TINY, Case("tiny", "train", layout, precision, "eager"), CPU)()
+    model = contender(tiny, "coconv")
+    prepare(model, tiny, Case("tiny", "train", layout, precision, "eager"), CPU)()
     assert model.weight.grad.abs().sum() > 0
     assert model.weight.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
 
 
 def test_an_evaluation_leaves_no_gradients(tiny):
-    model = contender(TINY, "coconv")
-    prepare(model, TINY, Case("tiny", "eval", "NCHW", "fp32", "eager"), CPU)()
+    model = contender(tiny, "coconv")
+    prepare(model, tiny, Case("tiny", "eval", "NCHW", "fp32", "eager"), CPU)()
     assert model.weight.grad is None
     assert not model.training
 
