@@ -34,7 +34,7 @@ def test_jit_trace_with_its_check_gives_equal_outputs(network):
     torch.testing.assert_close(traced(IMAGE), network(IMAGE))
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_an_export_with_gradients_on_is_the_one_without(network, strict):
     def operations():
         exported = torch.export.export(network, (IMAGE,), strict=strict)

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from randomising import randomise_norms
+from sampling import few
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.ao.quantization.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
@@ -25,7 +26,7 @@ from torch.ao.quantization.quantizer.xnnpack_quantizer import XNNPACKQuantizer, 
 from coconv_surgery import convert, deploy
 
 SIDE = 64
-NETWORKS = ("resnet18", "test_efficientnet")
+NETWORKS = few(("test_resnet", "test_efficientnet", "resnet18"), 1)
 
 
 def x86(*, is_qat=False):

@@ -23,7 +23,7 @@ def _only_new_objects_are_looked_at():
     gc.unfreeze()
 
 
-def run(networks, steps=10):
+def run(networks, steps=10, phases=(Phase.generate, Phase.shrink)):
     run_state_machine_as_test(
         Slice,
         settings=settings(
@@ -32,18 +32,18 @@ def run(networks, steps=10):
             derandomize=True,
             deadline=None,
             database=None,
-            phases=[Phase.generate, Phase.shrink],
+            phases=phases,
             suppress_health_check=list(HealthCheck),
         ),
     )
 
 
 def test_whatever_is_done_to_whatever_network_keeps_what_it_promises():
-    run(60)
+    run(40)
 
 
 def test_levels_that_compute_something_else_do_not_go_unnoticed(monkeypatch):
     naive = watching.naive_coconv2d
     monkeypatch.setattr(watching, "naive_coconv2d", lambda *args, **kwargs: 1.001 * naive(*args, **kwargs))
     with pytest.raises(AssertionError, match="outputs are off"):
-        run(10)
+        run(10, phases=[Phase.generate])

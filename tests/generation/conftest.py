@@ -1,6 +1,5 @@
 """What the tests of generation share: a folder of drawn images, and a training of seconds, to 16×16 pixels."""
 
-import json
 import os
 import subprocess
 import sys
@@ -55,15 +54,15 @@ def configured(drawn, tmp_path):
 
 
 @pytest.fixture
-def launched(drawn, tmp_path):
-    """Trains by a config of a name in one or two processes of their own, and gives the work dir."""
+def launched(configured, tmp_path):
+    """Trains by a config of a name in two processes of their own, and gives the work dir."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    in_two = {"env_cfg": {"dist_cfg": {"backend": "gloo"}}, "model_wrapper_cfg.device_ids": None}
 
-    def launch(name: str, world: int, work: str, **options) -> Path:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-        options = {"config": str(CONFIGS / f"{name}.py"), **SMALL, **options}
-        script = Path(__file__).with_name("train.py")
+    def launch(name: str, work: str, **options) -> str:
+        configured(name, work, **in_two, **options).dump(tmp_path / f"{work}.py")
         process = subprocess.run(
-            [sys.executable, *torchrun, script, drawn / "train", tmp_path / work, str(world), json.dumps(options)],
+            [*torchrun, "coconv_surgery.generation", tmp_path / f"{work}.py", "--launcher", "pytorch"],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
             capture_output=True,
             text=True,
@@ -71,7 +70,7 @@ def launched(drawn, tmp_path):
             check=False,
         )
         assert process.returncode == 0, process.stderr[-3000:]
-        return tmp_path / work
+        return str(tmp_path / work)
 
     return launch
 

@@ -260,15 +260,16 @@ def test_a_network_that_does_not_exist_has_no_optimizer(configured):
 
 
 # Adam amplifies what is next to zero, rounding included; gradient descent does not.
-PLAIN = {"optimizer": {"type": "SGD", "lr": 0.002}}
+SGD = {"type": "SGD", "lr": 0.002, "_delete_": True}
+PLAIN = {f"optim_wrapper.{network}.optimizer": SGD for network in ("generator", "discriminator")}
 
 
-def test_two_processes_equal_one_that_has_batches_of_both_and_take_over_from_each_other(launched):
+def test_two_processes_equal_one_that_has_batches_of_both_and_take_over_from_each_other(trained, launched):
     """Weights after twelve steps agree to 1e-5: sums are taken in another order."""
-    one, two = (launched(NAMES[1], world, f"{world}", **EVERY_STEP, **PLAIN) for world in (1, 2))
-    half = {"load_from": str(two / "iter_7.pth"), "resume": True}
-    taken_over, again = (launched(NAMES[1], world, f"{world}-resumed", **half, **PLAIN) for world in (1, 2))
-    expected, *others = (torch.load(work / "iter_12.pth")["state_dict"] for work in (one, two, taken_over, again))
+    one, two = trained(NAMES[1], "1", **PLAIN).work_dir, launched(NAMES[1], "2", **EVERY_STEP, **PLAIN)
+    half = {"load_from": f"{two}/iter_7.pth", "resume": True, **PLAIN}
+    taken_over, again = trained(NAMES[1], "1-resumed", **half).work_dir, launched(NAMES[1], "2-resumed", **half)
+    expected, *others = (torch.load(f"{work}/iter_12.pth")["state_dict"] for work in (one, two, taken_over, again))
     for state in others:
         assert state.keys() == expected.keys()
         for name, value in state.items():

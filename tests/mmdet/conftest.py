@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 from randomising import randomise_norms
 
 import coconv_surgery.mmdet  # noqa: F401
@@ -49,10 +50,37 @@ def shapes(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny_ssd(shapes, tmp_path) -> Config:
     """SSD on a very narrow CoResNet-18, with the hook that guards the plan."""
+    return _tiny_ssd(shapes, tmp_path)
+
+
+@pytest.fixture
+def tiny_plain_ssd(tiny_ssd) -> Config:
+    """The same on a plain ResNet, for one epoch."""
+    return _plain(tiny_ssd)
+
+
+@pytest.fixture(scope="session")
+def plain_checkpoint(shapes, tmp_path_factory) -> Path:
+    """What the plain one comes to."""
+    folder = tmp_path_factory.mktemp("plain")
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        Runner.from_cfg(_plain(_tiny_ssd(shapes, folder))).train()
+    return folder / "work" / "epoch_1.pth"
+
+
+def _plain(config: Config) -> Config:
+    config.model.backbone.type = "ResNet"
+    del config.model.backbone["levels"]
+    config.train_cfg.max_epochs = 1
+    config.train_cfg.val_interval = 10
+    return config
+
+
+def _tiny_ssd(shapes: Path, folder: Path) -> Config:
     config = Config.fromfile(CONFIGS / "shapes" / "ssd_coresnet18_shapes.py")
     channels = (32, 32, 32)
     options = {
-        "work_dir": str(tmp_path / "work"),
+        "work_dir": str(folder / "work"),
         "model.backbone.base_channels": 8,
         "model.neck.in_channels": channels[:1],
         "model.neck.out_channels": channels,

@@ -19,17 +19,10 @@ from coconv_surgery.mmengine.options import wished_calibration
 
 
 @pytest.fixture
-def plain(tiny_ssd, tmp_path) -> Config:
+def plain(tiny_plain_ssd, plain_checkpoint) -> Config:
     """The plain detector, and a checkpoint of it to start from."""
-    tiny_ssd.model.backbone.type = "ResNet"
-    del tiny_ssd.model.backbone["levels"]
-    tiny_ssd.train_cfg.max_epochs = 1
-    tiny_ssd.train_cfg.val_interval = 10
-    config = copy.deepcopy(tiny_ssd)
-    config.work_dir = str(tmp_path / "plain")
-    Runner.from_cfg(config).train()
-    tiny_ssd.load_from = str(tmp_path / "plain" / "epoch_1.pth")
-    return tiny_ssd
+    tiny_plain_ssd.load_from = str(plain_checkpoint)
+    return tiny_plain_ssd
 
 
 @pytest.fixture

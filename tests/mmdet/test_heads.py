@@ -3,6 +3,7 @@
 import fnmatch
 
 import pytest
+from sampling import few
 
 from coconv_surgery import Reason, UniformPolicy, plan_conversion
 from coconv_surgery.sweep import mmdet_configs
@@ -66,7 +67,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("config", HEADS)
+@pytest.mark.parametrize("config", few(HEADS, 10))
 def test_a_heads_prediction_layers_are_left_alone_and_its_features_converted(config):
     must, must_not = HEADS[config]
     detector, inputs = mmdet_configs.build(config)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from faults import same_state, state
 from forwards import Model
+from sampling import few
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -545,22 +546,10 @@ def test_a_nested_graph_that_is_converted_saves_and_loads(image, tmp_path):
 # -- Real networks ----------------------------------------------------------------------------------------------------
 
 NETWORKS = [
-    *("resnet10t", "coresnet18", "resnest14d", "repvgg_a0", "vgg11", "dla34", "regnetx_002"),
-    *("mobilenetv3_small_050", "tf_efficientnet_lite0", "convnext_atto"),
-]
-OTHER_NETWORKS = [
-    *(
-        "resnet18d",
-        "resnetblur18",
-        "seresnet18",
-        "skresnet18",
-        "resnetv2_18",
-        "nf_ecaresnet26",
-        "gernet_s",
-        "selecsls42",
-    ),
-    *("ese_vovnet19b_slim_dw", "cs3darknet_focus_s", "lcnet_050", "tinynet_e", "edgenext_xx_small", "hardcorenas_a"),
-    "densenet121",
+    *("resnet10t", "coresnet18", "resnest14d", "vgg11", "regnetx_002", "repvgg_a0", "mobilenetv3_small_050", "dla34"),
+    *("tf_efficientnet_lite0", "resnet18d", "convnext_atto", "resnetblur18", "seresnet18", "skresnet18", "resnetv2_18"),
+    *("nf_ecaresnet26", "gernet_s", "selecsls42", "ese_vovnet19b_slim_dw", "cs3darknet_focus_s", "lcnet_050"),
+    *("tinynet_e", "edgenext_xx_small", "hardcorenas_a", "densenet121"),
 ]
 
 
@@ -571,7 +560,7 @@ def decisions(model, **inputs):
     }
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.long) for name in OTHER_NETWORKS)])
+@pytest.mark.parametrize("name", few(NETWORKS, 5))
 def test_the_graphs_of_a_real_network_are_planned_converted_and_reverted_as_its_modules_are(name):
     net = timm.create_model(name).eval()
     image = torch.randn(1, 3, 64, 64)
