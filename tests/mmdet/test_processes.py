@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mmdet
@@ -40,45 +39,21 @@ def run(*command: object, **variables: str) -> str:
     return process.stdout
 
 
-def kill_after_the_first_epoch(*command: object, work: Path) -> None:
-    """Start a training, and kill it with SIGKILL as soon as it has a checkpoint."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + TIMEOUT
-        while not (work / "last_checkpoint").exists():
-            assert process.poll() is None, "training ended without a checkpoint"
-            assert time.monotonic() < deadline, "training wrote no checkpoint"
-            time.sleep(0.05)
-    finally:
-        process.kill()
-    assert process.wait() == -9
-
-
 def losses(work: Path) -> list[float]:
     """The loss of every logged iteration, in order of time."""
     lines = [line for path in sorted(work.glob("*/vis_data/scalars.json")) for line in path.read_text().splitlines()]
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
-def test_train_kill_resume_test_and_infer(tiny_ssd, shapes, tmp_path):
+def test_train_test_and_infer(tiny_ssd, shapes, tmp_path):
     tiny_ssd.train_cfg.update(max_epochs=6, val_interval=6)
     config, work = tmp_path / "tiny.py", Path(tiny_ssd.work_dir)
     tiny_ssd.dump(config)
 
-    kill_after_the_first_epoch(TOOLS / "train.py", config, work=work)
-    assert not (work / "epoch_6.pth").exists()
-    killed_at = len(losses(work))
-
-    log = run(TOOLS / "train.py", config, "--resume")
-    (epoch,) = map(int, re.findall(r"resumed epoch: (\d+)", log))
-    assert 1 <= epoch < 6
-    assert "coco/bbox_mAP" in log
+    assert "coco/bbox_mAP" in run(TOOLS / "train.py", config)
     found = losses(work)
     assert all(torch.tensor(found).isfinite())
     assert sum(found[-4:]) < 0.9 * sum(found[:4])
-    assert killed_at >= 2
 
     checkpoint = work / "epoch_6.pth"
     plan = Plan.from_json(work / FILE_NAME)
