@@ -1,7 +1,10 @@
 """What the tests of the MMDetection part share: the registered types, tiny data and a tiny detector."""
 
+import runpy
+import sys
 from pathlib import Path
 
+import mmdet
 import pytest
 import torch
 import torch.nn as nn
@@ -14,6 +17,7 @@ import coconv_surgery.mmdet  # noqa: F401
 from coconv_surgery.demo.shapes import write_shapes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +85,7 @@ def _tiny_ssd(shapes: Path, folder: Path) -> Config:
     channels = (32, 32, 32)
     options = {
         "work_dir": str(folder / "work"),
+        "visualizer.name": str(folder),  # mmengine shares what writes logs among equal names
         "model.backbone.base_channels": 8,
         "model.neck.in_channels": channels[:1],
         "model.neck.out_channels": channels,
@@ -98,6 +103,18 @@ def _tiny_ssd(shapes: Path, folder: Path) -> Config:
         options[f"{split}_evaluator.ann_file"] = str(shapes / "annotations" / "val.json")
     config.merge_from_dict(options)
     return config
+
+
+@pytest.fixture
+def tool(monkeypatch, capfd):
+    """Runs one of mmdet's tools as it is, in this process, and gives what it prints."""
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(TOOLS / name), run_name="__main__")
+        return "".join(capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture

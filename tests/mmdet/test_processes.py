@@ -1,4 +1,4 @@
-"""mmdet's own entry points in processes of their own, on the drawn shapes."""
+"""mmdet's own entry points, in this process and in two, on the drawn shapes."""
 
 import json
 import os
@@ -17,26 +17,23 @@ from PIL import Image
 from coconv_surgery import Plan, get_plan
 from coconv_surgery.mmengine.hooks import FILE_NAME, META_KEY
 
-TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
-TIMEOUT = 300
+TRAIN = Path(mmdet.__file__).parent / ".mim" / "tools" / "train.py"
 
 
-def environment(**variables: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
-
-
-def run(*command: object, **variables: str) -> str:
+def train_in_two_processes(config: Path) -> None:
+    """With what lies beside the config to import."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(config.parent)}
     process = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=environment(**variables),
+        [*launch, TRAIN, config, "--launcher", "pytorch"],
+        env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT,
+        timeout=300,
         check=False,
     )
     assert process.returncode == 0, process.stdout[-3000:]
-    return process.stdout
 
 
 def losses(work: Path) -> list[float]:
@@ -45,12 +42,12 @@ def losses(work: Path) -> list[float]:
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
-def test_train_test_and_infer(tiny_ssd, shapes, tmp_path):
+def test_train_test_and_infer(tool, tiny_ssd, shapes, tmp_path):
     tiny_ssd.train_cfg.update(max_epochs=6, val_interval=6)
     config, work = tmp_path / "tiny.py", Path(tiny_ssd.work_dir)
     tiny_ssd.dump(config)
 
-    assert "coco/bbox_mAP" in run(TOOLS / "train.py", config)
+    assert "coco/bbox_mAP" in tool("train.py", config)
     found = losses(work)
     assert all(torch.tensor(found).isfinite())
     assert sum(found[-4:]) < 0.9 * sum(found[:4])
@@ -59,7 +56,7 @@ def test_train_test_and_infer(tiny_ssd, shapes, tmp_path):
     plan = Plan.from_json(work / FILE_NAME)
     assert Plan.from_json(torch.load(checkpoint)["meta"][META_KEY]) == plan
 
-    assert "coco/bbox_mAP" in run(TOOLS / "test.py", config, checkpoint, "--work-dir", tmp_path / "tested")
+    assert "coco/bbox_mAP" in tool("test.py", config, checkpoint, "--work-dir", tmp_path / "tested")
 
     inferencer = DetInferencer(str(config), str(checkpoint), device="cpu", show_progress=False)
     assert get_plan(inferencer.model).diff(plan) == []
@@ -71,7 +68,9 @@ def test_train_test_and_infer(tiny_ssd, shapes, tmp_path):
     assert set(predictions) == {"labels", "scores", "bboxes"}
 
 
-def test_a_detector_that_surgery_converted_trains_tests_with_augmentation_and_has_its_flops_counted(tiny_ssd, tmp_path):
+def test_a_detector_that_surgery_converted_trains_tests_with_augmentation_and_has_its_flops_counted(
+    tool, tiny_ssd, tmp_path
+):
     tiny_ssd.merge_from_dict({"train_cfg.max_epochs": 1, "train_cfg.val_interval": 1})
     model, backbone = tiny_ssd.model, tiny_ssd.model.backbone
     model.update(type="CoConvSurgery", detector_type=model.type, surgery={"pipeline": tiny_ssd.test_pipeline})
@@ -80,13 +79,13 @@ def test_a_detector_that_surgery_converted_trains_tests_with_augmentation_and_ha
     config, work = tmp_path / "surgery.py", Path(tiny_ssd.work_dir)
     tiny_ssd.dump(config)
 
-    run(TOOLS / "train.py", config)
+    tool("train.py", config)
     plan = Plan.from_json(work / FILE_NAME)
     assert {"backbone.layer1.0.conv1", "neck.extra_layers.0.1.conv"} < {row.name for row in plan.converted}
-    log = run(TOOLS / "test.py", config, work / "epoch_1.pth", "--tta", "--work-dir", tmp_path / "tested")
+    log = tool("test.py", config, work / "epoch_1.pth", "--tta", "--work-dir", tmp_path / "tested")
     assert plan.summary() in log
     assert "coco/bbox_mAP" in log
-    assert re.search(r"Flops: [\d.]+[MG]", run(TOOLS / "analysis_tools" / "get_flops.py", config, "--num-images", 1))
+    assert re.search(r"Flops: [\d.]+[MG]", tool("analysis_tools/get_flops.py", config, "--num-images", 1))
 
 
 MIRROR = '''
@@ -163,14 +162,13 @@ def mirrored(tiny_ssd, tmp_path):
     return tiny_ssd
 
 
-def test_two_processes_agree_with_one_of_the_doubled_batch(mirrored, tmp_path):
-    for processes, batch in ((2, 1), (1, 2)):
-        mirrored.train_dataloader.batch_size = batch
-        mirrored.work_dir = str(tmp_path / f"work{processes}")
-        mirrored.dump(tmp_path / "config.py")
-        launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-        arguments = (TOOLS / "train.py", tmp_path / "config.py", "--launcher", "pytorch")
-        run(*launch, *arguments, PYTHONPATH=str(tmp_path))
+def test_two_processes_agree_with_one_of_the_doubled_batch(tool, mirrored, tmp_path, monkeypatch):
+    configs = {batch: tmp_path / f"batches_of_{batch}.py" for batch in (1, 2)}
+    for mirrored.train_dataloader.batch_size, path in configs.items():
+        mirrored.dump(path)
+    train_in_two_processes(configs[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    tool("train.py", configs[2])
     before, first, second, alone = (
         torch.load(tmp_path / f"{name}.pth")
         for name in ("before_rank0of2", "after_rank0of2", "after_rank1of2", "after_rank0of1")
