@@ -21,7 +21,7 @@ class Trained:
         self.held_out, self.test = self.images[3500:3564], slice(4000, 5000)
         torch.manual_seed(0)
         self.model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, in_chans=1, channels=(16, 32, 64, 128))
-        self._train(slice(0, 2500))
+        self._train(slice(0, 1500))
 
     def _train(self, part, epochs=3):
         images, labels = self.images[part], self.labels[part]
