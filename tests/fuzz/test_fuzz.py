@@ -1,7 +1,5 @@
 """A slice of what ``PYTHONPATH=tests python -m fuzz`` does at length."""
 
-import gc
-
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -13,14 +11,6 @@ from fuzz.networks import KINDS
 
 class Slice(Surgery):
     kinds = tuple(kind for kind in KINDS if kind != "export")  # which takes half the time
-
-
-@pytest.fixture(autouse=True)
-def _only_new_objects_are_looked_at():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def run(networks, steps=10, phases=(Phase.generate, Phase.shrink)):

@@ -272,8 +272,8 @@ NETWORKS = [*Gridded.__subclasses__(), in_a_closure]
 MADE_BY_PLANNING = FakeTensor, FakeTensorMode, fx.Proxy, fx.Tracer
 
 
-def survivors(before=()):
-    """What only planning makes, and is alive: a full collection of garbage is made where a small one leaves any."""
+def survivors(before):
+    """What only planning makes, and is alive: all garbage is collected where collecting the young leaves any."""
     known = {id(value) for value in before}
     for generation in (1, 2):
         gc.collect(generation)
@@ -306,7 +306,7 @@ def test_a_network_that_keeps_something_gives_what_it_would_have_given(build, wa
     network = build()
     plain = Gridded()
     plain.load_state_dict(network.state_dict())
-    before = survivors()
+    before = instances(*MADE_BY_PLANNING)
     others = weakref.WeakSet(instances(type(network)))
     for _ in range(3):
         plan = cs.plan_conversion(network, **WAYS[way])
@@ -638,7 +638,7 @@ def test_a_network_that_does_not_run_leaves_nothing_either():
             super().grid(size)
             raise ArithmeticError("no grid today")
 
-    before = survivors()
+    before = instances(*MADE_BY_PLANNING)
     with pytest.raises(ValueError, match="ArithmeticError: no grid today"):
         cs.plan_conversion(Failing(), input_size=32)
     assert DICT == {}
