@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 from PIL import Image
+from sampling import few
 
 import coconv_surgery as cs
 from coconv_surgery.bench import calibration, deployment, speed, surgery
@@ -83,7 +84,7 @@ def test_a_network_in_the_authors_layout_has_no_contextual_convolution_left(net,
     torch.testing.assert_close(net(image), expected)
 
 
-@pytest.mark.parametrize("name", list(SUBJECTS))
+@pytest.mark.parametrize("name", few(SUBJECTS, 7))
 def test_every_subject_builds_with_as_many_parameters_plain_and_contextual(name):
     plain, contextual, authors = (contender(SUBJECTS[name], which) for which in ("plain", "coconv", "authors"))
     assert count_parameters(plain) == count_parameters(contextual) == count_parameters(authors)

@@ -14,6 +14,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from mmengine.runner import load_checkpoint
+from sampling import few
 from torch.utils._pytree import tree_leaves
 
 from coconv_surgery import CoConv2d, PlanRow, ResolutionPolicy, get_plan, plan_conversion
@@ -45,7 +46,7 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=few(NAMES, 5))
 def pair(request):
     """A plain detector, the same one converted, and its config."""
     # Proposals need a real forward pass, which is quick on a small image.

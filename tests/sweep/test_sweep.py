@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import timm
 from mishaps import MISHAPS, NAMES
+from sampling import few
 
 from coconv_surgery.sweep.check import CONVERTED, CRASHED, FAILED, NOT_BUILT, Row, check
 from coconv_surgery.sweep.collections import COLLECTIONS
@@ -104,7 +105,7 @@ def test_the_page_has_totals_families_and_every_network():
     assert "**failed** ZeroDivisionError" in page
 
 
-@pytest.mark.parametrize("name", ["resnet", "convnext", "convnextv2", "regnet", "mobilenet_v2"])
+@pytest.mark.parametrize("name", few(["resnet", "convnext", "convnextv2", "regnet", "mobilenet_v2"], 2))
 def test_transformers_networks_convert(name):
     row = check(COLLECTIONS["transformers"], name)
     assert row.sound, row
@@ -113,13 +114,16 @@ def test_transformers_networks_convert(name):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "classification/resnet18",
-        "classification/regnet_y_400mf",
-        "segmentation/deeplabv3_resnet50",
-        "detection/fcos_resnet50_fpn",
-        "detection/maskrcnn_resnet50_fpn",
-    ],
+    few(
+        [
+            "classification/resnet18",
+            "classification/regnet_y_400mf",
+            "segmentation/deeplabv3_resnet50",
+            "detection/fcos_resnet50_fpn",
+            "detection/maskrcnn_resnet50_fpn",
+        ],
+        2,
+    ),
 )
 def test_torchvision_networks_convert(name):
     row = check(COLLECTIONS["torchvision"], name)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from sampling import few
 
 import coconv_surgery as cs
 
@@ -43,7 +44,18 @@ def test_a_detector_that_keeps_its_anchors_by_size_runs_as_before():
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", "efficientnet_b0", "regnety_004", "densenet121", "resnetv2_50", "mobilenetv3_large_100", "vovnet39a"],
+    few(
+        [
+            "resnet18",
+            "efficientnet_b0",
+            "regnety_004",
+            "densenet121",
+            "resnetv2_50",
+            "mobilenetv3_large_100",
+            "vovnet39a",
+        ],
+        3,
+    ),
 )
 def test_checkpointing_makes_no_difference_to_timms_networks(name):
     model = timm.create_model(name)

@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 import torchvision
+from sampling import few
 from zoo.authors_resnet import authors_resnet
 
 import coconv_surgery as cs
@@ -53,7 +54,7 @@ def test_timm_lists_the_architectures():
     assert timm.list_models(module="resnet", filter="co*") == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, 5))
 def test_each_is_timms_network_with_the_stages_3x3_convs_split(name):
     model, plain = on_meta(name), on_meta(name.removeprefix("co"))
     keys, plain_keys = ({key: t.shape for key, t in m.state_dict().items()} for m in (model, plain))
