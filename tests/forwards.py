@@ -27,6 +27,15 @@ class Model(nn.Module):
         return self._forward(self, x)
 
 
+def fails_on_torch_2_4(reason):
+    """Marks a test that shows what docs/versions.md says is not to be had there."""
+    return pytest.mark.xfail(torch.__version__ < (2, 5), reason=f"torch 2.4 {reason}", strict=True)
+
+
+READ_TWICE = fails_on_torch_2_4("exports no parameter that is read twice")
+NO_FLEX_ATTENTION = pytest.mark.xfail(
+    torch.__version__ >= (2, 14), reason="torch 2.14 attends on a CPU where no gradient is recorded alone", strict=True
+)
 needs_modes_for_functions = pytest.mark.skipif(
     not hasattr(TorchDispatchMode, "supports_higher_order_operators"),
     reason="this torch hands no operator that takes functions to a mode",

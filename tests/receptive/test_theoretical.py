@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from forwards import attend, needs_modes_for_functions
+from forwards import NO_FLEX_ATTENTION, attend, needs_modes_for_functions
 
 import coconv_surgery as cs
 
@@ -164,6 +164,7 @@ def test_what_no_rule_knows_is_said_and_left_alone():
     assert field.unknown == "no rule for flip"
 
 
+@NO_FLEX_ATTENTION
 @needs_modes_for_functions
 def test_an_operator_that_takes_functions_is_named_as_unknown():
     field = cs.receptive_fields(Functional(attend), SIZE)["last"]

@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
-from forwards import IMAGE, WAYS
+from forwards import IMAGE, WAYS, fails_on_torch_2_4
 
 import coconv_surgery as cs
 
@@ -530,9 +530,7 @@ def cyclic():
         lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)]),
         pytest.param(
             lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)], layout=torch.jagged),
-            marks=pytest.mark.xfail(
-                torch.__version__ < (2, 5), reason="torch 2.4 copies into no jagged tensor", strict=True
-            ),
+            marks=fails_on_torch_2_4("copies into no jagged tensor"),
         ),
         lambda: torch.eye(3).to_sparse(),
     ],

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from forwards import WAYS, Model
+from forwards import WAYS, Model, fails_on_torch_2_4
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import DeformConv2d
 
@@ -425,6 +425,7 @@ def crops(y):
     return torch.stack(copies, 2).unflatten(2, (3, 3))
 
 
+@fails_on_torch_2_4("keeps no shapes in its record, and of two kernels the second counts as features")
 @pytest.mark.parametrize("patches", [unfolded, windows, crops])
 @pytest.mark.parametrize("apply", [in_steps, by_einsum, by_products])
 def test_each_of_two_kernels_for_rows_and_columns_is_read_by_position(apply, patches):

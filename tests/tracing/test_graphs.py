@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from faults import same_state, state
-from forwards import Model
+from forwards import READ_TWICE, Model, fails_on_torch_2_4
 from sampling import few
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -20,8 +20,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import coconv_surgery as cs
 
 SIDE = 32
-TORCH_2_4 = torch.__version__ < (2, 5)
-READ_TWICE = pytest.mark.xfail(TORCH_2_4, reason="torch 2.4 exports no parameter that is read twice", strict=True)
 
 
 class Net(nn.Module):
@@ -217,7 +215,7 @@ def test_one_level_that_is_not_the_plain_one_has_no_plain_form_in_an_export(imag
             cs.revert(graph)
 
 
-@pytest.mark.xfail(TORCH_2_4, reason="torch 2.4 reads an open size off a level, which is then in use", strict=True)
+@fails_on_torch_2_4("reads an open size off a level, which is then in use")
 @pytest.mark.parametrize("padding_mode", ["reflect", "replicate"])
 @pytest.mark.parametrize("groups", [1, 4, 16])
 def test_padding_that_a_decomposition_wrote_out_is_left_as_it_is(padding_mode, groups, image):

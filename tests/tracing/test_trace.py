@@ -14,7 +14,7 @@ import torch.ao.nn.quantized as quantized
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from forwards import Model, attend, needs_modes_for_functions
+from forwards import NO_FLEX_ATTENTION, Model, attend, needs_modes_for_functions
 from timm.layers import CondConv2d
 from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn.utils import parametrizations
@@ -546,6 +546,7 @@ def test_inputs_may_be_arguments_by_name():
     assert cs.plan_conversion(Pair(), example_inputs=images["left"]).rows[0].levels == 4
 
 
+@NO_FLEX_ATTENTION
 @needs_modes_for_functions
 def test_an_operator_that_takes_functions_stops_no_plan_and_keeps_no_positions():
     layers = {"conv": nn.Conv2d(16, 16, 3), "mix": nn.Conv2d(16, 4, 1)}

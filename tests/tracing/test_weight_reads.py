@@ -5,7 +5,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
-from forwards import IMAGE, WAYS, Model
+from forwards import IMAGE, READ_TWICE, WAYS, Model, fails_on_torch_2_4
 
 import coconv_surgery as cs
 from coconv_surgery.planning.reasons import Reason
@@ -59,7 +59,15 @@ READS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(read, marks=fails_on_torch_2_4("maps no function while what is saved is watched"))
+        if read == "vmap"
+        else read
+        for read in READS
+    ],
+)
 def test_a_weight_that_meets_a_map_outside_of_its_convolution_is_read(read, way):
     assert reason(way, READS[read]) is Reason.WEIGHT_READ
 
@@ -90,7 +98,12 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "trace", [lambda net: net, fx.symbolic_trace, lambda net: torch.export.export(net, (IMAGE,)).module()]
+    "trace",
+    [
+        lambda net: net,
+        fx.symbolic_trace,
+        pytest.param(lambda net: torch.export.export(net, (IMAGE,)).module(), marks=READ_TWICE, id="exported"),
+    ],
 )
 def test_a_weight_shared_with_a_transposed_convolution_is_read(trace):
     rows = cs.plan_conversion(trace(Tied()), input_size=32).rows
