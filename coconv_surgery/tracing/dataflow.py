@@ -140,11 +140,11 @@ class Dataflow:
         return self._shifts(node) or int(node in self._positions)
 
     def _summed_up(self, node: Node) -> float:
-        """Of how many numbers a reduction or a matrix product of patches makes one."""
+        """Of how many numbers a reduction or a matrix product of patches makes one: 1 if that is not known."""
         index, source = max(self.sources(node), key=lambda each: self.patches.get(each[1], 0))
         whole, rest = _shape_of(source), _shape_of(node)
         if whole is None or rest is None:
-            return math.inf
+            return 1
         if is_reduction(node):
             return math.prod(whole) / max(math.prod(rest), 1)
         return whole[-1 if index == _first_factor(node) else -2]
