@@ -74,7 +74,8 @@ PROMISES = {
 LONG = {
     "make fuzz": "random networks, random operations",
     "make fuzz-files": "damaged and hostile files",
-    "make test-long": "training under twenty kills, two hundred networks and all detectors deployed, both GANs",
+    "make test-long": "the rest of every sample, training under twenty kills, two hundred networks and all detectors "
+    "deployed, both GANs",
     "coconv sweep timm, mmdet, torchvision, transformers": "every network: [coverage](coverage/index.md)",
 }
 
