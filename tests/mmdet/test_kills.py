@@ -66,19 +66,26 @@ class Training:
             )
 
     def finish(self, work):
+        """Train to the end, and give what it prints."""
         process = self.start(work)
-        assert process.wait(TIMEOUT) == 0, self.config.with_name("output.txt").read_text()[-3000:]
+        output = self.config.with_name("output.txt")
+        assert process.wait(TIMEOUT) == 0, output.read_text()[-3000:]
+        return output.read_text()
 
     def kill(self, work, seconds):
-        """Start, kill some seconds after the first iteration, and see that no checkpoint is half a one.
+        """Start, kill some seconds after an iteration with a checkpoint behind it, and see that none is half a one.
 
         Returns:
             Whether there was still something to kill.
         """
         logs = len(list(work.glob("*/vis_data/scalars.json")))
+
+        def has_begun():
+            return len(list(work.glob("*/vis_data/scalars.json"))) > logs and (work / "last_checkpoint").exists()
+
         process = self.start(work)
         deadline = time.monotonic() + TIMEOUT
-        while len(list(work.glob("*/vis_data/scalars.json"))) == logs and process.poll() is None:
+        while not has_begun() and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(seconds)
@@ -92,12 +99,12 @@ class Training:
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
 def test_a_training_that_is_killed_ends_where_an_uninterrupted_one_does(tiny_ssd, tmp_path, kills):
-    epochs = 4 + 2 * kills
+    epochs = 6 + 2 * kills
     training = Training(tiny_ssd, tmp_path, epochs)
     training.finish(tmp_path / "whole")
     moments = random.Random(2)
     killed = [training.kill(tmp_path / "killed", moments.uniform(0, 2)) for _ in range(kills)]
-    training.finish(tmp_path / "killed")
+    assert "resumed epoch: " in training.finish(tmp_path / "killed")
     assert sum(killed) >= kills / 2
     whole, resumed = (
         torch.load(tmp_path / name / f"epoch_{epochs}.pth", weights_only=True) for name in ("whole", "killed")
