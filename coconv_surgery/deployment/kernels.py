@@ -19,8 +19,9 @@ from coconv_surgery.layers.functional import level_padding, pair
 from coconv_surgery.layers.levels import Levels
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# What convolves with its weight as it is, and is known in every runtime.
-_KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+# What convolves with its weight as it is.
+_KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, CoConv2d)
+_METHODS = ("forward", "_conv_forward")
 _SIZES = 4  # one after another, of images to try a layer on: a stride may leave nothing to pad at some
 
 
@@ -70,15 +71,15 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def is_as_it_is(layer: nn.Module) -> bool:
-    """Whether a layer is one of torch's own, whose weight is a parameter."""
+    """Whether a layer is one of torch's own or a contextual convolution, and its weight a parameter."""
     computes = is_parametrized(layer) or layer._forward_pre_hooks or "weight" not in layer._parameters
-    return type(layer) in _KNOWN and not computes
+    return type(layer) in _KNOWN and not computes and vars(layer).keys().isdisjoint(_METHODS)
 
 
 def read_kernels(layer: nn.Module, rank: int) -> Kernels | None:
     """Read the kernels that a layer convolves with.
 
-    What is not one of torch's own layers is tried on images of several sizes and magnitudes.
+    What is of another class than torch's own and ours is tried on images of several sizes and magnitudes.
 
     Args:
         layer: A layer in evaluation mode, in double precision.
@@ -88,7 +89,7 @@ def read_kernels(layer: nn.Module, rank: int) -> Kernels | None:
         None where it does more than to convolve with the same kernels whatever its input is.
     """
     if is_as_it_is(layer):
-        return _read_known(layer)
+        return _read_contextual(layer, rank) if isinstance(layer, CoConv2d) else _read_known(layer)
     with _disable_current_modes(), torch.no_grad():
         try:
             images = list(_images(layer, rank))
@@ -144,6 +145,11 @@ def _read_known(layer: Any) -> Kernels:
     return Kernels(layer.weight.detach(), _detached(layer.bias), functools.partial(_with_numbers, make), groups)
 
 
+def _read_contextual(layer: CoConv2d, rank: int) -> Kernels:
+    call = _own_convolution(layer, layer.weight, layer.bias, rank)
+    return Kernels(layer.weight.detach(), _detached(layer.bias), functools.partial(_convs, call.without_numbers()))
+
+
 def _with_numbers(make: Callable[..., Any], weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     made = make(bias=bias is not None)
     made.weight = constant(weight)
@@ -154,9 +160,9 @@ def _with_numbers(make: Callable[..., Any], weight: torch.Tensor, bias: torch.Te
 
 @dataclass(frozen=True)
 class _Convolution:
-    input: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
+    rank: int  # of its input
     stride: Pair
     padding: Pair
     dilation: Pair
@@ -166,11 +172,18 @@ class _Convolution:
 
     @property
     def channel_dim(self) -> int:
-        return self.input.dim() - 3
+        return self.rank - 3
 
     def without_numbers(self) -> "_Convolution":
-        nothing = torch.empty(0, device="meta")
-        return replace(self, input=self.input.to("meta"), weight=nothing, bias=None)
+        return replace(self, weight=torch.empty(0, device="meta"), bias=None)
+
+
+def _own_convolution(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None, rank: int) -> _Convolution:
+    """What a module does by its attributes, with some weights."""
+    stride, dilation = pair(conv.stride), pair(conv.dilation)
+    numbers = rank, stride, _padding(conv, conv.padding, dilation), dilation, conv.groups
+    levels = Levels(conv.dilations, conv.splits) if isinstance(conv, CoConv2d) else None
+    return _Convolution(weight, bias, *numbers, conv.padding_mode, levels)
 
 
 def _convolution_of(conv: nn.Conv2d, image: torch.Tensor) -> _Convolution | None:
@@ -178,10 +191,7 @@ def _convolution_of(conv: nn.Conv2d, image: torch.Tensor) -> _Convolution | None
     seen: list[_Convolution] = []
 
     def convolve(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        stride, dilation = pair(conv.stride), pair(conv.dilation)
-        numbers = stride, _padding(conv, conv.padding, dilation), dilation, conv.groups
-        levels = Levels(conv.dilations, conv.splits) if isinstance(conv, CoConv2d) else None
-        seen.append(_Convolution(input, weight, bias, *numbers, conv.padding_mode, levels))
+        seen.append(_own_convolution(conv, weight, bias, input.dim()))
         with torch._C.DisableTorchFunction():  # type: ignore[no-untyped-call]
             output: torch.Tensor = type(conv)._conv_forward(conv, input, weight, bias)
         return output
@@ -213,8 +223,10 @@ class _ConvolutionCalls(TorchFunctionMode):
             call = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
             stride, dilation = pair(call.get("stride", 1)), pair(call.get("dilation", 1))
             padding = _padding(self._conv, call.get("padding", 0), dilation)
-            tensors = call["input"], call["weight"], call.get("bias")
-            self._seen.append(_Convolution(*tensors, stride, padding, dilation, call.get("groups", 1)))
+            tensors = call["weight"], call.get("bias")
+            self._seen.append(
+                _Convolution(*tensors, call["input"].dim(), stride, padding, dilation, call.get("groups", 1))
+            )
         return func(*args, **(kwargs or {}))
 
 

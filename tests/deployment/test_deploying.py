@@ -1,6 +1,7 @@
 """``deploy`` makes plain layers of a network, and they compute the same."""
 
 import copy
+import types
 
 import pytest
 import timm
@@ -291,6 +292,21 @@ def test_kernels_that_depend_on_the_image_are_left_with_the_reason():
     assert report.written_out == {}
     with torch.no_grad():
         assert relative(deployed(IMAGE), net.eval()(IMAGE)) < 1e-5
+
+
+def doubled(conv, x):
+    return 2 * type(conv).forward(conv, x)
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(8, 8, 3), CoConv2d(8, 8, 3, padding=1, levels=2)])
+def test_a_forward_of_one_layers_own_is_kept(conv):
+    net = nn.Sequential(conv, nn.BatchNorm2d(8)).eval()
+    randomise_norms(net)
+    net[0].forward = types.MethodType(doubled, net[0])
+    deployed = deploy(net, example_inputs=IMAGE)
+    with torch.no_grad():
+        assert relative(deployed(IMAGE), net(IMAGE)) < 1e-5
+    assert "1" in get_deployment(deployed).left
 
 
 class Factor:
