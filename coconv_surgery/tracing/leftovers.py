@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from coconv_surgery.tracing.objects import dict_of
 
+_PIECE = 64  # objects that are asked at once, of which mostly none is it
 # What a tensor without data and a proxy know their twin by.
 _OWNERS = {FakeTensor: "fake_mode", fx.Tracer: "root", fx.Proxy: "tracer"}
 
@@ -63,7 +64,7 @@ def _first_of(holders: Iterable[Any]) -> str:
         if type(value) is not types.FrameType:
             owners = [type(owner).__qualname__ for owner in gc.get_referrers(value) if not isinstance(owner, list)]
             return f"a {type(value).__qualname__}" + (f" of a {owners[0]}" if owners else "")
-    return "a place that Python does not tell"
+    return "a place that Python does not tell" + (", or not after gc.freeze()" if gc.get_freeze_count() else "")
 
 
 class _Search:
@@ -87,7 +88,7 @@ class _Search:
         while found:
             new = {id(value): value for value in found}
             self.ours |= new
-            held_by = [value for value in every if not new.keys().isdisjoint(map(id, gc.get_referents(value)))]
+            held_by = _referring(new, every)
             found = [value for value in held_by if _carries(value) and id(value) not in self.ours]
             holders |= {id(value): value for value in held_by}
         self.holders = [value for number, value in holders.items() if number not in self.ours]
@@ -95,6 +96,19 @@ class _Search:
     def holds(self, *values: Any) -> bool:
         """Whether some values are of what is left."""
         return any(id(value) in self.ours for value in values)
+
+
+def _referring(numbers: Collection[int], values: list[Any]) -> list[Any]:
+    """Those of some values that refer to something with one of these ids."""
+    wanted = frozenset(numbers)
+    pieces = (values[start : start + _PIECE] for start in range(0, len(values), _PIECE))
+    return [
+        value
+        for piece in pieces
+        if not wanted.isdisjoint(map(id, gc.get_referents(*piece)))
+        for value in piece
+        if not wanted.isdisjoint(map(id, gc.get_referents(value)))
+    ]
 
 
 def _twin_of(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Nobody else sees planning."""
 
 import copy
+import gc
 import random
 import threading
 
@@ -169,6 +170,19 @@ def test_inputs_are_not_changed(needs_numbers):
     assert batch.keys() == before.keys()
     assert batch["samples"][0].seen == []
     assert torch.equal(batch["samples"][0].image, before["samples"][0].image)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_whether_garbage_is_collected_by_itself_is_as_it_was(net, collects):
+    if not collects:
+        gc.disable()
+    try:
+        cs.plan_conversion(net, input_size=32)
+        with pytest.raises(ValueError, match="does not run"):
+            cs.plan_conversion(net, example_inputs=IMAGE[:, :1])
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable()
 
 
 def test_torch_fx_is_not_patched_while_tracing(monkeypatch, net):
