@@ -1,5 +1,6 @@
 """What all tests share: a fixed seed, networks small enough to look through, and the command line."""
 
+import gc
 import os
 import sys
 from typing import NamedTuple
@@ -22,6 +23,31 @@ def _seed():
     torch.manual_seed(0)
     # What torch 2.4 compiles with -ffast-math makes the whole process take the smallest numbers for zero.
     torch.set_flush_denormal(False)
+
+
+def pytest_collection_finish():
+    _set_aside_all_there_is()
+
+
+@pytest.fixture(autouse=True)
+def _garbage_is_that_of_one_test():
+    yield
+    _set_aside_all_there_is()
+
+
+def _set_aside_all_there_is():
+    """A look at all objects is then one at a test's own, and not at a million of modules and of other tests."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _configs_are_written_as_they_are():
+    """Not as yapf lays them out, which takes a second or two for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        if config := sys.modules.get("mmengine.config.config"):
+            patch.setattr(config, "FormatCode", lambda text, **_: (text, True))
+        yield
 
 
 @pytest.fixture(autouse=True)
