@@ -195,5 +195,5 @@ def _work(rank, folder):
 
 def run(folder):
     """Run all checks in two processes; what went wrong in each, by its name."""
-    multiprocessing.spawn(_work, args=(folder,), nprocs=2)
+    multiprocessing.start_processes(_work, args=(folder,), nprocs=2, start_method="fork")
     return {check.__name__: "\n".join(p.read_text() for p in folder.glob(f"{check.__name__}.*")) for check in CHECKS}

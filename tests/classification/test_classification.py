@@ -1,12 +1,10 @@
 """The model, the data set and the metric."""
 
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from launching import python
 from mmengine.runner import Runner, load_checkpoint
 from PIL import Image
 from torchvision.datasets import ImageFolder
@@ -126,8 +124,7 @@ def test_a_wrong_number_of_classes_is_named_before_training(coresnet50, small, t
 
 
 def test_the_import_says_what_to_install_without_mmengine():
-    script = "import sys; sys.modules['mmengine'] = None; import coconv_surgery.classification"
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    process = python("import coconv_surgery.classification", mmengine=None)
     assert "needs mmengine: pip install 'coconv-surgery[mmdet]'" in process.stderr
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from launching import python
 from PIL import Image
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
@@ -35,19 +36,15 @@ def test_the_installed_command_ends_a_mistake_with_one_line():
     assert done.stderr.count("\n") == 1
 
 
-WITHOUT_CLICK = "import sys; sys.modules['click'] = None; "
-
-
 def test_without_click_the_command_says_in_one_line_what_to_install():
-    code = WITHOUT_CLICK + "from coconv_cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("from coconv_cli import main; main()", click=None)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "coconv: click is not installed: pip install 'coconv-surgery[cli]'\n"
 
 
 def test_what_the_command_does_can_be_imported_without_click():
-    code = WITHOUT_CLICK + "import coconv_surgery.cli.targets, coconv_surgery.cli.running, coconv_surgery.cli.weights"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    parts = ", ".join(f"coconv_surgery.cli.{part}" for part in ("targets", "running", "weights"))
+    done = python(f"import {parts}", click=None)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -84,10 +81,8 @@ def test_a_traceback_is_shown_where_it_is_asked_for(coconv, monkeypatch):
 
 
 def test_what_is_not_installed_is_told_with_its_extra():
-    code = "import sys; sys.modules['pebble'] = None; sys.argv = ['coconv', 'sweep', 'timm']\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code + "from coconv_cli import main; main()"], capture_output=True, text=True
-    )
+    code = "import sys; sys.argv = ['coconv', 'sweep', 'timm']; from coconv_cli import main; main()"
+    done = python(code, pebble=None)
     assert done.returncode == 1
     assert done.stderr == "coconv: pebble is not installed: pip install 'coconv-surgery[sweep]'\n"
 

@@ -1,12 +1,10 @@
 """What the tests of generation share: a folder of drawn images, and a training of seconds, to 16×16 pixels."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import torchrun
 from mmengine.config import Config
 from mmengine.runner import Runner
 
@@ -56,20 +54,12 @@ def configured(drawn, tmp_path):
 @pytest.fixture
 def launched(configured, tmp_path):
     """Trains by a config of a name in two processes of their own, and gives the work dir."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     in_two = {"env_cfg": {"dist_cfg": {"backend": "gloo"}}, "model_wrapper_cfg.device_ids": None}
 
     def launch(name: str, work: str, **options) -> str:
         configured(name, work, **in_two, **options).dump(tmp_path / f"{work}.py")
-        process = subprocess.run(
-            [*torchrun, "coconv_surgery.generation", tmp_path / f"{work}.py", "--launcher", "pytorch"],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert process.returncode == 0, process.stderr[-3000:]
+        arguments = tmp_path / f"{work}.py", "--launcher", "pytorch"
+        torchrun("coconv_surgery.generation", *arguments, output=tmp_path / f"{work}.txt")
         return str(tmp_path / work)
 
     return launch

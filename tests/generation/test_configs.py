@@ -1,11 +1,11 @@
 """The configs of ProGAN and CoProGAN, and what their trainings cost."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+from launching import python
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
@@ -105,6 +105,5 @@ def test_the_cost_is_printed_without_training(monkeypatch, capsys):
 
 
 def test_the_command_says_what_to_install_without_mmengine():
-    code = "import sys; sys.modules['mmengine'] = None; import coconv_surgery.generation.training"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = python("import coconv_surgery.generation.training", mmengine=None)
     assert "needs mmengine: pip install" in done.stderr

@@ -17,7 +17,6 @@ import coconv_surgery.mmdet  # noqa: F401
 from coconv_surgery.demo.shapes import write_shapes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
 
 
 @pytest.fixture(autouse=True)
@@ -105,13 +104,19 @@ def _tiny_ssd(shapes: Path, folder: Path) -> Config:
     return config
 
 
+@pytest.fixture(scope="session")
+def tools() -> Path:
+    """The folder of mmdet's tools."""
+    return Path(mmdet.__file__).parent / ".mim" / "tools"
+
+
 @pytest.fixture
-def tool(monkeypatch, capfd):
+def tool(tools, monkeypatch, capfd):
     """Runs one of mmdet's tools as it is, in this process, and gives what it prints."""
 
     def run(name: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(TOOLS / name), run_name="__main__")
+        runpy.run_path(str(tools / name), run_name="__main__")
         return "".join(capfd.readouterr())
 
     return run

@@ -1,11 +1,9 @@
 """CoConv as a conv layer of mmcv, and the import that registers it."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn as nn
+from launching import python
 from mmcv.cnn import ConvModule, build_conv_layer
 from mmdet.registry import MODELS
 from mmengine.registry import DefaultScope
@@ -96,8 +94,9 @@ for hidden in ("mmcv", "mmdet", "mmcv._ext"):
 
 
 def test_a_missing_dependency_is_named_with_the_extra_that_brings_it():
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", MISSING], capture_output=True, text=True)
-    for message, named in zip(run.stdout.splitlines(), ("mmcv", "mmdet", "compiled operators"), strict=True):
+    for message, named in zip(
+        python(MISSING).stdout.splitlines(), ("mmcv", "mmdet", "compiled operators"), strict=True
+    ):
         assert message.startswith("coconv_surgery.mmdet needs")
         assert named in message
         assert "pip install 'coconv-surgery[mmdet]'" in message

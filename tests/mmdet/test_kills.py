@@ -2,16 +2,12 @@
 
 import os
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import mmdet
 import pytest
 import torch
+from launching import start
 
-TRAIN = Path(mmdet.__file__).parent / ".mim" / "tools" / "train.py"
 TIMEOUT = 600
 # Files are written in parts, so that a kill is likely to find one half written.
 SLOWLY = """
@@ -34,7 +30,7 @@ Path.write_bytes = write_bytes
 class Training:
     """mmdet's training of the tiny SSD in a process of its own, on one thread."""
 
-    def __init__(self, config, folder, epochs):
+    def __init__(self, train, config, folder, epochs):
         config.merge_from_dict(
             {
                 "train_cfg.max_epochs": epochs,
@@ -49,28 +45,20 @@ class Training:
                 "val_evaluator": None,
             }
         )
-        self.config = folder / "config.py"
+        self.train, self.config, self.output = train, folder / "config.py", folder / "output.txt"
         config.dump(self.config)
         (folder / "slowly.py").write_text(SLOWLY)
 
     def start(self, work):
-        variables = {"PYTHONPATH": str(self.config.parent), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(TRAIN), str(self.config), "--work-dir", str(work), "--resume"]
-        with open(self.config.with_name("output.txt"), "w") as output:
-            return subprocess.Popen(
-                command,
-                env={**os.environ, **variables},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.output.unlink(missing_ok=True)
+        return start(self.train, self.config, "--work-dir", work, "--resume", output=self.output)
 
     def finish(self, work):
         """Train to the end, and give what it prints."""
         process = self.start(work)
-        output = self.config.with_name("output.txt")
-        assert process.wait(TIMEOUT) == 0, output.read_text()[-3000:]
-        return output.read_text()
+        process.join(TIMEOUT)
+        assert process.exitcode == 0, self.output.read_text()[-3000:]
+        return self.output.read_text()
 
     def kill(self, work, seconds):
         """Start, kill some seconds after an iteration with a checkpoint behind it, and see that none is half a one.
@@ -85,22 +73,24 @@ class Training:
 
         process = self.start(work)
         deadline = time.monotonic() + TIMEOUT
-        while not has_begun() and process.poll() is None:
+        while not has_begun() and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(seconds)
-        killed = process.poll() is None
+        killed = process.is_alive()
         os.killpg(process.pid, 9) if killed else None
-        assert process.wait() == (-9 if killed else 0), self.config.with_name("output.txt").read_text()[-3000:]
+        process.join()
+        assert process.exitcode == (-9 if killed else 0), self.output.read_text()[-3000:]
         for path in work.glob("*.pth"):
             assert torch.load(path, weights_only=True)["meta"]["epoch"] == int(path.stem.removeprefix("epoch_"))
         return killed
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
-def test_a_training_that_is_killed_ends_where_an_uninterrupted_one_does(tiny_ssd, tmp_path, kills):
+def test_a_training_that_is_killed_ends_where_an_uninterrupted_one_does(tools, tiny_ssd, tmp_path, monkeypatch, kills):
+    monkeypatch.syspath_prepend(tmp_path)
     epochs = 6 + 2 * kills
-    training = Training(tiny_ssd, tmp_path, epochs)
+    training = Training(tools / "train.py", tiny_ssd, tmp_path, epochs)
     training.finish(tmp_path / "whole")
     moments = random.Random(2)
     killed = [training.kill(tmp_path / "killed", moments.uniform(0, 2)) for _ in range(kills)]

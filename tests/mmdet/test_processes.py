@@ -1,39 +1,18 @@
 """mmdet's own entry points, in this process and in two, on the drawn shapes."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import mmdet
 import mmengine
 import pytest
 import torch
+from launching import torchrun
 from mmdet.apis import DetInferencer
 from PIL import Image
 
 from coconv_surgery import Plan, get_plan
 from coconv_surgery.mmengine.hooks import FILE_NAME, META_KEY
-
-TRAIN = Path(mmdet.__file__).parent / ".mim" / "tools" / "train.py"
-
-
-def train_in_two_processes(config: Path) -> None:
-    """With what lies beside the config to import."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(config.parent)}
-    process = subprocess.run(
-        [*launch, TRAIN, config, "--launcher", "pytorch"],
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-3000:]
 
 
 def losses(work: Path) -> list[float]:
@@ -162,12 +141,12 @@ def mirrored(tiny_ssd, tmp_path):
     return tiny_ssd
 
 
-def test_two_processes_agree_with_one_of_the_doubled_batch(tool, mirrored, tmp_path, monkeypatch):
+def test_two_processes_agree_with_one_of_the_doubled_batch(tools, tool, mirrored, tmp_path, monkeypatch):
     configs = {batch: tmp_path / f"batches_of_{batch}.py" for batch in (1, 2)}
     for mirrored.train_dataloader.batch_size, path in configs.items():
         mirrored.dump(path)
-    train_in_two_processes(configs[1])
     monkeypatch.syspath_prepend(tmp_path)
+    torchrun(tools / "train.py", configs[1], "--launcher", "pytorch", output=tmp_path / "output.txt")
     tool("train.py", configs[2])
     before, first, second, alone = (
         torch.load(tmp_path / f"{name}.pth")

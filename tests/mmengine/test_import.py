@@ -1,26 +1,20 @@
 """What importing the part that needs mmengine alone does."""
 
-import subprocess
-import sys
-
 import pytest
+from launching import python
 from mmengine.registry import HOOKS, DefaultScope
 
 from coconv_surgery.mmengine import CoConvPlanHook
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-
-
 def test_neither_mmdet_nor_mmcv_is_imported():
     code = "import sys, coconv_surgery.mmengine, coconv_surgery.classification\n"
-    found = run(code + "print([name for name in ('mmengine', 'mmcv', 'mmdet') if name in sys.modules])").stdout
+    found = python(code + "print([name for name in ('mmengine', 'mmcv', 'mmdet') if name in sys.modules])").stdout
     assert found == "['mmengine']\n"
 
 
 def test_without_mmengine_it_says_what_to_install():
-    process = run("import sys; sys.modules['mmengine'] = None; import coconv_surgery.mmengine")
+    process = python("import coconv_surgery.mmengine", mmengine=None)
     message = "coconv_surgery.mmengine needs mmengine: pip install 'coconv-surgery[mmdet]', or [generation]"
     assert process.stderr.strip().splitlines()[-1] == f"ImportError: {message}"
 
@@ -37,4 +31,4 @@ def test_importing_it_anew_is_no_error():
         "importlib.reload(part.hooks)\n"
         "print(importlib.reload(part).CoConvPlanHook is part.hooks.CoConvPlanHook)"
     )
-    assert run(code).stdout == "True\n"
+    assert python(code).stdout == "True\n"

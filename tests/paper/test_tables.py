@@ -1,11 +1,10 @@
 """What `coconv table` prints: counts of the networks themselves, next to the paper's figures."""
 
 import importlib.util
-import subprocess
-import sys
 
 import pytest
 import torch
+from launching import python
 
 import coconv_surgery as cs
 from coconv_surgery.paper.counting import count
@@ -118,8 +117,7 @@ def test_table_6_counts_mmdetections_detectors():
 
 
 def test_table_6_says_what_is_missing_without_mmdet():
-    code = "import sys; sys.modules['mmdet'] = None; from coconv_surgery.paper.tables import ssd; ssd('r50')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("from coconv_surgery.paper.tables import ssd; ssd('r50')", mmdet=None)
     assert "RuntimeError: Table 6 is of detectors, and" in done.stderr
 
 

@@ -1,14 +1,13 @@
 """CoResNet as a timm network: its levels, its equality with timm's, and timm's ways of building and loading."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 import torchvision
+from launching import python
 from sampling import few
 from zoo.authors_resnet import authors_resnet
 
@@ -40,7 +39,7 @@ def image():
 
 def test_importing_the_package_gives_timm_the_names():
     code = "import timm, coconv_surgery; print(timm.is_model('coresnet50'), 'mmdet' in __import__('sys').modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True False\n"
+    assert python(code).stdout == "True False\n"
 
 
 def test_timm_lists_the_architectures():
