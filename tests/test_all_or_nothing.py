@@ -87,7 +87,7 @@ def test_planning_and_applying_in_one_leave_no_trace_of_a_fault(capsys):
         return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
 
     # Most of the calls are planning's, which has not changed anything yet.
-    count = every_fault(build, lambda model: cs.convert(model, input_size=(3, 16, 16)), step=17)
+    count = every_fault(build, lambda model: cs.convert(model, input_size=(3, 16, 16)), step=41)
     assert count > 100
     report(capsys, "convert", count)
 
@@ -99,7 +99,7 @@ def test_a_converted_file_is_loaded_whole_or_not_at_all(build, tmp_path, capsys)
         nn.init.normal_(parameter)
     cs.save_converted(saved, tmp_path / "saved.safetensors")
     # Most calls read the file, which changes nothing.
-    count = every_fault(build, lambda model: cs.load_converted(model, tmp_path / "saved.safetensors"), step=7)
+    count = every_fault(build, lambda model: cs.load_converted(model, tmp_path / "saved.safetensors"), step=13)
     assert count > 50
     report(capsys, f"load_converted, {build.__name__}", count)
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_the_authors_is_loaded_whole_or_not_at_all(tmp_path, cap
     torch.save(cs.export_authors_state_dict(theirs), tmp_path / "theirs.pth")
     # Most calls read the file, which changes nothing.
     load = lambda model: cs.load_authors_checkpoint(model, tmp_path / "theirs.pth")  # noqa: E731
-    count = every_fault(authors_network, load, step=53)
+    count = every_fault(authors_network, load, step=101)
     assert count > 20
     report(capsys, "load_authors_checkpoint", count)
 

@@ -1,7 +1,6 @@
 """Scripts run unedited on converted networks."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from launching import python, torchrun
 
 import coconv_surgery as cs
 
@@ -246,6 +246,14 @@ def test_a_plan_waits_for_the_folder_that_the_script_makes(coconv, train, what, 
     assert len(list(Path().rglob("coconv-plan*"))) == 1
 
 
+def alone(*arguments):
+    """Run the command in a process of its own."""
+    asked = [str(argument) for argument in arguments]
+    return python(
+        f"import runpy, sys; sys.argv = ['', *{asked}]; runpy.run_module('coconv_surgery', None, '__main__', True)"
+    )
+
+
 FORKED = """
 import multiprocessing, os, sys, timm
 
@@ -265,7 +273,7 @@ sys.exit(process.exitcode)
 @pytest.mark.parametrize(("who", "made"), [("child", ["test_resnet"]), ("both", ["test_byobnet", "test_resnet-2"])])
 def test_a_plan_of_a_forked_process_is_written_too(train, tmp_path, who, made):
     train.write_text(FORKED)
-    done = run("-m", "coconv_surgery", *AT_64, "--", train, who, "--output", "new", cwd=tmp_path)
+    done = alone(*AT_64, "--", train, who, "--output", "new")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.rglob("*.json")) == [f"coconv-plan-{name}.json" for name in made]
     assert done.stderr.count("coconv: plan: ") == len(made)
@@ -296,10 +304,11 @@ print(__name__, __spec__ is not None, __package__, sys.argv[1:])
 
 def test_a_module_that_is_run_is_still_there_at_exit(train, tmp_path):
     train.write_text(AT_EXIT)
-    done = run("-m", "coconv_surgery", "run", "--", "-m", "scripts.train", "a", cwd=tmp_path)
+    command = [sys.executable, "-m", "coconv_surgery", "run", "--", "-m", "scripts.train", "a"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["__main__ True scripts ['a']", "True"], done.stderr
     (tmp_path / "scripts" / "__main__.py").write_text("import timm\nprint(__package__)")
-    assert run("-m", "coconv_surgery", "run", "--", "-m", "scripts", cwd=tmp_path).stdout == "scripts\n"
+    assert alone("run", "--", "-m", "scripts").stdout == "scripts\n"
 
 
 def test_another_plan_in_the_same_folder_is_written_beside_the_first(coconv, train):
@@ -332,16 +341,9 @@ def test_networks_that_no_pattern_matches_are_named_at_the_end(coconv, train):
     assert "nothing was converted: the script made test_resnet, which no --network matches" in done.err
 
 
-def run(*command, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd, env=environment
-    )
-
-
-def test_an_error_of_the_script_has_its_traceback(train, tmp_path):
+def test_an_error_of_the_script_has_its_traceback(train):
     train.write_text("def fail():\n    raise ValueError('of the script')\nfail()")
-    done = run("-m", "coconv_surgery", "run", "--", train, cwd=tmp_path)
+    done = alone("run", "--", train)
     assert done.returncode == 1
     assert 'scripts/train.py", line 2, in fail' in done.stderr
     assert done.stderr.endswith("ValueError: of the script\n")
@@ -362,10 +364,9 @@ dist.destroy_process_group()
 
 def test_two_processes_convert_alike_and_one_of_them_says_so(train, tmp_path):
     train.write_text(TWO)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "coconv_surgery")
-    done = run(*torchrun, *AT_64, "--", train, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("coconv: test_resnet, converted by resolution") == 1
+    output = tmp_path / "output.txt"
+    torchrun("coconv_surgery", *AT_64, "--", train, output=output)
+    assert output.read_text().count("coconv: test_resnet, converted by resolution") == 1
     first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
     assert cs.plan_of(first) == cs.plan_of(second) == cs.Plan.from_json(tmp_path / "coconv-plan-test_resnet.json")
     assert all(torch.equal(first[name], second[name]) for name in first if "running" not in name)

@@ -29,7 +29,7 @@ def run(networks, steps=10, phases=(Phase.generate, Phase.shrink)):
 
 
 def test_whatever_is_done_to_whatever_network_keeps_what_it_promises():
-    run(40)
+    run(25)
 
 
 def test_levels_that_compute_something_else_do_not_go_unnoticed(monkeypatch):

@@ -61,7 +61,7 @@ def test_a_process_that_is_killed_costs_its_row_only(tmp_path):
 
 
 def test_a_network_that_takes_too_long_is_given_up(tmp_path):
-    (row,) = walk(MISHAPS, ["slow"], tmp_path / "rows.csv", timeout=10)
+    (row,) = walk(MISHAPS, ["slow"], tmp_path / "rows.csv", timeout=5)
     assert (row.status, row.error) == (CRASHED, "it took too long")
 
 
