@@ -1,6 +1,7 @@
 """All or nothing: a fault at any call into the package leaves a network as it was, or as it was to be."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -197,9 +198,9 @@ def test_an_interrupted_rewrite_of_a_graph_does_not_poison_later_traces():
             return F.conv2d(x, torch.ones(2, 3, 3, 3))
 
     plan = cs.plan_conversion(functional_network(), input_size=(3, 16, 16))
-    calls, _ = run_with_fault(lambda: cs.apply_plan(functional_network(), plan))
+    calls, _ = run_with_fault(partial(cs.apply_plan, functional_network(), plan))
     for number in range(1, calls + 1, 13):
-        run_with_fault(lambda: cs.apply_plan(functional_network(), plan), number)
+        run_with_fault(partial(cs.apply_plan, functional_network(), plan), number)
     assert F.conv2d in [node.target for node in fx.symbolic_trace(Functional()).graph.nodes]
 
 
