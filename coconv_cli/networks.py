@@ -48,6 +48,7 @@ def plan(
     from coconv_surgery.cli import targets
     from coconv_surgery.surgery import get_plan
 
+    options.check_outputs(json_path, figure)
     if figure is not None:
         from coconv_surgery.viz.plan import plot_plan
         from coconv_surgery.viz.theme import picture_file

@@ -134,6 +134,14 @@ def check_weights(checkpoint: Path | None, pretrained: bool) -> None:
         raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
 
 
+def check_outputs(*outputs: Path | None) -> None:
+    """Check that no two files that are to be written are one."""
+    paths = [path.absolute() for path in outputs if path is not None]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise click.UsageError(f"{path.name} cannot be two files: give each output a name of its own")
+
+
 def words_of(name: str) -> list[str]:
     """An option as it stands on the command line, if it does."""
     context = click.get_current_context()

@@ -97,6 +97,9 @@ def fields(
     from coconv_surgery.reporting.gathering import before_and_after
 
     options.check_weights(checkpoint, pretrained)
+    options.check_outputs(figure, heatmap)
+    if layer is not None and heatmap is None:
+        raise click.UsageError("--layer says what to draw a heatmap of: give --heatmap FILE as well")
     for path in (figure, heatmap):
         if path is not None:
             from coconv_surgery.viz.theme import picture_file
@@ -110,6 +113,11 @@ def fields(
         reports = {
             name: receptive_fields(each, example_inputs=inputs, names=only or None) for name, each in networks.items()
         }
+        if heatmap is not None:
+            size = tuple(inputs.args[0].shape[1:])
+            effective = {
+                name: effective_receptive_field(each, layer, input_size=size) for name, each in networks.items()
+            }
     click.echo(align(reports["after"].cells(), width()))
     if figure is not None:
         from coconv_surgery.viz.fields import plot_receptive_fields
@@ -118,11 +126,6 @@ def fields(
     if heatmap is not None:
         from coconv_surgery.viz.fields import plot_effective_fields
 
-        with doing(f"measuring {target}"):
-            size = tuple(inputs.args[0].shape[1:])
-            effective = {
-                name: effective_receptive_field(each, layer, input_size=size) for name, each in networks.items()
-            }
         plot_effective_fields(effective, heatmap, target)
 
 

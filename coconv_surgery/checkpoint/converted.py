@@ -33,6 +33,7 @@ _OF_OTHERS = {
     ".json",
     ".npz",
     ".onnx",
+    ".py",
     ".pickle",
     ".pkl",
     ".pt",

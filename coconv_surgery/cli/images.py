@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
+from PIL import Image
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader, Subset
 
@@ -36,7 +37,7 @@ def image_batches(
         Batches of images and of labels that mean nothing.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or one of those that were chosen cannot be read.
     """
     arguments: dict[str, Any] = {}
     if input_size is not None:
@@ -46,5 +47,16 @@ def image_batches(
         found = ImageDataset(str(folder), transform=create_transform(**config, is_training=False))
     except RuntimeError as error:
         raise ValueError(f"{folder} has no images to calibrate on: {error}") from error
-    chosen = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:count]
-    return DataLoader(cast(Any, Subset(found, chosen.tolist())), batch_size=BATCH)
+    chosen = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    for index in chosen:
+        _check_image(found.filename(index, absolute=True))
+    return DataLoader(cast(Any, Subset(found, chosen)), batch_size=BATCH)
+
+
+def _check_image(path: str) -> None:
+    """See that an image can be read: timm takes the next one in place of one that cannot."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is no image that can be read ({error}): take it out of the folder") from error

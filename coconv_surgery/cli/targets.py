@@ -26,6 +26,7 @@ from coconv_surgery.paper.counting import count as count_cost
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.surgery import apply_plan, complete_plan, get_plan, plan_conversion
 from coconv_surgery.tracing.inputs import Inputs, InputSize, infer_inputs
+from coconv_surgery.tracing.objects import in_short
 
 FORMS = (
     "a name of timm's (or hf_hub:… or local-dir:…), torchvision/NAME, package.module:factory, a file that coconv "
@@ -282,8 +283,9 @@ def _factory(target: str) -> Callable[..., Any]:
         factory: Any = importlib.import_module(place)
         for part in name.split("."):
             factory = getattr(factory, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{target}: {error}. It is read as package.module:factory; else give {FORMS}") from error
+    except (Exception, SystemExit) as error:  # whatever the module's own code raises
+        why = error if isinstance(error, ImportError | AttributeError) else in_short(error)
+        raise ValueError(f"{target}: {why}. It is read as package.module:factory; else give {FORMS}") from error
     finally:
         sys.path.remove(os.getcwd())
     if not callable(factory):
@@ -294,10 +296,10 @@ def _factory(target: str) -> Callable[..., Any]:
 def _module(make: Callable[..., Any], arguments: Mapping[str, Any], target: str) -> nn.Module:
     try:
         made = make(**arguments)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # whatever the network's own code raises
         given = ", ".join(f"{name}={shown(value)}" for name, value in arguments.items() if value is not None)
         raise ValueError(
-            f"{shown(target)} cannot be built{f' with {given}' if given else ''}: {type(error).__name__}: {error}"
+            f"{shown(target)} cannot be built{f' with {given}' if given else ''}: {in_short(error)}"
         ) from error
     if not isinstance(made, nn.Module):
         raise TypeError(f"{target} makes {kind(made)}, not a torch.nn.Module")

@@ -49,7 +49,8 @@ def merge_blocks(model: nn.Module) -> tuple[nn.Module, list[str], dict[str, str]
 
 def _merge_of(module: nn.Module) -> Callable[[], Any] | None:
     for name in ("fuse", "reparameterize", "switch_to_deploy"):
-        if callable(method := getattr(module, name, None)):
+        found = inspect.getattr_static(module, name, None)  # not a module of that name, and not what a property gives
+        if found is not None and not isinstance(found, property) and callable(method := getattr(module, name)):
             try:
                 inspect.signature(method).bind()
             except (TypeError, ValueError):  # one that wants something is no merge

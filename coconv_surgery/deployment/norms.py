@@ -52,7 +52,7 @@ def read_norm(module: Any, rank: int) -> Norm | None:
     weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
     scale = (variance + eps).rsqrt() * (1.0 if weight is None else weight.detach())
     norm = Norm(scale, -mean * scale + (0.0 if bias is None else bias.detach()), None)
-    if type(module) in _KNOWN and not module.training:
+    if type(module) in _KNOWN and not module.training and "forward" not in vars(module):
         return norm
     act = module._modules.get("act")
     with _disable_current_modes(), torch.no_grad():

@@ -106,8 +106,8 @@ class Watch:
     def _enter_norm(self, name: str) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             seen = _see(self.norms, name, module, args, kwargs)
-            image = args[0] if args else None
-            layer = self._outputs.get(image) if isinstance(image, torch.Tensor) else None
+            image = _image_of(args, kwargs)
+            layer = None if image is None else self._outputs.get(image)
             if layer is None:
                 seen.otherwise = True
             else:
@@ -121,10 +121,17 @@ class Watch:
         self._in_norms.pop()
 
 
+def _image_of(args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The map that a module is called with, if that is all."""
+    given = [*args, *kwargs.values()]
+    alone = len(given) == 1 and isinstance(given[0], torch.Tensor) and kwargs.keys() <= {"input"}
+    return given[0] if alone else None
+
+
 def _see(table: dict[str, Seen], name: str, module: nn.Module, args: Any, kwargs: Any) -> Seen:
-    alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
+    image = _image_of(args, kwargs)
     hooked = len(module._forward_hooks) > 1  # one is the watch's
-    rank = args[0].dim() if alone and not hooked else None
+    rank = image.dim() if image is not None and not hooked else None
     seen = table.setdefault(name, Seen(module, rank))
     seen.rank = rank if rank == seen.rank else None
     return seen

@@ -153,7 +153,7 @@ class Dataflow:
         """Of how many shifted copies of a map a node is one; 0 if it is none, or one of a few."""
         _, source = next(iter(self.sources(node)), (0, None))
         crops = node.name().startswith("Slice") and source is not None and _PADDED.match(source.name())
-        if not crops and not node.name().startswith("Roll"):
+        if not crops and not node.name().startswith("Roll") and not _PADDED.match(node.name()):
             return 0
         alike = [consumer for consumer, _ in self.consumers[source] if consumer.name() == node.name()]
         return len(alike) if len(alike) >= _SHIFTS else 0

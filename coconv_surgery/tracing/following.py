@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from coconv_surgery.tracing.axes import Axis
-from coconv_surgery.tracing.grid_rules import RULES, Rule, mixed
+from coconv_surgery.tracing.grid_rules import RULES, Rule, mixed, reordered
 from coconv_surgery.tracing.grids import Grid, Seen, fresh, pointwise, within
 from coconv_surgery.tracing.objects import tensors_in
 from coconv_surgery.tracing.operations import makes_anew, name_of
@@ -23,6 +23,10 @@ _KEEP_ZEROS = (
     *("view", "expand", "permute", "transpose", "slice", "select", "squeeze", "unsqueeze", "alias", "detach"),
     *("clone", "_to_copy", "repeat", "split", "mul", "neg", "lift_fresh"),
 )
+
+# What shares the memory of a part, or of all.
+_PARTS = ("slice", "select", "permute", "transpose", "t", "detach", "alias")
+_OVERWRITE = ("copy_", "fill_", "zero_")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class _Part:
         first = self.ranges[own][0]
         ranges = (*self.ranges[:own], (first + start, first + end), *self.ranges[own + 1 :])
         return _Part(self.whole, ranges, tuple(index for index in self.left if not (drop and index == own)))
+
+    def turned(self, order: Iterable[int]) -> "_Part":
+        return replace(self, left=tuple(self.left[dim] for dim in order))
 
 
 class Positions:
@@ -72,9 +79,11 @@ class Positions:
             return
         name = name_of(operation)
         tensors = list(_tensors((*args, *kwargs.values())))
-        if name in ("copy_", "fill_", "zero_") and args[0] in self._parts:
+        results = [result for result in results if not result.is_nested]  # which have no positions
+        part = self._parts.get(args[0]) if name.endswith("_") and isinstance(args[0], torch.Tensor) else None
+        if part and name in _OVERWRITE:
             value = args[1] if len(args) > 1 else 0
-            self._write(self._parts[args[0]], value, zeros=isinstance(value, int | float) and value == 0)
+            self._write(part, value, zeros=isinstance(value, int | float) and value == 0)
             return
         self._note_zeros(name, args, kwargs, results)
         self._note_part(name, args, kwargs, results)
@@ -82,6 +91,8 @@ class Positions:
             rule = RULES.get(name) or RULES.get(name.removesuffix("_copy"))  # many a view has a form that copies
             rule = mixed if isinstance(operation, HigherOrderOperator) else rule
             self._follow(rule, tensors, results, args, kwargs)
+        if part:
+            self._write(part, args[0], zeros=False)
 
     def depends_on_input(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor was computed of what the network is called with."""
@@ -131,10 +142,14 @@ class Positions:
                 self._zeros.pop(result, None)
 
     def _note_part(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Any]) -> None:
-        if name not in ("slice", "select"):
+        if name not in _PARTS:
             return
-        x, dim = args[0], (args[1] if len(args) > 1 else 0) % args[0].dim()
+        x = args[0]
         part = self._parts.get(x) or _Part(x, tuple((0, side) for side in x.shape), tuple(range(x.dim())))
+        if name not in ("slice", "select"):
+            self._parts[results[0]] = part.turned(reordered(name, x, *args[1:]))
+            return
+        dim = (args[1] if len(args) > 1 else 0) % x.dim()
         size = x.shape[dim]
         start, end, step = itertools.islice(itertools.chain(args[2:], itertools.repeat(None)), 3)
         if name == "select":

@@ -8,7 +8,7 @@ from typing import Any
 
 from coconv_surgery.tracing.axes import Axis, Blank, Piece, joined, repeated, resized, rolled, spread, taken, window
 from coconv_surgery.tracing.grids import Dim, Grid, Seen, fresh, new, pointwise, resized_dim, within
-from coconv_surgery.tracing.writing import scattered, written_slice
+from coconv_surgery.tracing.writing import scattered, written_row, written_slice
 
 Rule = Callable[..., Grid | list[Grid | None] | None]
 
@@ -46,15 +46,23 @@ def _expand(seen: Seen, x: Any, *_: Any, **__: Any) -> Grid | None:
     return Grid(tuple((spread(dim[0], size),) if len(dim) == 1 else dim for dim, size in sized))
 
 
-def _permute(seen: Seen, x: Any, order: Sequence[int]) -> Grid | None:
-    grid = seen.grid(x)
-    return grid and replace(grid, dims=tuple(grid.dims[index] for index in order))
-
-
-def _transpose(seen: Seen, x: Any, first: int = 0, second: int = -1) -> Grid | None:
+def reordered(name: str, x: Any, *arguments: Any) -> list[int]:
+    """In which order an operation leaves the dimensions of a tensor."""
     order = list(range(x.dim()))
-    order[first], order[second] = order[second], order[first]
-    return _permute(seen, x, order)
+    if name == "permute":
+        return [order[dim] for dim in arguments[0]]
+    if name in ("transpose", "t") and order:
+        first, second = arguments or (0, -1)
+        order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _reorder(name: str) -> "Rule":
+    def rule(seen: Seen, x: Any, *arguments: Any) -> Grid | None:
+        grid = seen.grid(x)
+        return grid and replace(grid, dims=tuple(grid.dims[index] for index in reordered(name, x, *arguments)))
+
+    return rule
 
 
 def _squeeze(seen: Seen, x: Any, dim: Any = None) -> Grid | None:
@@ -145,8 +153,11 @@ def _stack(seen: Seen, tensors: Sequence[Any], dim: int = 0) -> Grid:
     dim %= len(seen.shape)
     grids = [grid for tensor in tensors if (grid := seen.grid(tensor))]
     rest = pointwise((*seen.shape[:dim], *seen.shape[dim + 1 :]), grids)
-    parts = [axis for grid in grids for axis in grid.lost]
-    axis = joined(parts) if len(parts) == len(tensors) else None
+    pieces: list[Piece] = []
+    for tensor in tensors:
+        grid = seen.grid(tensor)
+        pieces += grid.lost if grid else [Blank(1, seen.is_zero(tensor))]
+    axis = joined(pieces) if len(pieces) == len(tensors) else None
     return Grid((*rest.dims[:dim], (axis,) if axis else new(seen.shape[dim]), *rest.dims[dim:]))
 
 
@@ -291,14 +302,13 @@ def mixed(seen: Seen, *_: Any, **__: Any) -> Grid:
 
 _SCATTERING = (
     *("index_put", "_unsafe_index_put", "index_copy", "index_add", "index_reduce"),
-    *("scatter", "scatter_add", "scatter_reduce", "masked_scatter"),
+    *("scatter", "scatter_add", "scatter_reduce", "masked_scatter", "index_fill"),
 )
 # By name, without what comes behind a dot. Any other operation is pointwise as far as sizes allow.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _view),
     "expand": _expand,
-    "permute": _permute,
-    **dict.fromkeys(("transpose", "t"), _transpose),
+    **{name: _reorder(name) for name in ("permute", "transpose", "t")},
     "squeeze": _squeeze,
     "unsqueeze": _unsqueeze,
     "slice": _slice,
@@ -318,6 +328,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("index", "_unsafe_index"), _index),
     **dict.fromkeys((name + place for name in _SCATTERING for place in ("", "_")), scattered),
     "slice_scatter": written_slice,
+    "select_scatter": written_row,
     "convolution": _convolution,
     "unfold": _unfold,
     **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d"), _pool),

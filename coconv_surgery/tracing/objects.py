@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 # What holds nothing that could matter here.
 _ATOMS: tuple[type, ...] = (
-    *(str, bytes, int, float, complex, type(None), range, slice, type, enum.Enum),
+    *(str, bytes, int, float, complex, type(None), range, type, enum.Enum),
     *(types.BuiltinFunctionType, types.FunctionType, types.ModuleType, types.CodeType),
     *(torch.Tensor, torch.dtype, torch.device, torch.Generator),
 )
@@ -25,14 +25,16 @@ _ITERATORS_AND_VIEWS: tuple[Any, ...] = (Iterator, ValuesView, ItemsView, types.
 
 
 def parts(value: Any) -> Iterable[Any]:
-    """What an object holds: the items of a container, or the attributes of anything else.
+    """What an object holds: the items of a container and its keys, or the attributes of anything else.
 
     No property, descriptor or overridden method runs. Tensors, functions, classes and the like hold nothing.
     """
     if isinstance(value, _ATOMS):
         return ()
     if isinstance(value, dict):
-        return dict.values(value)
+        return [*dict.values(value), *(key for key in dict.keys(value) if type(key) is not str)]
+    if isinstance(value, slice):
+        return (value.start, value.stop, value.step)
     if isinstance(value, types.GeneratorType):
         return list(value.gi_frame.f_locals.values()) if value.gi_frame else ()
     for base in _SEQUENCES:
@@ -44,6 +46,8 @@ def parts(value: Any) -> Iterable[Any]:
         return (value.func, value.args, value.keywords)
     if isinstance(value, types.MethodType):
         return (value.__self__,)
+    if isinstance(value, BaseException):
+        return (*value.args, *attributes(value).values())
     return attributes(value).values()
 
 

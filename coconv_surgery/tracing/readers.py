@@ -39,9 +39,9 @@ class _State(enum.Enum):
 
 _AFTER_A_NORM = (_State.NORMALISED, _State.FEATURES)
 # The input that these operations read as data; what enters elsewhere steers them, channel by channel.
-_DATA_INPUT = {"ConvolutionBackward0": 0, "GridSampler2DBackward0": 0}
+_DATA_INPUT = {"ConvolutionBackward0": 0, "GridSampler2DBackward0": 0, "GridSampler3DBackward0": 0}
 # What comes out of these is features. Squashing functions, as behind predictions, are none of them.
-_FEATURES = ("elu", "silu", "mish", "glu", "hardswish", "hardtanh", "norm", "maxpool")
+_FEATURES = ("elu", "silu", "mish", "glu", "hardswish", "norm", "maxpool")
 
 
 @dataclass
@@ -143,6 +143,7 @@ class _Search:
         name = node.name().lower()
         by_itself = sum(source in self._reached for _, source in self._dataflow.sources(node)) > 1
         activated = any(kind in name for kind in _FEATURES) or (by_itself and name.startswith("mul"))
+        activated |= name.startswith("hardtanh") and node._saved_min_val >= 0  # as ReLU6; others squash
         if activated or is_total(node) or _is_from_elsewhere(node) or self._attends(node):
             return _State.FEATURES
         if by_itself and name.startswith("div") and state is not _State.FEATURES:

@@ -46,7 +46,7 @@ class Surroundings:
     A forward pass may leave something in places of which a copy of the network has none of its own: in module-level
     dictionaries, class attributes, default arguments, closures. They are found by following the network's code: its
     classes' functions, the names that they use, what those hold, and so on. Definitions, such as classes that are
-    registered on first use, stay.
+    registered on first use, stay, unless they hold a tensor or a module.
 
     Args:
         model: The network.
@@ -292,11 +292,26 @@ def _kept_by_methods(value: Any) -> tuple[Any, ...] | None:
     return None
 
 
+def _stays(value: Any) -> bool:
+    """Whether something new is a definition, and none that holds a tensor or a module."""
+    held = (torch.Tensor, nn.Module)
+    return isinstance(value, DEFINITIONS) and not any(isinstance(part, held) for part in walk(value, into=_defined))
+
+
+def _defined(value: Any) -> Iterable[Any]:
+    """What a definition holds."""
+    if isinstance(value, types.FunctionType):
+        return (*contents(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__, vars(value))
+    if isinstance(value, type):
+        return () if _is_library(value.__module__) else tuple(vars(value).values())
+    return parts(value) if isinstance(value, dict | list | tuple | set | frozenset) else ()
+
+
 def _restore_dict(value: dict[Any, Any], before: dict[Any, Any]) -> None:
     base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
     now = dict(dict.items(value))
     for key in now.keys() - before.keys():
-        if not isinstance(now[key], DEFINITIONS):
+        if not _stays(now[key]):
             base.pop(value, key, None)
     for key, content in before.items():
         if now.get(key, _MISSING) is not content:
@@ -311,7 +326,7 @@ def _restore_names(namespace: dict[str, Any], names: set[str], before: dict[str,
         now = namespace.get(name, _MISSING)
         if name in before and now is not before[name]:
             namespace[name] = before[name]
-        elif name not in before and now is not _MISSING and not isinstance(now, DEFINITIONS):
+        elif name not in before and now is not _MISSING and not _stays(now):
             del namespace[name]
 
 
@@ -357,7 +372,7 @@ def _restore_cell(cell: types.CellType, before: Any) -> None:
 def _restore_class(cls: type, before: dict[str, Any]) -> None:
     now = dict(vars(cls))
     for name in now.keys() - before.keys():
-        if not isinstance(now[name], DEFINITIONS):
+        if not _stays(now[name]):
             type.__delattr__(cls, name)
     for name, content in before.items():
         if now.get(name, _MISSING) is not content and not name.startswith("__"):

@@ -5,7 +5,19 @@ from typing import Any
 
 import torch
 
-from coconv_surgery.tracing.axes import BY_HAND, Added, Axis, Blank, Piece, joined, overwritten, put, resized, together
+from coconv_surgery.tracing.axes import (
+    BY_HAND,
+    Added,
+    Axis,
+    Blank,
+    Piece,
+    joined,
+    masked,
+    overwritten,
+    put,
+    resized,
+    together,
+)
 from coconv_surgery.tracing.grids import Dim, Grid, Seen, new, same, within
 
 
@@ -76,13 +88,22 @@ def scattered(seen: Seen, x: Any, *arguments: Any, **_: Any) -> Grid | None:
     base = seen.grid(x)
     source = next((value for value in reversed(arguments) if isinstance(value, torch.Tensor)), None)
     grid = seen.grid(source)
-    if base is not None or grid is None or source is None or source.dim() != x.dim():
-        return base
-    dims = []
-    for dim, size in enumerate(x.shape):
+    if base is not None:
+        return Grid(tuple(tuple(map(masked, dim)) for dim in base.dims))
+    if grid is None or source is None or source.dim() > x.dim():
+        return None
+    dims: list[Dim] = [new(size) for size in x.shape[: x.dim() - source.dim()]]
+    for dim, size in enumerate(x.shape[len(dims) :]):
         axis, smaller = grid.at(dim), source.shape[dim] < size
         dims.append((put(axis, size, zeros=seen.is_zero(x)),) if axis and smaller else grid.dims[dim])
     return Grid(tuple(dims))
+
+
+def written_row(seen: Seen, x: Any, source: Any, dim: int, index: int) -> Grid:
+    """One row or column is something else."""
+    dim, ranges = dim % x.dim(), [(0, side) for side in x.shape]
+    ranges[dim] = index % x.shape[dim], index % x.shape[dim] + 1
+    return written(seen, x, ranges, [other for other in range(x.dim()) if other != dim], source, zeros=False)
 
 
 def written_slice(

@@ -344,8 +344,12 @@ class Mapping(dict):
     [
         *(Record, Plain, Slotted, namedtuple("Named", "maps"), lambda maps: Record(Record((maps,)))),
         *(lambda maps: Mapping(maps=maps), lambda maps: iter([maps]), lambda maps: (part for part in [maps])),
+        *(lambda maps: {maps: "maps"}, lambda maps: slice(None, maps), ValueError),
     ],
-    ids=["dataclass", "object", "slots", "named tuple", "nested", "dict", "iterator", "generator"],
+    ids=[
+        *("dataclass", "object", "slots", "named tuple", "nested", "dict", "iterator", "generator"),
+        *("key", "slice", "exception"),
+    ],
 )
 def test_tensors_in_any_object_are_outputs(wrap, way):
     features = Model(lambda m, x: wrap(m.norm(m.last(m.first(x)))), first=conv(3), last=conv(), norm=nn.BatchNorm2d(16))
@@ -395,6 +399,20 @@ def involution_by_rolling(model, x):
     kernel = model.make(y)
     rolled = [torch.roll(y, (i, j), (2, 3)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     return model.mix(sum(copy * kernel[:, i : i + 1] for i, copy in enumerate(rolled)))
+
+
+def involution_by_padding(model, x):
+    y = model.first(x)
+    kernel, places = model.make(y), [(i, j) for i in range(3) for j in range(3)]
+    crops = [F.pad(y, (1, 1, 1, 1))[:, :, i : i + 32, j : j + 32] for i, j in places]
+    return model.mix(sum(crop * kernel[:, n : n + 1] for n, crop in enumerate(crops)))
+
+
+def involution_by_negative_padding(model, x):
+    y = model.first(x)
+    kernel, places = model.make(y), [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    copies = [F.pad(y, (i, -i, j, -j)) for i, j in places]
+    return model.mix(sum(copy * kernel[:, n : n + 1] for n, copy in enumerate(copies)))
 
 
 def in_steps(patches, rows, columns):
@@ -468,6 +486,17 @@ def flow_that_is_context_as_well(model, x):
     return model.mix(F.grid_sample(y, flow[:, :2].permute(0, 2, 3, 1)) + flow[:, 2:])
 
 
+def squashed_flow_that_is_context_as_well(model, x):
+    y = model.first(x)
+    flow = F.hardtanh(model.make(y))
+    return model.mix(F.grid_sample(y, flow[:, :2].permute(0, 2, 3, 1)) + flow)
+
+
+def volume(model, x):
+    y = model.first(x)
+    return model.mix(F.grid_sample(y[:, :, None], model.make(y).permute(0, 2, 3, 1)[:, None])[:, :, 0])
+
+
 MADE = {
     "RoI align": boxes(torchvision.ops.roi_align),
     "RoI pool": boxes(torchvision.ops.roi_pool),
@@ -478,10 +507,14 @@ MADE = {
     "involution by windows": (involution_by_windows, 9),
     "involution by crops": (involution_by_crops, 9),
     "involution by rolling": (involution_by_rolling, 9),
+    "involution by padding": (involution_by_padding, 9),
+    "involution by negative padding": (involution_by_negative_padding, 9),
     "CARAFE": (carafe, 36),
     "matrix product": (matrix_product, 256),
     "warp by gathering": (warp_by_gathering, 2),
     "flow that is context as well": (flow_that_is_context_as_well, 18),
+    "squashed flow that is context as well": (squashed_flow_that_is_context_as_well, 16),
+    "volume": (volume, 3),
 }
 
 

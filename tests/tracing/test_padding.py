@@ -63,6 +63,21 @@ def around(x, left, right):
     return torch.cat([left, x, right], 3)
 
 
+def into_part(whole, part, x):
+    part(whole).copy_(x)
+    return whole
+
+
+def added_to(whole, part, x):
+    part(whole).add_(x)
+    return whole
+
+
+def multiplied(whole, x, rows=slice(2, None)):
+    whole[:, :, rows].mul_(x)
+    return whole
+
+
 ALL = slice(None)
 CAUSAL = {
     "a padding layer": Around(conv(), nn.ConstantPad2d((1, 1, 2, 0), 0.0)),
@@ -168,6 +183,28 @@ SCATTERED = {
     "scattered by a mask": lambda whole, x: whole.masked_scatter((torch.arange(34) > 1)[:, None], x),
     "scattered by a mask in place": lambda whole, x: whole.masked_scatter_((torch.arange(34) > 1)[:, None], x),
 }
+# A part of zeros in memory of its own is written.
+WRITTEN = {
+    "added in place to a part": lambda x: added_to(x.new_zeros(1, 3, 34, 32), lambda whole: whole[:, :, 2:], x),
+    "added to a part with channels last": lambda x: added_to(
+        x.new_zeros(1, 34, 32, 3), lambda whole: whole.permute(0, 3, 1, 2)[:, :, 2:], x
+    ).permute(0, 3, 1, 2),
+    "copied to a part of a transposed map": lambda x: into_part(
+        x.new_zeros(1, 3, 32, 34), lambda whole: whole.transpose(2, 3)[:, :, 2:], x
+    ).transpose(2, 3),
+    "copied to a part of a detached map": lambda x: into_part(
+        torch.zeros(1, 3, 34, 32), lambda whole: whole.detach()[:, :, 2:], x
+    ),
+    "multiplied into ones": lambda x: multiplied(F.pad(x.new_ones(1, 3, 32, 32), (0, 0, 2, 0)), x),
+    "put at an index": lambda x: into(x.new_zeros(1, 3, 34, 32), (ALL, ALL, ROWS), x),
+    "put at a list": lambda x: into(x.new_zeros(1, 3, 34, 32), (ALL, ALL, ROWS.tolist()), x),
+    "stacked behind zeros": lambda x: torch.stack([torch.zeros_like(x[:, :, 0])] * 2 + [*x.unbind(2)], 2),
+}
+HIDDEN = {
+    "filled": lambda x: torch.roll(x, 1, 2).index_fill(2, torch.tensor([0]), 0),
+    "put": lambda x: into(torch.roll(x, 1, 2), (ALL, ALL, torch.tensor([0])), 0.0),
+    "selected and scattered": lambda x: torch.roll(x, 1, 2).select_scatter(torch.zeros(1, 3, 32), 2, 0),
+}
 SHIFTED = {
     "by padding and cropping": lambda y: F.pad(y, (0, 0, 1, 0))[:, :, :-1],
     "by negative padding": lambda y: F.pad(y, (0, 0, 1, -1)),
@@ -180,6 +217,8 @@ CAUSAL |= {
     f"rows {how}": Around(conv(padding=(0, 1)), lambda x, put=put: put(x.new_zeros(1, 3, 34, 32), x))
     for how, put in SCATTERED.items()
 }
+CAUSAL |= {f"rows {how}": Around(conv(padding=(0, 1)), pad) for how, pad in WRITTEN.items()}
+CAUSAL |= {f"a shift by rolling and a row {how}": Around(conv(padding=1), hide) for how, hide in HIDDEN.items()}
 SYMMETRIC = {
     "no padding": Around(conv()),
     "own padding": Around(conv(padding=1)),
@@ -208,6 +247,11 @@ SYMMETRIC = {
     "cropping what upsampling made too large": Around(
         conv(padding=1), behind=lambda x: F.interpolate(x, scale_factor=2)[:, :, :63, :63]
     ),
+    "a buffer added to in the middle": Around(
+        conv(), lambda x: added_to(x.new_zeros(1, 3, 34, 34), lambda whole: whole[:, :, 1:-1, 1:-1], x)
+    ),
+    "a row that is scaled in place": Around(conv(padding=1), behind=lambda y: multiplied(y.clone(), 0.5, slice(0, 1))),
+    "rows stacked": Around(conv(padding=1), lambda x: torch.stack([*x.unbind(2)], 2)),
     "differences of rows": Around(conv(padding=1), behind=lambda x: x[:, :, 1:] - x[:, :, :-1]),
     "channels shifted one way and the other": Around(
         conv(padding=1), behind=lambda x: torch.cat([torch.roll(x[:, :8], 1, 2), torch.roll(x[:, 8:], -1, 2)], 1)
