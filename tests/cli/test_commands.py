@@ -269,6 +269,15 @@ def test_demo_converts_a_network_on_a_photograph(coconv, tmp_path):
         (["convert", "resnet18", "--plan", __file__, "--policy", "top", "-o", "x"], 2, "leave out --policy"),
         (["convert", "resnet18", "--plan", __file__, "--min-channels", "8", "-o", "x"], 2, "leave out --min-channels"),
         (["convert", "resnet18", "--plan", __file__, "-o", "x"], 1, "is not JSON"),
+        (["convert", "resnet18", "-o", "network.py"], 1, "network.py would be a safetensors file"),
+        (["plan", "resnet18", "--json", "x.svg", "--figure", "x.svg"], 2, "x.svg cannot be two files"),
+        (["fields", "resnet18", "--layer", "layer1.0.conv1"], 2, "give --heatmap FILE as well"),
+        (["fields", "resnet18", "--figure", "x.png", "--heatmap", "x.png"], 2, "x.png cannot be two files"),
+        (
+            ["fields", "resnet18", "--figure", "x.png", "--layer", "9", "--heatmap", "h.png"],
+            1,
+            "layer='9': there is no",
+        ),
     ],
 )
 def test_a_mistake_is_one_message(coconv, monkeypatch, tmp_path, arguments, code, message):
@@ -365,6 +374,8 @@ def test_convert_calibrates_plain_weights_alone(coconv, tmp_path, photographs):
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "plain.pth")
     plain = ("--checkpoint", tmp_path / "plain.pth")
     assert "has no images to calibrate on" in coconv(*start, *plain, "--calibrate", empty).err
+    (empty / "text.jpg").write_text("none")
+    assert "text.jpg is no image that can be read" in coconv(*start, *plain, "--calibrate", empty).err
     assert "--calibrate needs trained weights" in coconv(*start, "--calibrate", photographs).err
     assert "give --calibrate FOLDER as well" in coconv(*start, "--images", 8).err
     assert not (tmp_path / "out.safetensors").exists()

@@ -1,5 +1,7 @@
 """What names a network on the command line."""
 
+import sys
+
 import pytest
 import timm
 import torch
@@ -114,6 +116,28 @@ def test_a_target_that_names_no_network_is_one_message(own, tmp_path, target, me
     (tmp_path / "weights.pth").touch()
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         targets.build(target)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def make(:", "SyntaxError: invalid syntax"),
+        ("nowhere", "NameError: name 'nowhere' is not defined"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit('bye')", "SystemExit: bye"),
+        ("class Own(Exception): pass\ndef make(): raise Own('one\\ntwo')", "cannot be built: Own: one"),
+        ("def make(): raise SystemExit('bye')", "cannot be built: SystemExit: bye"),
+    ],
+)
+def test_whatever_a_factory_raises_is_one_line(coconv, tmp_path, monkeypatch, code, message):
+    (tmp_path / "broken_networks.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_networks", raising=False)
+    done = coconv("plan", "broken_networks:make", "--input-size", 32)
+    assert done.code == 1
+    assert "broken_networks:make" in done.err
+    assert message in done.err
+    assert done.err.count("\n") <= 1
 
 
 @pytest.fixture

@@ -309,6 +309,67 @@ def test_a_forward_of_one_layers_own_is_kept(conv):
     assert "1" in get_deployment(deployed).left
 
 
+def test_a_norm_whose_forward_is_its_own_is_left():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval()
+    net[1].forward = types.MethodType(doubled, net[1])
+    assert "does more than to scale" in get_deployment(check(net, IMAGE)).left["1"]
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_coarse_numbers_hide_no_mistake(dtype, factor):
+    """A network that reads a weight which folding changes."""
+    net = Net(
+        lambda self, x: self.norm(self.conv(x)) * self.conv.weight.abs().mean() / self.mean,
+        conv=conv(),
+        norm=nn.BatchNorm2d(8),
+    )
+    net.mean = float(net.conv.weight.abs().mean())
+    net.norm.weight.data.fill_(factor)
+    with pytest.raises(DeploymentError, match="would compute something else"):
+        deploy(net.to(dtype), example_inputs=IMAGE.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_coarse_numbers_are_no_mistake(dtype):
+    net = convert(timm.create_model("resnet18"), input_size=64)
+    randomise_norms(net)
+    deployed = deploy(net.to(dtype), example_inputs=torch.rand(1, 3, 64, 64).to(dtype))
+    assert len(get_deployment(deployed).folded) == 20
+
+
+def test_layers_and_norms_may_be_called_by_keyword():
+    net = Net(lambda self, x: self.norm(input=self.conv(input=x)), conv=conv(), norm=nn.BatchNorm2d(8))
+    randomise_norms(net)
+    assert get_deployment(check(net, IMAGE)).folded == {"norm": ("conv",)}
+
+
+def test_a_layer_within_vmap_is_deployed():
+    net = Net(
+        lambda self, x: torch.vmap(lambda image: self.norm(self.conv(image[None]))[0])(x),
+        conv=conv(),
+        norm=nn.BatchNorm2d(8),
+    )
+    check(net, IMAGE)
+
+
+def test_a_merge_is_a_method_and_neither_a_module_nor_a_property():
+    class Fusing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fuse = CoConv2d(8, 8, 3, padding=1, levels=2)
+
+        @property
+        def reparameterize(self):
+            raise RuntimeError("not built")
+
+        def forward(self, x):
+            return self.fuse(x)
+
+    report = get_deployment(check(Fusing(), IMAGE))
+    assert (report.merged, report.left) == ((), {})
+
+
 class Factor:
     def __init__(self):
         self.factor = torch.tensor(2.0)

@@ -65,6 +65,28 @@ class InADictionary(Gridded):
         return DICT[size]
 
 
+class InAFunctionOfItsOwn(Gridded):
+    def grid(self, size):
+        if size not in DICT:
+            grid = torch.ones(size)
+            DICT[size] = lambda: grid
+        return DICT[size]()
+
+
+class InAFunctionOfItself(Gridded):
+    def grid(self, size):
+        if size not in DICT:
+            DICT[size] = lambda: self.mix.weight.new_ones(size)
+        return DICT[size]()
+
+
+class InAClassOfItsOwn(Gridded):
+    def grid(self, size):
+        if size not in DICT:
+            DICT[size] = type("Kept", (), {"grid": torch.ones(size)})
+        return DICT[size].grid
+
+
 class InAList(Gridded):
     def grid(self, size):
         if not LIST:

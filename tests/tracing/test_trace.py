@@ -436,6 +436,21 @@ def test_a_named_policy_gives_no_more_levels_than_fit_on_the_map():
 # -- Networks and their inputs ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_maps_whose_rows_differ_in_length_have_no_positions():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 4)
+
+        def forward(self, x):
+            tokens = self.conv(x).relu().flatten(2).transpose(1, 2)
+            ragged = torch.nested.as_nested_tensor([tokens[0, :10], tokens[0, :5]])
+            return torch.nested.to_padded_tensor(self.head(ragged), 0.0)
+
+    assert [row.name for row in cs.plan_conversion(Nested(), input_size=32).converted] == ["conv"]
+
+
 def test_feature_extractors_that_hook_themselves_are_traced():
     model = timm.create_model("vgg11", features_only=True, feature_cls="hook")
     shapes = [feature.shape for feature in model(torch.ones(1, 3, 64, 64))]
