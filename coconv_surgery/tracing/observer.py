@@ -278,6 +278,8 @@ class _Observer(TorchFunctionMode):
         if func in _DETACH and args[0].grad_fn is not None:
             self.switched = True
             return torch.ops.aten.alias.default(args[0])
+        if func in _DETACH and not args[0].requires_grad:
+            return args[0]  # so that what is written there is known to be in both
         if func in _DETACH_IN_PLACE and args[0].grad_fn is not None:
             self.switched = True
             return args[0]

@@ -12,6 +12,8 @@ from coconv_surgery.tracing.operations import LEAVES
 # What these compute takes numbers from elsewhere at places that whole numbers give, or puts them there.
 _BY_POSITION = ("Index", "UnsafeIndex", "Gather", "Take", "Scatter", "Embedding", "GridSampler")
 
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
 
 class Unrecorded:
     """A node for an operation that autograd knows no gradient of.
@@ -55,6 +57,8 @@ class Unrecordeds:
         """Take note of a call, if it is such an operation or reads what one has computed."""
         if func in LEAVES:
             self.left.append(args[0])
+        elif func == _SET_DATA:
+            self.left.append(args[1])
         name = getattr(func, "__name__", "").partition(".")[0]
         for tensor in _results(name, args, result):
             if tensor.grad_fn is None:

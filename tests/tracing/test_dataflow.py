@@ -173,7 +173,9 @@ def side(output):
         features = model.first(x)
         return model.predict(model.second(features).relu()), output(model, features)
 
-    return Model(forward, first=conv(3), second=conv(), predict=nn.Conv2d(16, 4, 1), norm=nn.BatchNorm2d(16))
+    model = Model(forward, first=conv(3), second=conv(), predict=nn.Conv2d(16, 4, 1), norm=nn.BatchNorm2d(16))
+    model.register_buffer("kept", torch.zeros(1, 16, 32, 32))
+    return model
 
 
 @pytest.mark.parametrize(
@@ -237,6 +239,10 @@ WAYS_OUT = {
     "map within a tuple": lambda model, y: map(torch.sigmoid, [y]),
     "zip within a tuple": lambda model, y: zip([y], "a", strict=True),
     "softplus": lambda model, y: F.softplus(y),
+    "written into the data of a buffer": lambda model, y: (model.kept.data.copy_(y), None)[1],
+    "rows written into the data of a buffer": lambda model, y: model.kept.data.__setitem__(0, y.data[0]),
+    "written into a detached buffer": lambda model, y: (model.kept.detach().copy_(y), None)[1],
+    "data of a buffer": lambda model, y: setattr(model.kept, "data", y.detach()),
 }
 
 
