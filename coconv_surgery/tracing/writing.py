@@ -38,6 +38,7 @@ def written(
     around = Blank(0, base is None and seen.is_zero(whole))
     zeros = zeros or seen.is_zero(source)
     partial = [dim for dim, (start, end) in enumerate(ranges) if end - start < whole.shape[dim]]
+    base = None if theirs and not partial else base  # nothing of it is left
     dims = []
     for dim, (start, end) in enumerate(ranges):
         own, put_in, size = base.dims[dim] if base else (), _dim_of(theirs, left, dim), whole.shape[dim]
