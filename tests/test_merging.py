@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from faults import same_state, state
+from sampling import few
 from timm.utils.model import reparameterize_model
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torch.utils._pytree import tree_leaves
@@ -42,17 +43,13 @@ def lively(model):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "repvgg_a0",
-        "mobileone_s0",
-        "repvit_m1",
-        pytest.param("repghostnet_050", marks=pytest.mark.long),
-        pytest.param("ghostnetv3_050", marks=pytest.mark.long),
-        "levit_conv_128s",
-        "efficientvit_m0",
-        pytest.param("tiny_vit_5m_224", marks=pytest.mark.long),
-        pytest.param("shvit_s1", marks=pytest.mark.long),
-    ],
+    few(
+        [
+            *("repvgg_a0", "mobileone_s0", "repvit_m1", "repghostnet_050", "ghostnetv3_050"),
+            *("levit_conv_128s", "efficientvit_m0", "tiny_vit_5m_224", "shvit_s1"),
+        ],
+        3,
+    ),
 )
 def test_a_converted_network_computes_the_same_after_reparameterization(name):
     model = lively(timm.create_model(name))

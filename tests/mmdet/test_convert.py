@@ -46,7 +46,7 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-@pytest.fixture(scope="module", params=few(NAMES, 5))
+@pytest.fixture(scope="module", params=few(NAMES, 3))
 def pair(request):
     """A plain detector, the same one converted, and its config."""
     # Proposals need a real forward pass, which is quick on a small image.
