@@ -7,6 +7,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -26,14 +27,19 @@ def python(code: str, **modules: None) -> CompletedProcess[str]:
         code: It.
         **modules: What is not installed, as ``click=None``.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm"])
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = context.Process(target=_interpret, args=(code, modules, files))
+        process = bare().Process(target=_interpret, args=(code, modules, files))
         process.start()
         code_at_exit = _join(process)
         return CompletedProcess(code, code_at_exit, *(file.read_text() for file in files))
+
+
+def bare() -> ForkServerContext:
+    """Makes processes that have imported torch and timm, and nothing that these do not need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm"])
+    return context
 
 
 def start(script: Script, *arguments: object, output: Path) -> BaseProcess:

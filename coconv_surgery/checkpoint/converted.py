@@ -33,12 +33,12 @@ _OF_OTHERS = {
     ".json",
     ".npz",
     ".onnx",
-    ".py",
     ".pickle",
     ".pkl",
     ".pt",
     ".pt2",
     ".pth",
+    ".py",
     ".tar",
     ".xml",
 }

@@ -25,7 +25,7 @@ from coconv_surgery.tracing.objects import tensors_in, walk
 from coconv_surgery.tracing.operations import Operations, makes_anew
 from coconv_surgery.tracing.padding import OneSided, padded_by
 from coconv_surgery.tracing.readers import Reader, reader_of
-from coconv_surgery.tracing.surroundings import contents
+from coconv_surgery.tracing.surroundings import kept_by
 from coconv_surgery.tracing.twin import NetworkError, Twin
 from coconv_surgery.tracing.unrecorded import Unrecordeds
 from coconv_surgery.tracing.unseen import saved_as_they_are, saves_by_hooks
@@ -122,7 +122,7 @@ def _weights(conv: nn.Module) -> list[torch.Tensor]:
 def _seen_in(value: Any) -> Iterable[Any]:
     """What an object holds, and what a function has kept for its next call."""
     if isinstance(value, types.FunctionType):
-        return (*contents(value.__closure__ or ()), *(value.__defaults__ or ()), value.__kwdefaults__)
+        return kept_by(value)
     return held_by(value)
 
 

@@ -232,6 +232,11 @@ def contents(cells: Iterable[types.CellType]) -> list[Any]:
     return [content for cell in cells if (content := _content(cell)) is not _MISSING]
 
 
+def kept_by(function: types.FunctionType) -> tuple[Any, ...]:
+    """What a function has kept for its next call: in its closure and its default arguments."""
+    return (*contents(function.__closure__ or ()), *(function.__defaults__ or ()), function.__kwdefaults__)
+
+
 def _content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
@@ -301,7 +306,7 @@ def _stays(value: Any) -> bool:
 def _defined(value: Any) -> Iterable[Any]:
     """What a definition holds."""
     if isinstance(value, types.FunctionType):
-        return (*contents(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__, vars(value))
+        return (*kept_by(value), vars(value))
     if isinstance(value, type):
         return () if _is_library(value.__module__) else tuple(vars(value).values())
     return parts(value) if isinstance(value, dict | list | tuple | set | frozenset) else ()
