@@ -79,7 +79,9 @@ class Positions:
             return
         name = name_of(operation)
         tensors = list(_tensors((*args, *kwargs.values())))
-        results = [result for result in results if not result.is_nested]  # which have no positions
+        if any(tensor.is_nested for tensor in (*tensors, *results)):  # which has no positions
+            self._lose(tensors, results)
+            return
         part = self._parts.get(args[0]) if name.endswith("_") and isinstance(args[0], torch.Tensor) else None
         if part and name in _OVERWRITE:
             value = args[1] if len(args) > 1 else 0
@@ -127,6 +129,11 @@ class Positions:
             self._grids[result] = grid if grid and len(grid.dims) == result.dim() else fresh(result.shape)
         kept = self._axes_of(results)
         _end(read - kept - {source for axis in kept for source in axis.sources})
+
+    def _lose(self, tensors: list[Any], results: list[Any]) -> None:
+        """Nothing is known of how results come from the positions of tensors."""
+        _end(self._axes_of(tensors))
+        self._grids.update((result, fresh(result.shape)) for result in results if not result.is_nested)
 
     def _note_zeros(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Any]) -> None:
         value = kwargs.get("fill_value", args[-1] if args else None)

@@ -436,8 +436,18 @@ def test_a_named_policy_gives_no_more_levels_than_fit_on_the_map():
 # -- Networks and their inputs ------------------------------------------------------------------------------------
 
 
+NESTED = {
+    "a linear layer": lambda linear, ragged: linear(ragged),
+    "products": lambda linear, ragged: linear(torch.matmul(torch.matmul(ragged, ragged.transpose(1, 2)), ragged)),
+    "one of them": lambda linear, ragged: linear(ragged.select(0, 1))[None],
+    "all apart": lambda linear, ragged: torch.nested.as_nested_tensor([linear(rows) for rows in ragged.unbind()]),
+    "attention": lambda linear, ragged: linear(F.scaled_dot_product_attention(*[ragged.unsqueeze(1)] * 3).squeeze(1)),
+}
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_maps_whose_rows_differ_in_length_have_no_positions():
+@pytest.mark.parametrize("reads", NESTED.values(), ids=NESTED.keys())
+def test_maps_whose_rows_differ_in_length_have_no_positions(reads):
     class Nested(nn.Module):
         def __init__(self):
             super().__init__()
@@ -446,8 +456,10 @@ def test_maps_whose_rows_differ_in_length_have_no_positions():
         def forward(self, x):
             tokens = self.conv(x).relu().flatten(2).transpose(1, 2)
             ragged = torch.nested.as_nested_tensor([tokens[0, :10], tokens[0, :5]])
-            return torch.nested.to_padded_tensor(self.head(ragged), 0.0)
+            out = reads(self.head, ragged)
+            return torch.nested.to_padded_tensor(out, 0.0) if out.is_nested else out
 
+    assert Nested()(torch.ones(1, 3, 32, 32)).shape[-1] == 4
     assert [row.name for row in cs.plan_conversion(Nested(), input_size=32).converted] == ["conv"]
 
 
