@@ -300,6 +300,7 @@ def survivors(before):
     """What only planning makes, and is alive: all garbage is collected where collecting the young leaves any."""
     known = {id(value) for value in before}
     for generation in (1, 2):
+        alive = []  # which would keep it
         gc.collect(generation)
         alive = [value for value in instances(*MADE_BY_PLANNING) if id(value) not in known]
         if not alive:
@@ -329,6 +330,7 @@ def _nothing_is_left_of_a_test():
 def test_a_network_that_keeps_something_gives_what_it_would_have_given(build, way):
     if build in SEARCHED:
         gc.unfreeze()
+        gc.collect()  # what other tests left, and what is alive by it
     network = build()
     plain = Gridded()
     plain.load_state_dict(network.state_dict())
