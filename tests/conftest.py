@@ -25,8 +25,14 @@ def _seed():
     torch.set_flush_denormal(False)
 
 
-def pytest_collection_finish():
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Imports, which leave no garbage to speak of."""
+    gc.disable()
+    result = yield
+    gc.enable()
     _set_aside_all_there_is()
+    return result
 
 
 @pytest.fixture(autouse=True)
