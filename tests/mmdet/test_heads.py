@@ -67,7 +67,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("config", few(HEADS, 7))
+@pytest.mark.parametrize("config", few(HEADS, 5))
 def test_a_heads_prediction_layers_are_left_alone_and_its_features_converted(config):
     must, must_not = HEADS[config]
     detector, inputs = mmdet_configs.build(config)
