@@ -46,10 +46,11 @@ def alone(count):
 @pytest.mark.parametrize(
     ("names", "count"),
     [
-        *((classifier, count) for count in (1, 20, 60, 200, 400)),
+        *((classifier, count) for count in (1, 20, 400)),
+        *(pytest.param(classifier, count, marks=pytest.mark.long) for count in (60, 200)),
         (detector, 20),
         (detector, 387),
-        (alone, 60),
+        pytest.param(alone, 60, marks=pytest.mark.long),
         (alone, 100),
     ],
 )
