@@ -26,6 +26,7 @@ from coconv_surgery.tracing.surroundings import (
     Surroundings,
     contents,
     empty_cache,
+    kept_by,
 )
 
 # Torch may be built without it.
@@ -35,16 +36,27 @@ _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HOOK_TABLES = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 _TALKATIVE = {"print", "open", "input", "breakpoint", "exec", "eval"}
 _SILENT = {
+    "builtins",
     "cmath",
     "collections",
     "contextlib",
     "copy",
+    "dataclasses",
+    "decimal",
+    "enum",
+    "fractions",
     "functools",
     "itertools",
     "math",
+    "numbers",
     "operator",
+    "random",
+    "re",
+    "statistics",
+    "string",
     "types",
     "typing",
+    "weakref",
 }
 
 
@@ -453,8 +465,9 @@ def _returned(code: types.CodeType) -> Iterator[str]:
 def _tells_others(function: types.FunctionType) -> bool:
     """Whether a function reaches what is outside of the process' objects, as by printing, logging or writing files."""
     names = {*function.__code__.co_names}
-    used = [function.__globals__.get(name) for name in names]
-    modules = {value.__name__.partition(".")[0] for value in used if isinstance(value, types.ModuleType)}
+    used = [*kept_by(function), *(function.__globals__.get(name) for name in names)]
+    places = [value.__name__ if isinstance(value, types.ModuleType) else type(value).__module__ for value in used]
+    modules = {place.partition(".")[0] for place in places}
     talks = _TALKATIVE & names or modules & sys.stdlib_module_names - _SILENT
     return bool(talks) or function.__module__.startswith("torch.")
 

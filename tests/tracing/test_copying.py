@@ -1,8 +1,10 @@
 """Planning runs a copy that shares nothing with the network, whatever the network's parts do when they are copied."""
 
 import copy
+import fractions
 import functools
 import logging
+import random
 import threading
 import types
 import weakref
@@ -427,6 +429,9 @@ class Scaling:
         return self(module, args, output)
 
 
+FOUR = fractions.Fraction(4)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "hook",
@@ -435,6 +440,8 @@ class Scaling:
         Scaling().hook,
         functools.partial(lambda factor, module, args, output: F.max_pool2d(output * factor, 4), torch.tensor(2.0)),
         lambda module, args, output, sizes=[4]: F.max_pool2d(output, sizes[0]),
+        lambda module, args, output: F.max_pool2d(output, int(FOUR)),
+        lambda module, args, output: F.max_pool2d(output, random.choice([4])),
     ],
 )
 def test_a_hook_that_changes_a_map_is_the_networks_whatever_it_holds(hook, way):
@@ -454,10 +461,27 @@ def test_a_hook_that_changes_a_map_and_cannot_be_copied_is_told():
         cs.plan_conversion(network, input_size=32)
 
 
-def test_a_hook_that_logs_is_somebody_elses(monkeypatch):
-    network, logger, records = Net(), logging.getLogger("sizes"), []
-    monkeypatch.setattr(logger, "handle", records.append)
-    network.conv.register_forward_hook(lambda module, args, output: logger.warning(output.shape))
+LOGGER = logging.getLogger("sizes")
+
+
+def that_logs_by_what_it_closes_over(logger):
+    return lambda module, args, output: logger.warning(output.shape)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda module, args, output: logging.getLogger("sizes").warning(output.shape),
+        lambda module, args, output: LOGGER.warning(output.shape),
+        lambda module, args, output, logger=LOGGER: logger.warning(output.shape),
+        that_logs_by_what_it_closes_over(LOGGER),
+    ],
+    ids=["module", "global", "default", "closure"],
+)
+def test_a_hook_that_logs_is_somebody_elses(hook, monkeypatch):
+    network, records = Net(), []
+    monkeypatch.setattr(LOGGER, "handle", records.append)
+    network.conv.register_forward_hook(hook)
     assert cs.plan_conversion(network, input_size=32).converted
     assert not records
     network(IMAGE)
