@@ -141,6 +141,18 @@ def test_a_convolution_that_no_weight_is_for_is_not_warned_of():
     net.load_state_dict(head, strict=False)
 
 
+@pytest.mark.parametrize("head", [{}, {"1": None}, {"1": 3}], ids=["same", "plain", "other levels"])
+def test_a_convolution_that_no_weight_is_for_is_not_compared(head):
+    def build(**overrides):
+        return cs.convert(network(), overrides={"0": 2, "1": 2, **overrides}, input_size=16)
+
+    state = build().state_dict()
+    for name in ("1.weight", "1.bias", "2.weight"):
+        del state[name]
+    missing, _ = build(**head).load_state_dict(state, strict=False)
+    assert missing == ["1.weight", "1.bias", "2.weight"]
+
+
 def test_a_parametrized_convolution_tells_its_levels():
     nets = network(1, 2), network(1, 3)
     for net in nets:
