@@ -189,7 +189,9 @@ class _Watch:
         self._maps[result[0]] = group
         if (conv := self._outputs.get(input)) is not None and variance is not None:
             scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
-            self._scales[conv] = None if conv in self._scales else scale  # of one norm behind, or of none
+            known = self._scales.setdefault(conv, scale)
+            if known is not None and not torch.equal(known, scale):
+                self._scales[conv] = None  # two norms
         return True
 
     def _linear(self, bias: Any, input: Any, matrix: Any) -> bool:

@@ -85,8 +85,25 @@ def test_a_scale_is_that_of_the_norm_behind():
     with torch.no_grad():
         model[1].running_var.uniform_(1, 2)
         model[1].weight.uniform_(1, 2)
-    (order,) = orders_of(model, torch.randn(1, 3, 8, 8))
+    image = torch.randn(1, 3, 8, 8)
+    (order,) = find_orders(model, lambda: [model(image) for _ in range(3)])
     torch.testing.assert_close(order.scales["0.weight"], model[1].weight / (model[1].running_var + 0.5).sqrt())
+
+
+def test_a_convolution_with_two_norms_behind_has_no_scale():
+    conv, norms, head = nn.Conv2d(3, 4, 3), [nn.BatchNorm2d(4), nn.BatchNorm2d(4, eps=0.5)], nn.Conv2d(4, 2, 1)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norms, self.head = conv, nn.ModuleList(norms), head
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.head(self.norms[0](x) + self.norms[1](x))
+
+    (order,) = orders_of(Two().eval(), torch.randn(1, 3, 8, 8))
+    assert not order.scales
 
 
 class Reader(nn.Module):
