@@ -1,10 +1,12 @@
 """A copy of a network that shares no module and no tensor with it."""
 
 import contextlib
+import contextvars
 import copy
 import dis
 import functools
 import sys
+import threading
 import types
 import weakref
 from collections import OrderedDict
@@ -34,6 +36,7 @@ _PROCESS_GROUP: Any = getattr(torch.distributed, "ProcessGroup", ())
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HOOK_TABLES = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
+_OF_ITS_OWN_CONTEXT = contextvars.ContextVar, threading.local
 _TALKATIVE = {"print", "open", "input", "breakpoint", "exec", "eval"}
 _SILENT = {
     "builtins",
@@ -328,11 +331,16 @@ class _Binder:
         if type(hook).__module__.startswith("torch."):
             return True
         seen = list(walk(hook, into=_seen_by))
-        if any(id(value) in self._memo or (_is_state(value) and value in self._surroundings) for value in seen):
+        if any(id(value) in self._memo or self._is_around(value) for value in seen):
             return True
         functions = [value for value in seen if isinstance(value, types.FunctionType)]
         states = [value for value in seen if value is not hook and not isinstance(value, _STATELESS)]
         return not states and bool(functions) and not any(map(_tells_others, functions))
+
+    def _is_around(self, value: Any) -> bool:
+        """Whether the network's code reaches a value, or what it holds for one thread or context."""
+        held = [part for part in attributes(value).values() if isinstance(part, _OF_ITS_OWN_CONTEXT)]
+        return _is_state(value) and any(part in self._surroundings for part in (value, *held))
 
     def bind_hook(self, hook: Any) -> Any:
         """A hook for the copy. Nobody else sees what it leaves in its closure."""
@@ -407,13 +415,16 @@ class _Binder:
             return self._memo[id(value)]
         if isinstance(value, types.FunctionType | functools.partial):
             return self.bind(value, everything)
-        if value in self._surroundings or isinstance(value, _STATELESS):
+        if isinstance(value, _STATELESS) or self._is_around(value):
             return value
         reached = self._is_reached_from(value)
         if not everything and not reached:
             return value
+        attempt = dict(self._memo)  # which a failure leaves half a copy in
         try:
-            return copy.deepcopy(value, self._memo)
+            copied = copy.deepcopy(value, attempt)
+            self._memo.update(attempt)
+            return copied
         except Exception as error:  # whatever the value's own code raises
             if reached:
                 raise CopyError(

@@ -8,6 +8,7 @@ import io
 import logging
 import random
 import sys
+import threading
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -112,6 +113,8 @@ class Surroundings:
             self._note_caches(dict.__setitem__, value, dict(dict.items(value)))  # whatever a subclass does
         elif isinstance(value, torch.Tensor):
             self._tensors.append(value)
+        elif isinstance(value, contextvars.ContextVar | threading.local):
+            self._ids.add(id(value))  # a visit has a context of its own; of what a thread has, the dict is put back
         elif isinstance(value, types.CellType):
             self._put_back_by(_restore_cell, value, _content(value))
             self._note_caches(setattr, value, {"cell_contents": _content(value)})

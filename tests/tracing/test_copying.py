@@ -1,5 +1,6 @@
 """Planning runs a copy that shares nothing with the network, whatever the network's parts do when they are copied."""
 
+import contextvars
 import copy
 import fractions
 import functools
@@ -486,6 +487,65 @@ def test_a_hook_that_logs_is_somebody_elses(hook, monkeypatch):
     assert not records
     network(IMAGE)
     assert len(records) == 1
+
+
+class Of:
+    """What is collected, in one context."""
+
+    def __init__(self, variable):
+        self.variable = variable
+
+    def get(self):
+        return self.variable.get()
+
+    def set(self, found):
+        self.variable.set(found)
+
+
+CONTEXT, THREAD = contextvars.ContextVar("found", default=None), threading.local()
+OF_CONTEXT = Of(contextvars.ContextVar("found", default=None))
+
+
+def collect_in_context(module, args, output):
+    if (found := CONTEXT.get()) is not None:
+        found.append(output)
+
+
+def collect_in_thread(module, args, output):
+    if (found := getattr(THREAD, "found", None)) is not None:
+        found.append(output)
+
+
+def collect_in_an_object(module, args, output):
+    if (found := OF_CONTEXT.get()) is not None:
+        found.append(output)
+
+
+class Collecting(Net):
+    """Returns what a hook has collected as well."""
+
+    def forward(self, x):
+        found = []
+        CONTEXT.set(found)
+        THREAD.found = found
+        OF_CONTEXT.set(found)
+        try:
+            return super().forward(x), *found
+        finally:
+            CONTEXT.set(None)
+            THREAD.found = None
+            OF_CONTEXT.set(None)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("hook", [collect_in_context, collect_in_thread, collect_in_an_object])
+def test_a_hook_that_collects_for_the_network_is_the_networks(hook, way):
+    network = Collecting()
+    network.conv.register_forward_hook(hook)
+    assert len(network(IMAGE)) == 2
+    first, _ = cs.plan_conversion(network, **WAYS[way]).rows
+    assert first.reason.endswith("the network gives out what it computes, besides reading it")
+    assert CONTEXT.get() is OF_CONTEXT.get() is THREAD.found is None
 
 
 @pytest.mark.parametrize("way", WAYS)
