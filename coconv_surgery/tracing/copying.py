@@ -137,8 +137,9 @@ def separate_copy(model: nn.Module) -> nn.Module:
     # Results that somebody keeps, as pruned weights, are refused by deepcopy.
     results = (part for part in walk(model, into=held_by) if isinstance(part, torch.Tensor) and not part.is_leaf)
     copied = copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
-    for module in copied.modules():
+    for path, module in copied.named_modules():
         vars(module).pop(COMPILED, None)
+        module.training = model.get_submodule(path).training  # which graph modules may lose
     _check_apart(model, copied)
     return copied
 

@@ -461,6 +461,16 @@ def test_a_feature_extractor_of_torchvision_converts_and_reverts():
     extractor(image)
 
 
+def test_a_converted_copy_of_a_feature_extractor_is_in_its_mode():
+    image = torch.randn(1, 3, 64, 64)
+    extractor = create_feature_extractor(torchvision.models.resnet18(), ["layer1", "layer3"]).eval()
+    copied = cs.convert(extractor, input_size=64, inplace=False)
+    assert not any(module.training for module in copied.modules())
+    cs.convert(extractor, input_size=64)
+    assert all(torch.equal(copied(image)[name], output) for name, output in extractor(image).items())
+    assert copied.train().graph is not copied.eval().graph
+
+
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.Sequential(m)], ids=["alone", "nested"])
 def test_a_feature_graph_of_timm_converts_and_reverts(wrap):
     image = torch.randn(1, 3, 64, 64)
