@@ -83,7 +83,7 @@ def tracked(items: Iterable[T], what: str) -> Iterator[T]:
 
 def width() -> int | None:
     """Characters in a line of standard output; None where it goes to a file or another program."""
-    if "COLUMNS" in os.environ or sys.stdout.isatty():
+    if "COLUMNS" in os.environ or (sys.stdout is not None and sys.stdout.isatty()):
         return shutil.get_terminal_size().columns
     return None
 

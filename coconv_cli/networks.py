@@ -145,7 +145,7 @@ def convert(
         warnings.simplefilter("ignore", NoChangeWarning)  # the summary says so
         if replayed is not None:
             apply_plan(network, plan_for(network, replayed))
-        elif options.asks_for_a_plan(choices) or not told:
+        elif options.asks_for_a_plan(choices) or not (told or before.converted):
             apply_plan(network, targets.plan_as_chosen(network, target, **choices))
     if folder is not None:
         batches = image_batches(network, folder, images, choices["input_size"])
@@ -233,7 +233,7 @@ def _has_weights_of_chance(target: str, checkpoint: Path | None, pretrained: boo
     """Whether a network's weights are those that it was made with; what a factory makes may have trained ones."""
     from coconv_surgery.cli import targets
 
-    return checkpoint is None and not pretrained and ":" not in target and not targets.is_file(target)
+    return checkpoint is None and not pretrained and not (targets.is_factory(target) or targets.is_file(target))
 
 
 def _tell_of_chance(target: str, checkpoint: Path | None, pretrained: bool) -> None:

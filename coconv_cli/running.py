@@ -68,7 +68,8 @@ def run(
     if plan_path is not None:
         change = functools.partial(targets.replay, plan=targets.read_plan_file(plan_path))
     else:
-        get_policy(policy)
+        settings = {name: value for name, value in choices.items() if name in options.SETTINGS and value is not None}
+        get_policy(policy, **settings)
         change = functools.partial(targets.convert_as_chosen, **choices)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,7 @@ def _module(name: str) -> tuple[ModuleType, CodeType]:
         spec = importlib.util.find_spec(f"{name}.__main__")
     code = spec.loader.get_code(spec.name) if spec and isinstance(spec.loader, InspectLoader) else None
     if spec is None or code is None:
-        raise ImportError(f"there is no code of a module {name} to run")
+        sys.exit(f"coconv: there is no module {shown(name)} to run")
     main = importlib.util.module_from_spec(spec)
     main.__name__ = "__main__"
     return main, code

@@ -64,7 +64,7 @@ def build(target: str, arguments: Mapping[str, Any] | None = None, *, pretrained
         return _module(functools.partial(timm.create_model, target, pretrained=pretrained), given, target)
     if target.startswith(_TORCHVISION):
         return _of_torchvision(target, given, pretrained)
-    if ":" in target:
+    if is_factory(target):
         return _module(_factory(target), {**given, **({"pretrained": True} if pretrained else {})}, target)
     if Path(target).is_dir():
         raise ValueError(f"{target} is a folder: give local-dir:{target} if save_for_hf wrote it, else {FORMS}")
@@ -104,6 +104,11 @@ def inputs_of(network: nn.Module, target: str, input_size: InputSize | None) -> 
 def is_config(target: str) -> bool:
     """Whether a target is a config of MMDetection."""
     return target.endswith(".py")
+
+
+def is_factory(target: str) -> bool:
+    """Whether a target is a function of a module, which makes a network and may load its weights."""
+    return ":" in target and not target.startswith(_HUBS)
 
 
 def is_file(target: str) -> bool:

@@ -363,6 +363,27 @@ def test_convert_calibrates_on_a_folder_of_images_and_the_file_says_so(coconv, t
     assert cs.get_plan(model).calibrated == 5
 
 
+def test_convert_keeps_a_networks_own_levels_whatever_weights_it_gets(coconv, tmp_path):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "plain.pth")
+    start = ("convert", "coresnet18", "--arg", "levels=(2,2,2,1)", "--checkpoint", tmp_path / "plain.pth")
+    for name, asked, levels in (("own", (), 2), ("other", ("--policy", "uniform(3)"), 3)):
+        assert coconv(*start, *asked, "-o", tmp_path / f"{name}.safetensors").code == 0
+        converted = cs.plan_of(tmp_path / f"{name}.safetensors").converted
+        assert {row.name: row.levels for row in converted}["layer1.0.conv1"] == levels
+
+
+def test_a_hubs_folder_has_random_weights_unless_they_are_asked_for(coconv, tmp_path, photographs):
+    timm.models.save_for_hf(
+        timm.create_model("test_resnet"), tmp_path / "folder", model_args={}, safe_serialization=True
+    )
+    start = ("convert", f"local-dir:{tmp_path / 'folder'}", "--input-size", 64, "-o", tmp_path / "net.safetensors")
+    assert "the weights are random" in coconv(*start).err
+    assert "the weights are random" not in coconv(*start, "--pretrained").err
+    refused = coconv(*start, "--calibrate", photographs)
+    assert refused.code == 2
+    assert "--calibrate needs trained weights" in refused.err
+
+
 def test_convert_calibrates_plain_weights_alone(coconv, tmp_path, photographs):
     file, empty = tmp_path / "net.safetensors", tmp_path / "empty"
     empty.mkdir()

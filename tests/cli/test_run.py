@@ -388,6 +388,8 @@ def test_two_processes_convert_alike_and_one_of_them_says_so(train, tmp_path):
         (["--plan", "plan.json", "--policy", "top", "--", "scripts/train.py"], 2, "leave out --policy"),
         (["--plan", "plan.json", "--", "scripts/train.py"], 1, "plan.json is not a plan"),
         (["--policy", "stag", "--", "scripts/train.py"], 1, "did you mean 'stage'"),
+        (["--policy", "uniform", "--max-levels", "2", "--", "scripts/train.py"], 1, "has no key 'max_levels'"),
+        (["--policy", "uniform", "--", "-m", "json.nosuch"], 1, "there is no module 'json.nosuch' to run"),
         (["--policy", "stage"], 2, "Missing argument"),
     ],
 )
