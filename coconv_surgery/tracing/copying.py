@@ -39,6 +39,7 @@ _HOOK_TABLES = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 _OF_ITS_OWN_CONTEXT = contextvars.ContextVar, threading.local
 _TALKATIVE = {"print", "open", "input", "breakpoint", "exec", "eval"}
 _SILENT = {
+    "abc",
     "builtins",
     "cmath",
     "collections",
@@ -478,8 +479,9 @@ def _tells_others(function: types.FunctionType) -> bool:
     """Whether a function reaches what is outside of the process' objects, as by printing, logging or writing files."""
     names = {*function.__code__.co_names}
     used = [*kept_by(function), *(function.__globals__.get(name) for name in names)]
-    places = [value.__name__ if isinstance(value, types.ModuleType) else type(value).__module__ for value in used]
-    modules = {place.partition(".")[0] for place in places}
+    modules = {value.__name__ for value in used if isinstance(value, types.ModuleType)}
+    modules |= {cls.__module__ for value in used if type(value) is not types.ModuleType for cls in type(value).__mro__}
+    modules = {name.partition(".")[0] for name in modules}
     talks = _TALKATIVE & names or modules & sys.stdlib_module_names - _SILENT
     return bool(talks) or function.__module__.startswith("torch.")
 
