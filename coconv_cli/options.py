@@ -72,7 +72,6 @@ plan = click.option("--plan", "plan_path", type=FILE, help="A saved plan, or a f
 # Without torch the names that the library has are not known here; a test compares.
 POLICIES = ("resolution", "stage", "top", "uniform")
 SPLITS = ("pow2", "even")
-SETTINGS = ("max_levels", "split", "min_channels")  # of a policy
 
 
 def planning(*, policy: str | None = "resolution") -> Callable[[Command], Command]:

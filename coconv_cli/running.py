@@ -53,7 +53,6 @@ def run(
     from coconv_surgery.cli import targets
     from coconv_surgery.cli.running import Converting, check_command, output_folder
     from coconv_surgery.cli.running import run as run_command
-    from coconv_surgery.planning.policies import get_policy
 
     check_command(command)
     policy = choices["policy"]
@@ -68,8 +67,7 @@ def run(
     if plan_path is not None:
         change = functools.partial(targets.replay, plan=targets.read_plan_file(plan_path))
     else:
-        settings = {name: value for name, value in choices.items() if name in options.SETTINGS and value is not None}
-        get_policy(policy, **settings)
+        targets.check_policy(**choices)
         change = functools.partial(targets.convert_as_chosen, **choices)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from coconv_cli import main
+from coconv_surgery.tracing.visit import garbage_stays
 
 # Whether the operator for depthwise levels was built on this machine makes no difference: its tests build their own.
 os.environ["COCONV_NATIVE"] = "0"
@@ -28,9 +29,8 @@ def _seed():
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """Imports, which leave no garbage to speak of."""
-    gc.disable()
-    result = yield
-    gc.enable()
+    with garbage_stays():
+        result = yield
     _set_aside_all_there_is()
     return result
 

@@ -24,6 +24,7 @@ from coconv_surgery.cli.images import image_sides
 from coconv_surgery.layers.arguments import Pair, kind, near_miss, shown
 from coconv_surgery.paper.counting import count as count_cost
 from coconv_surgery.planning.plan import Plan
+from coconv_surgery.planning.policies import get_policy
 from coconv_surgery.surgery import apply_plan, complete_plan, get_plan, plan_conversion
 from coconv_surgery.tracing.inputs import Inputs, InputSize, infer_inputs
 from coconv_surgery.tracing.objects import in_short
@@ -141,8 +142,26 @@ def plan_as_chosen(
         input_size: The size, if one was given.
         **choices: Patterns and settings of the policy; those that are empty or None were not given.
     """
-    given = {name: value for name, value in choices.items() if value not in (None, ())}
-    return plan_conversion(network, policy, example_inputs=inputs_of(network, target, input_size), **given)
+    inputs = inputs_of(network, target, input_size)
+    return plan_conversion(network, policy, example_inputs=inputs, **_given(choices))
+
+
+def check_policy(policy: str, **choices: Any) -> None:
+    """Check a policy and its settings before there is a network.
+
+    Args:
+        policy: Its name.
+        **choices: All that the command line has, as :func:`plan_as_chosen`.
+
+    Raises:
+        ValueError: If there is no such policy, or the settings do not suit it.
+    """
+    others = inspect.signature(plan_conversion).parameters
+    get_policy(policy, **{name: value for name, value in _given(choices).items() if name not in others})
+
+
+def _given(choices: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in choices.items() if value not in (None, ())}
 
 
 def convert_as_chosen(network: nn.Module, **choices: Any) -> nn.Module:

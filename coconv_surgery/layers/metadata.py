@@ -189,9 +189,8 @@ def compare_places(model: nn.Module, incompatible_keys: Any) -> None:
     for name, part in named:
         if prefix + name in loading.told and part not in loading.seen and isinstance(part, nn.Conv2d):
             loading.told.remove(prefix + name)
-            if any(key.startswith(f"{prefix}{name}.") for key in incompatible_keys.missing_keys):
-                continue  # it gets no weights
-            loading.differences.append(f"{prefix}{name}: plain, the weights come from a contextual one")
+            if not any(key.startswith(f"{prefix}{name}.") for key in incompatible_keys.missing_keys):
+                loading.differences.append(f"{prefix}{name}: plain, the weights come from a contextual one")
     loading.report()
 
 

@@ -28,7 +28,6 @@ from coconv_surgery.tracing.surroundings import (
     Surroundings,
     contents,
     empty_cache,
-    kept_by,
 )
 
 # Torch may be built without it.
@@ -223,20 +222,27 @@ def _deepcopy(value: Any, memo: dict[int, Any], module: nn.Module | None = None)
         memo: As of :func:`copy.deepcopy`; it is filled.
         module: The module, where that is not the value.
     """
-    attempt = dict(memo)
     try:
-        copied = copy.deepcopy(value, attempt)
+        return _copied_whole(value, memo)
     except Exception as error:  # whatever the network's own code raises
-        silence(attempt)
         memo.update(_not_copyable(value if module is None else module, memo))
-        attempt = dict(memo)
         try:
-            copied = copy.deepcopy(value, attempt)
+            return _copied_whole(value, memo)
         except Exception:
             raise CopyError(
                 f"a {type(value if module is None else module).__name__} cannot be copied ({in_short(error)}), and "
                 "planning runs a copy: make copy.deepcopy() of it work"
             ) from error
+
+
+def _copied_whole(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy a value as :func:`copy.deepcopy` does; where that fails, the memo knows of no half copies."""
+    attempt = dict(memo)
+    try:
+        copied = copy.deepcopy(value, attempt)
+    except Exception:
+        silence({key: value for key, value in attempt.items() if key not in memo})
+        raise
     _absorb(memo, attempt)
     return copied
 
@@ -341,8 +347,10 @@ class _Binder:
 
     def _is_around(self, value: Any) -> bool:
         """Whether the network's code reaches a value, or what it holds for one thread or context."""
+        if not _is_state(value):
+            return False
         held = [part for part in attributes(value).values() if isinstance(part, _OF_ITS_OWN_CONTEXT)]
-        return _is_state(value) and any(part in self._surroundings for part in (value, *held))
+        return any(part in self._surroundings for part in (value, *held))
 
     def bind_hook(self, hook: Any) -> Any:
         """A hook for the copy. Nobody else sees what it leaves in its closure."""
@@ -422,11 +430,8 @@ class _Binder:
         reached = self._is_reached_from(value)
         if not everything and not reached:
             return value
-        attempt = dict(self._memo)  # which a failure leaves half a copy in
         try:
-            copied = copy.deepcopy(value, attempt)
-            self._memo.update(attempt)
-            return copied
+            return _copied_whole(value, self._memo)
         except Exception as error:  # whatever the value's own code raises
             if reached:
                 raise CopyError(
@@ -478,12 +483,17 @@ def _returned(code: types.CodeType) -> Iterator[str]:
 def _tells_others(function: types.FunctionType) -> bool:
     """Whether a function reaches what is outside of the process' objects, as by printing, logging or writing files."""
     names = {*function.__code__.co_names}
-    used = [*kept_by(function), *(function.__globals__.get(name) for name in names)]
-    modules = {value.__name__ for value in used if isinstance(value, types.ModuleType)}
-    modules |= {cls.__module__ for value in used if type(value) is not types.ModuleType for cls in type(value).__mro__}
-    modules = {name.partition(".")[0] for name in modules}
-    talks = _TALKATIVE & names or modules & sys.stdlib_module_names - _SILENT
+    used = [*_seen_through_objects(function), *map(function.__globals__.get, names)]
+    libraries = {library for value in used for library in _libraries_of(value)}
+    talks = _TALKATIVE & names or libraries & sys.stdlib_module_names - _SILENT
     return bool(talks) or function.__module__.startswith("torch.")
+
+
+def _libraries_of(value: Any) -> set[str]:
+    """Which top-level modules a module belongs to, or the classes of an object."""
+    if isinstance(value, types.ModuleType):
+        return {value.__name__.partition(".")[0]}
+    return {cls.__module__.partition(".")[0] for cls in type(value).__mro__}
 
 
 _STATELESS = (

@@ -17,8 +17,8 @@ from coconv_surgery.calibration.arranging import assign_levels
 from coconv_surgery.calibration.channels import Side, find_orders
 
 
-def orders_of(model, x):
-    return find_orders(model, lambda: [model(x)])
+def orders_of(model, *batches):
+    return find_orders(model, lambda: [model(x) for x in batches])
 
 
 def free_weights(model, x):
@@ -85,22 +85,20 @@ def test_a_scale_is_that_of_the_norm_behind():
     with torch.no_grad():
         model[1].running_var.uniform_(1, 2)
         model[1].weight.uniform_(1, 2)
-    image = torch.randn(1, 3, 8, 8)
-    (order,) = find_orders(model, lambda: [model(image) for _ in range(3)])
+    (order,) = orders_of(model, *torch.randn(3, 1, 3, 8, 8))
     torch.testing.assert_close(order.scales["0.weight"], model[1].weight / (model[1].running_var + 0.5).sqrt())
 
 
 def test_a_convolution_with_two_norms_behind_has_no_scale():
-    conv, norms, head = nn.Conv2d(3, 4, 3), [nn.BatchNorm2d(4), nn.BatchNorm2d(4, eps=0.5)], nn.Conv2d(4, 2, 1)
-
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.norms, self.head = conv, nn.ModuleList(norms), head
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+            self.norm, self.other = nn.BatchNorm2d(4), nn.BatchNorm2d(4, eps=0.5)
 
         def forward(self, x):
             x = self.conv(x)
-            return self.head(self.norms[0](x) + self.norms[1](x))
+            return self.head(self.norm(x) + self.other(x))
 
     (order,) = orders_of(Two().eval(), torch.randn(1, 3, 8, 8))
     assert not order.scales
