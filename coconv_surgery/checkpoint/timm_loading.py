@@ -8,17 +8,18 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, cast
 
+import timm.models._builder as timm_builder
 import timm.models._helpers as timm_helpers
 
 from coconv_surgery.checkpoint.origin import plan_of
 from coconv_surgery.layers.levels import Levels
-from coconv_surgery.layers.metadata import write_levels
+from coconv_surgery.layers.metadata import write_calibrated, write_levels
 
 
 def keep_metadata() -> None:
-    """Let timm's ``load_checkpoint``, and so ``create_model(checkpoint_path=...)``, keep levels; it may be repeated."""
+    """Let timm's ``load_checkpoint`` and ``load_pretrained``, so ``create_model``, keep levels; it may be repeated."""
     timm_helpers.clean_state_dict = _clean_state_dict
-    timm_helpers.load_state_dict = _load_state_dict
+    timm_helpers.load_state_dict = timm_builder.load_state_dict = _load_state_dict
 
 
 _upstream_clean_state_dict = timm_helpers.clean_state_dict
@@ -41,6 +42,7 @@ def _load_state_dict(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[st
     state = _with_metadata(state, {row.name: {"version": 1} for row in plan.rows})  # as torch notes every module
     for row in plan.converted:
         write_levels(state, f"{row.name}.", Levels(row.dilations, row.splits))
+        write_calibrated(state, f"{row.name}.", plan.calibrated, stale=plan.stale)
     return state
 
 

@@ -9,7 +9,6 @@ What drops the metadata says nothing: safetensors, and whoever builds a new dict
 
 import threading
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +23,6 @@ KEY = "coconv_levels"
 CONV = "coconv_conv"
 CALIBRATED = "coconv_calibrated"  # on how many images its kernels were calibrated, see mark_calibrated()
 STALE = "coconv_stale"  # whether levels have changed since
-PLACE = "coconv_place"  # the convolution's own name, and those of all contextual ones of its network
 _MARK = "_coconv_calibrated"
 _STALE = "_coconv_stale"
 _ARGUMENTS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -47,8 +45,6 @@ class _Loading:
         self.converted = False
         self.warned = False
         self.differences: list[str] = []  # which matter once a convolution shows that the weights were converted
-        self.seen: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-        self.told: set[str] = set()  # names of what was contextual where the weights come from
 
     def report(self) -> None:
         """Make the differences errors, if they are."""
@@ -101,9 +97,21 @@ def write_levels(state_dict: Mapping[str, Any], prefix: str, levels: Levels, con
     own[KEY] = levels._asdict()
     if conv is not None:
         own[CONV] = {name: _in_numbers(getattr(conv, name)) for name in _ARGUMENTS}
-        if images := calibrated_on(conv):
-            own[CALIBRATED] = images
-            own.update({STALE: True} if is_stale(conv) else {})
+        write_calibrated(state_dict, prefix, calibrated_on(conv), stale=is_stale(conv))
+
+
+def write_calibrated(state_dict: Mapping[str, Any], prefix: str, images: int, *, stale: bool) -> None:
+    """Note in the metadata of a state dict, which has levels there, how a convolution's kernels were calibrated.
+
+    Args:
+        state_dict: As of :func:`write_levels`.
+        prefix: The same.
+        images: On how many images; 0 notes nothing.
+        stale: Whether levels of its network have changed since.
+    """
+    own = getattr(state_dict, "_metadata", {}).get(prefix[:-1], {})
+    if images:
+        own.update({CALIBRATED: images, STALE: True} if stale else {CALIBRATED: images})
 
 
 def calibrated_on(conv: nn.Module) -> int:
@@ -156,42 +164,30 @@ def _same(one: Any, other: Any) -> bool:
     return alike and bool(torch.equal(one.to(other), other))
 
 
-def write_places(state_dict: Mapping[str, Any], prefix: str) -> None:
-    """Note with each contextual convolution of a network which others there are.
-
-    One that is plain where the weights are loaded cannot tell that it was contextual; those beside it can.
+def compare_plain(
+    conv: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    errors: list[str],
+) -> None:
+    """Report weights of a contextual convolution that come into a plain one: a hook before loading.
 
     Args:
-        state_dict: As torch passes it to a hook on state dicts.
+        conv: The convolution; a contextual one compares by itself.
+        state_dict: As torch passes it, like all that follow.
         prefix: The same.
+        metadata: The same.
+        strict: The same.
+        missing_keys: The same.
+        unexpected_keys: The same.
+        errors: The same.
     """
-    metadata = getattr(state_dict, "_metadata", {})
-    own = {
-        name.removeprefix(prefix): part for name, part in metadata.items() if name.startswith(prefix) and KEY in part
-    }
-    names = tuple(own)
-    for name, part in own.items():
-        part[PLACE] = (name, names)
-
-
-def compare_places(model: nn.Module, incompatible_keys: Any) -> None:
-    """Report convolutions that are plain, and were contextual where the weights come from: a hook after loading.
-
-    Args:
-        model: The network.
-        incompatible_keys: As torch passes it.
-    """
-    loading = _state.loading
-    named = list(model.named_modules(remove_duplicate=False))
-    prefix = next((loading.seen[part].removesuffix(name) for name, part in named if part in loading.seen), None)
-    if prefix is None or _state.unchecked:
-        return
-    for name, part in named:
-        if prefix + name in loading.told and part not in loading.seen and isinstance(part, nn.Conv2d):
-            loading.told.remove(prefix + name)
-            if not any(key.startswith(f"{prefix}{name}.") for key in incompatible_keys.missing_keys):
-                loading.differences.append(f"{prefix}{name}: plain, the weights come from a contextual one")
-    loading.report()
+    if not hasattr(conv, "contextual_levels"):
+        may_load(conv, None, state_dict, prefix, metadata, errors)
 
 
 def forget_levels(state_dict: Mapping[str, Any]) -> None:
@@ -230,8 +226,6 @@ def may_load(
         _state.loading = _Loading(errors)
     loading, difference = _state.loading, levels_differ(metadata, levels)
     loading.converted |= KEY in metadata
-    loading.seen[conv] = prefix[:-1]
-    loading.told |= _places(prefix[:-1], metadata.get(PLACE))
     if difference is not None:
         loading.differences.append(f"{prefix[:-1]}: {difference}")
     loading.report()
@@ -258,14 +252,6 @@ def levels_differ(metadata: Mapping[str, Any], levels: Levels | None) -> str | N
         return None
     mine, theirs = ("plain" if told is None else _in_words(told) for told in (own, noted))
     return f"{mine}, the weights come from {'a plain one' if noted is None else theirs}"
-
-
-def _places(name: str, place: Any) -> set[str]:
-    """The names of all contextual convolutions, as the name of one of them is here."""
-    match place:
-        case (str(own), tuple(names)) if name.endswith(own):
-            return {name.removesuffix(own) + str(other) for other in names}
-    return set()
 
 
 def _warn(*, known: bool) -> None:

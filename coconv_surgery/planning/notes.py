@@ -4,7 +4,9 @@ A state dict's ``_metadata`` holds the plan of the network, and of every part th
 levels of each convolution, see :mod:`coconv_surgery.layers.metadata`.
 """
 
+import functools
 import hashlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
@@ -14,7 +16,7 @@ import torch.fx as fx
 import torch.nn as nn
 
 from coconv_surgery.layers.conv import CoConv2d
-from coconv_surgery.layers.metadata import compare_places, write_places
+from coconv_surgery.layers.metadata import compare_plain
 from coconv_surgery.planning.plan import Plan
 
 KEY = "coconv_plan"
@@ -37,9 +39,27 @@ def note_plan(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
         undo: Takes what puts everything back, see :mod:`coconv_surgery.layers.rollback`.
     """
     before = noted_plan(model)
-    if plan is not None or before is not None:
-        undo.callback(_set_note, model, before)
-        _set_note(model, plan)
+    if plan is None and before is None:
+        return
+    undo.callback(_set_plan, model, before)
+    _set_plan(model, plan)
+    register = functools.partial(model._register_state_dict_hook, _write_plan)
+    _set_hook(model._state_dict_hooks, _write_plan, register, undo, wanted=plan is not None)
+    compare_on_loading(model, undo, wanted=plan is not None)
+
+
+def compare_on_loading(model: nn.Module, undo: ExitStack, *, wanted: bool) -> None:
+    """Let the plain convolutions of a network refuse weights of contextual ones, as those refuse others by themselves.
+
+    Args:
+        model: The network.
+        undo: Takes what puts everything back.
+        wanted: Whether to, or to take whatever they are given again.
+    """
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d):
+            register = functools.partial(conv._register_load_state_dict_pre_hook, compare_plain, with_module=True)
+            _set_hook(conv._load_state_dict_pre_hooks, compare_plain, register, undo, wanted=wanted)
 
 
 def is_guard(name: str) -> bool:
@@ -86,23 +106,28 @@ def guard_of(plan: Plan) -> tuple[str, torch.Tensor]:
     return GUARD + hashlib.sha256(content).hexdigest()[:8], torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _set_note(model: nn.Module, plan: Plan | None) -> None:
+def _set_plan(model: nn.Module, plan: Plan | None) -> None:
     attributes = attributes_kept_by(model)
-    tables = ((model._state_dict_hooks, _write_plan), (model._load_state_dict_post_hooks, compare_places))
-    held = [(table, key) for table, ours in tables for key, hook in table.items() if hook is ours]
-    if plan is not None:
+    if plan is None:
+        attributes.pop(_ATTRIBUTE, None)
+    else:
         attributes[_ATTRIBUTE] = plan
-        if not held:
-            model._register_state_dict_hook(_write_plan)  # type: ignore[no-untyped-call]
-            model.register_load_state_dict_post_hook(compare_places)  # type: ignore[no-untyped-call]
+
+
+def _set_hook(
+    table: dict[int, Any], hook: Callable[..., None], register: Callable[[], Any], undo: ExitStack, *, wanted: bool
+) -> None:
+    held = [key for key, kept in table.items() if getattr(kept, "hook", kept) is hook]  # torch wraps some
+    if bool(held) is wanted:
         return
-    attributes.pop(_ATTRIBUTE, None)
-    for table, key in held:
+    undo.callback(_refill, table, table.copy())
+    if wanted:
+        register()
+    for key in held:
         del table[key]
 
 
 def _write_plan(model: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
-    write_places(state_dict, prefix)
     if (plan := noted_plan(model)) is not None and _still_holds(model, plan):
         metadata[KEY] = plan.to_json()
 

@@ -71,22 +71,87 @@ def test_a_convolution_that_was_plain_in_a_converted_network_is_an_error_too(pla
         net.load_state_dict(saved)
 
 
+def converted(**overrides):
+    return cs.convert(network(), overrides={"0": 2, "1": 2, **overrides}, input_size=16)
+
+
 @pytest.mark.parametrize("wrap", [lambda net: net, nn.Sequential], ids=["bare", "wrapped"])
 @pytest.mark.parametrize("carry", [lambda state: state, through_torch_save], ids=["in memory", "saved"])
 def test_a_convolution_that_is_plain_in_a_converted_network_is_an_error_too(carry, wrap):
-    def build(**overrides):
-        return cs.convert(network(), overrides={"0": 2, "1": 2, **overrides}, input_size=16)
-
-    saved = carry(wrap(build()).state_dict())
-    with pytest.raises(RuntimeError, match=r"1: plain, the weights come from a contextual one") as error:
-        wrap(build(**{"1": None})).load_state_dict(saved)
+    saved = carry(wrap(converted()).state_dict())
+    with pytest.raises(RuntimeError, match=r"1: plain, the weights come from dilations") as error:
+        wrap(converted(**{"1": None})).load_state_dict(saved)
     assert "0: " not in str(error.value).replace("0.1: ", "")
-    wrap(build()).load_state_dict(saved)
+    wrap(converted()).load_state_dict(saved)
+
+
+def test_a_plain_part_of_a_converted_network_does_not_load_what_a_contextual_one_has_learnt():
+    source, net = converted(), converted(**{"1": None})
+    with pytest.raises(RuntimeError, match="plain, the weights come from dilations"):
+        net[1].load_state_dict(source[1].state_dict())
+
+
+def test_networks_that_are_contextual_in_different_places_are_an_error():
+    with pytest.raises(RuntimeError, match=r"0: plain, .*\n.*1: dilations .*, the weights come from a plain one"):
+        converted(**{"0": None}).load_state_dict(converted(**{"1": None}).state_dict())
+
+
+def test_a_convolution_under_two_names_is_compared_under_each():
+    part, saved = converted(**{"1": None}), nn.ModuleDict({"second": converted()}).state_dict()
+    with pytest.raises(RuntimeError, match=r"second\.1: plain, the weights come from dilations"):
+        nn.ModuleDict({"first": part, "second": part}).load_state_dict(saved, strict=False)
+
+
+@pytest.fixture
+def coresnet_file(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    cs.save_converted(timm.create_model("coresnet18", levels=(2, 2, 2, 1)), path)
+    return path
+
+
+@pytest.mark.parametrize("stages", [(2, 2, 1, 1), (2, 2, 3, 1)], ids=["plain", "other levels"])
+def test_a_file_of_other_levels_does_not_load_through_timm(coresnet_file, stages):
+    choices = {"levels": stages, "num_classes": 1000}
+    with pytest.raises(RuntimeError, match=r"layer3\.0\.conv1: .*, the weights come from dilations"):
+        timm.create_model("coresnet18", **choices, checkpoint_path=coresnet_file)
+    with pytest.raises(RuntimeError, match=r"layer3\.0\.conv1: .*, the weights come from dilations"):
+        timm.create_model("coresnet18", **choices, pretrained=True, pretrained_cfg_overlay={"file": str(coresnet_file)})
+
+
+def hooks(model):
+    return [len(module._load_state_dict_pre_hooks) + len(module._state_dict_hooks) for module in model.modules()]
+
+
+@pytest.mark.parametrize("undo", [cs.revert, lambda net: cs.deploy(net, input_size=16)], ids=["reverted", "deployed"])
+def test_a_plain_network_loads_what_it_is_given_again(undo):
+    net = undo(converted(**{"1": None}).eval())
+    assert not any(hooks(net))
+    net[1].load_state_dict(converted()[1].state_dict())
+
+
+def test_a_deployed_part_of_a_converted_network_compares_nothing():
+    whole = cs.convert(nn.Sequential(network(), nn.ReLU()), input_size=16, include="0.0").eval()
+    assert not any(hooks(cs.deploy(whole[0], input_size=16)))
+    assert any(hooks(whole[0]))
+
+
+def test_a_conversion_that_fails_leaves_the_hooks_of_a_part_that_was_converted_before():
+    whole = nn.Sequential(converted(**{"1": None}), nn.ReLU())
+    before = hooks(whole)
+    with pytest.raises(RuntimeError, match="no image today"):
+        cs.convert(whole, input_size=16, calibrate=lambda _: fail())
+    assert hooks(whole) == before
+    with pytest.raises(RuntimeError, match="plain, the weights come from dilations"):
+        whole[0].load_state_dict(converted().state_dict())
+
+
+def fail():
+    raise RuntimeError("no image today")
 
 
 def test_coresnets_that_differ_in_a_stage_that_is_plain_in_one_do_not_load():
     saved = timm.create_model("coresnet18", levels=(2, 2, 2, 1)).state_dict()
-    with pytest.raises(RuntimeError, match=r"layer3\.0\.conv1: plain, the weights come from a contextual one"):
+    with pytest.raises(RuntimeError, match=r"layer3\.0\.conv1: plain, the weights come from dilations"):
         timm.create_model("coresnet18", levels=(2, 2, 1, 1)).load_state_dict(saved)
 
 
@@ -143,13 +208,10 @@ def test_a_convolution_that_no_weight_is_for_is_not_warned_of():
 
 @pytest.mark.parametrize("head", [{}, {"1": None}, {"1": 3}], ids=["same", "plain", "other levels"])
 def test_a_convolution_that_no_weight_is_for_is_not_compared(head):
-    def build(**overrides):
-        return cs.convert(network(), overrides={"0": 2, "1": 2, **overrides}, input_size=16)
-
-    state = build().state_dict()
+    state = converted().state_dict()
     for name in ("1.weight", "1.bias", "2.weight"):
         del state[name]
-    missing, _ = build(**head).load_state_dict(state, strict=False)
+    missing, _ = converted(**head).load_state_dict(state, strict=False)
     assert missing == ["1.weight", "1.bias", "2.weight"]
 
 
