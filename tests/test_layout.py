@@ -41,7 +41,8 @@ FILES = {
     "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "decision"],
     "merging": ["convs", "methods", "plain", "calls", "comparing", "carrying", "blocks"],
     "calibration": [
-        *("report", "patches", "moments", "batches", "networks", "channels", "arranging", "solving", "calibrating"),
+        *("report", "patches", "moments", "parameters", "batches", "networks", "channels", "arranging", "solving"),
+        "calibrating",
     ],
     "deployment": [
         *("report", "forms", "comparing", "kernels", "norms", "graphs", "blocks"),

@@ -34,12 +34,14 @@ class Batch:
         kwargs: Inputs by name.
         images: How many images are in it.
         call: What is called instead of the network, with that before the inputs.
+        left_out: How many inputs were taken for labels that the network would have taken, too.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     images: int
     call: Callable[..., Any] | None = None
+    left_out: int = 0
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -160,7 +162,7 @@ def _captured(model: nn.Module, run: Callable[[nn.Module], Any], limit: int) -> 
 
 
 def _batch(model: nn.Module, item: Any) -> Batch:
-    call = None
+    call, left_out = None, 0
     if isinstance(item, Inputs):
         args, kwargs, call = tuple(item.args), dict(item.kwargs), item.call
     elif is_instance_of(model, "mmengine.model.base_model.base_model", "BaseModel"):
@@ -168,7 +170,7 @@ def _batch(model: nn.Module, item: Any) -> Batch:
     elif isinstance(item, Mapping):
         args, kwargs = (), dict(item)
     elif isinstance(item, tuple | list):
-        args, kwargs = _as_many_as_it_needs(model, tuple(item)), {}
+        (args, left_out), kwargs = _as_many_as_it_needs(model, tuple(item)), {}
     else:
         args, kwargs = (item,), {}
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -180,19 +182,26 @@ def _batch(model: nn.Module, item: Any) -> Batch:
 
     if call is not _call_of_mmengine:
         args, kwargs = tree_map(enter, args), tree_map(enter, kwargs)
-    return Batch(args, kwargs, _count(args, kwargs), call)
+    return Batch(args, kwargs, _count(args, kwargs), call, left_out)
 
 
-def _as_many_as_it_needs(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inputs without labels behind them, which a loader gives and the network does not need."""
+def _as_many_as_it_needs(model: nn.Module, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:
+    """Inputs without labels behind them, which a loader gives and the network does not need.
+
+    Returns:
+        The inputs, and how many others the network would have taken.
+    """
     signature = inspect.signature(model.forward)
-    for count in range(1, len(args)):
+
+    def takes(count: int) -> bool:
         try:
             signature.bind(*args[:count])
         except TypeError:
-            continue
-        return args[:count]
-    return args
+            return False
+        return True
+
+    taken = [count for count in range(1, len(args) + 1) if takes(count)] or [len(args)]
+    return args[: taken[0]], taken[-1] - taken[0]
 
 
 def _apart(value: Any) -> Any:

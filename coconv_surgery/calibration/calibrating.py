@@ -1,10 +1,11 @@
 """Solve the kernels of a converted network for their levels, layer by layer."""
 
+import contextlib
 import contextvars
 import functools
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from coconv_surgery.calibration.arranging import find_arrangement, rearrange
 from coconv_surgery.calibration.batches import read_batches
 from coconv_surgery.calibration.networks import Call, Layer, WatchedNetwork, find_layers, in_parts, tensors_of
+from coconv_surgery.calibration.parameters import OtherReads, that_stay
 from coconv_surgery.calibration.report import CalibratedLayer, Calibration, CalibrationError
 from coconv_surgery.calibration.solving import record_targets, solve_layer
 from coconv_surgery.layers.arguments import Pair, flag, whole_number
@@ -26,6 +28,7 @@ from coconv_surgery.tracing.convertible import check_convertible, check_unsharde
 from coconv_surgery.tracing.finding import find_intact_sites
 from coconv_surgery.tracing.inputs import Inputs
 from coconv_surgery.tracing.objects import in_words, tensors_in
+from coconv_surgery.tracing.operations import Leaving, Operations
 from coconv_surgery.tracing.sites import calibrated_images
 from coconv_surgery.tracing.switching import mark_calibrated
 from coconv_surgery.tracing.unseen import unseen
@@ -146,10 +149,9 @@ def calibrate_within(
             "more: load those, and calibrate then"
         )
     layers, plan = find_layers(sites, also), noted_plan(model)
-    stay = {n: "its kernels are frozen" for n, p in model.named_parameters() if not (frozen or p.requires_grad)}
-    stay |= _sharing_memory(model)
+    stay = that_stay(model, frozen=frozen)
     sizes = {row.name: row.output_sizes for row in plan.converted} if plan else {}
-    with unseen(model), Visit(model, Inputs()) as visit:
+    with unseen(model), _without_autocast(model), Visit(model, Inputs()) as visit:
         # In a function of its own, so that nothing here holds the copies when the visit ends.
         wanted = functools.partial(_calibrate_copies, arrange=arrange, stay=stay, progress=progress)
         arguments = (visit, layers, images, limit, positions, sizes)
@@ -163,7 +165,7 @@ def calibrate_within(
 def _calibrate_copies(*arguments: Any, **choices: Any) -> tuple[dict[str, torch.Tensor], Calibration]:
     work = _Work(*arguments)
     work.do(**choices)
-    return work.changed, Calibration(tuple(work.rows), work.images, work.arranged, note=work.note)
+    return work.changed, Calibration(tuple(work.rows), work.images, work.arranged, note="; ".join(work.notes) or None)
 
 
 class _Work:
@@ -182,7 +184,7 @@ class _Work:
         rows (list[CalibratedLayer]): What was done to each layer.
         images (int): How many images there were.
         arranged (tuple[int, int]): How many channels changed places, of how many that could.
-        note (str | None): What else there is to know.
+        notes (list[str]): What else there is to know.
     """
 
     def __init__(
@@ -197,13 +199,17 @@ class _Work:
         self.changed: dict[str, torch.Tensor] = {}
         self.rows: list[CalibratedLayer] = []
         self.arranged = (0, 0)
-        self.note: str | None = None
+        self.notes: list[str] = []
         self._model, self._positions = visit.model, positions
         self._original = WatchedNetwork(visit, layers, original=True)
         # A function may do to the network what it likes: it gets a copy of its own.
         model = visit.twin(fake=False).model if callable(images) else self._original.model
         self._batches = read_batches(model, images, limit)
         self.images = sum(batch.images for batch in self._batches)
+        if left_out := max(batch.left_out for batch in self._batches):
+            self.notes.append(
+                f"the last {left_out} of each batch taken for labels: give Inputs if the network is to have them"
+            )
         self._network = WatchedNetwork(visit, layers, original=False)
         self._layers, self._sizes = layers, sizes
         # What the first run of the original network shows.
@@ -219,7 +225,8 @@ class _Work:
             stay: Parameters that are to stay as they are, with the reason.
             progress: As of :func:`calibrate`.
         """
-        ordered = self._in_order()
+        ordered, reads = self._in_order()
+        stay = {**stay, **reads}
         # Nothing is to be made up for before the first contextual one.
         first = next((number for number, layer in enumerate(ordered) if layer.is_contextual), len(ordered))
         self._layers = ordered[first:]
@@ -238,16 +245,24 @@ class _Work:
             if not torch.equal(tensor, own[name]):
                 self.changed[name] = tensor.detach().clone()
 
-    def _in_order(self) -> list[Layer]:
-        """The layers in the order of the forward pass; those that do not run come last."""
+    def _in_order(self) -> tuple[list[Layer], dict[str, str]]:
+        """The layers in the order of the forward pass, and which parameters are read by others.
+
+        Layers that do not run come last.
+        """
+        parameters = self._original.parameters
+        used: set[str] = set()
 
         def see(call: Call) -> None:
             self._calls[call.layer] += 1
-            if (name := self._original.parameters.get(id(call.weight))) is not None:
+            if (name := parameters.get(id(call.weight))) is not None:
                 self._weights[call.layer] = name
+            used.update(parameters[id(part)] for part in (call.weight, call.bias) if id(part) in parameters)
             self._check_size(call)
 
-        self._outputs = self._run_original(see)
+        reads = OtherReads(self._original.model, lambda: self._original.convolves)
+        with Operations(reads.see), Leaving(reads.leave):
+            self._outputs = self._run_original(see)
         for number in range(1, len(self._batches)):
             self._run_original(self._check_size, number)
         if not _same(self._outputs, self._run_original()):
@@ -255,7 +270,8 @@ class _Work:
                 f"{type(self._model).__name__} does not compute the same twice from the same images: there is nothing "
                 "to solve its kernels for"
             )
-        return [*self._calls, *(layer for layer in self._layers if layer not in self._calls)]
+        ordered = [*self._calls, *(layer for layer in self._layers if layer not in self._calls)]
+        return ordered, reads.reasons(used)
 
     def _check_size(self, call: Call) -> None:
         planned = self._sizes.get(call.site.name)
@@ -295,7 +311,9 @@ class _Work:
         numbers = any(output.is_floating_point() for output in self._outputs)
         if not numbers or not _same(self._outputs, self._run_original()):
             rearrange(self._original, [(order, places.argsort()) for order, places in arrangement])
-            self.note = "no channels changed places: the network returns something else then, or no numbers to tell by"
+            self.notes.append(
+                "no channels changed places: the network returns something else then, or no numbers to tell by"
+            )
             return
         rearrange(self._network, arrangement)
         moved = sum(int((places != torch.arange(len(places))).sum()) for _, places in arrangement)
@@ -325,21 +343,23 @@ def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise CalibrationError(f"{name} is on the meta device and has no numbers: load the trained weights first")
+        if parameter.is_inference():
+            raise CalibrationError(
+                f"{name} was made in inference mode and cannot change: make the network outside of it"
+            )
         if parameter.is_floating_point() and not parameter.isfinite().all():
             raise CalibrationError(f"{name} holds numbers that are not finite: calibration needs trained weights")
 
 
-def _sharing_memory(model: nn.Module) -> dict[str, str]:
-    """Parameters that lie in the memory of other ones: what is written into one changes the others."""
-    at: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        at[parameter.data_ptr()].append(name)
-    return {
-        name: f"its kernels share memory with {', '.join(other for other in names if other != name)}"
-        for pointer, names in at.items()
-        for name in names
-        if len(names) > 1 and pointer
-    }
+@contextlib.contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Let copies compute in the network's own precision, in which their errors are told apart."""
+    devices = {"cpu", *(parameter.device.type for parameter in model.parameters())}
+    with ExitStack() as stack:
+        for device in filter(torch.is_autocast_enabled, devices):
+            stack.callback(torch.clear_autocast_cache)  # which holds the weights as they were before
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _give(model: nn.Module, changed: Mapping[str, torch.Tensor], undo: ExitStack) -> None:

@@ -160,12 +160,14 @@ class WatchedNetwork:
 
     Attributes:
         model (nn.Module): The copy.
+        convolves (bool): Whether one of the layers is convolving right now.
     """
 
     def __init__(self, visit: Visit, layers: Sequence[Layer], *, original: bool) -> None:
         self.model = visit.twin(fake=False).model
         found = {site.name: site for site in find_sites(self.model)}
         self._see: Callable[[Call], None] | None = None
+        self.convolves = False
         self._calls: Counter[Layer] = Counter()
         for layer in layers:
             for site in layer.sites:
@@ -183,14 +185,18 @@ class WatchedNetwork:
     def remember(self) -> None:
         """Keep in mind what it is now: each run starts there, whatever a network keeps from one call to the next."""
         self._restore = [restorer(module) for module in self.model.modules()]
-        self._buffers = [(module._buffers, module._buffers.copy()) for module in self.model.modules()]
+        tables = [
+            table for module in self.model.modules() for table in (module._parameters, module._buffers, module._modules)
+        ]
+        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [(table, table.copy()) for table in tables]
         self._numbers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
 
     def put_back(self) -> None:
         """Make it what was kept in mind."""
         for put_back in self._restore:
             put_back()
-        for table, content in self._buffers:
+        for table, content in self._tables:
+            table.clear()  # of what a first run makes, as well
             table.update(content)
         for buffer, numbers in self._numbers:
             buffer.copy_(numbers)
@@ -242,7 +248,13 @@ class WatchedNetwork:
         def convolve(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             watched, within = of_module(), network()
             assert watched is not None
-            output: torch.Tensor = here(watched, input, weight, bias)
+            if within is not None:
+                within.convolves = True
+            try:
+                output: torch.Tensor = here(watched, input, weight, bias)
+            finally:
+                if within is not None:
+                    within.convolves = False
             if within is not None and within._see is not None:
                 index = within._calls[layer]
                 within._calls[layer] += 1

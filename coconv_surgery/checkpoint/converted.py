@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from coconv_surgery.checkpoint.header import beside_tensors, check_network, is_json, read_header, write_header
 from coconv_surgery.checkpoint.origin import plan_told
 from coconv_surgery.checkpoint.reading import is_safetensors, read_checkpoint, weights_in
-from coconv_surgery.checkpoint.tensors import cannot_write, check_fit, check_loadable, each_once, held_once, is_expanded
+from coconv_surgery.checkpoint.tensors import cannot_write, check_fit, check_loadable, each_once, held_once
 from coconv_surgery.layers.arguments import file_to_write, flag
 from coconv_surgery.layers.files import whole_file
 from coconv_surgery.layers.metadata import unchecked_levels
@@ -23,6 +23,7 @@ from coconv_surgery.planning.plan import Plan
 from coconv_surgery.surgery import complete_plan, get_plan, switch_to_plan
 from coconv_surgery.tracing.convertible import check_convertible, check_unsharded, path_of
 from coconv_surgery.tracing.finding import find_intact_sites
+from coconv_surgery.tracing.objects import is_expanded
 from coconv_surgery.tracing.switching import mark_calibrated
 
 # Suffixes of other formats, by which their readers would take the file for one.

@@ -1,5 +1,6 @@
 """Folders of the Hugging Face hub, written and read by timm, that rebuild a converted network."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import timm
@@ -11,6 +12,8 @@ from coconv_surgery.layers.metadata import unchecked_levels
 from coconv_surgery.planning.notes import is_guarded
 from coconv_surgery.planning.plan import read_plan_text
 from coconv_surgery.surgery import apply_plan, complete_plan, get_plan
+from coconv_surgery.tracing.finding import find_intact_sites
+from coconv_surgery.tracing.switching import mark_calibrated
 
 __all__ = ["hub_arguments"]  # timm adds the name of the network
 
@@ -68,4 +71,9 @@ def coconv_converted(pretrained: bool = False, *, network: str, plan: str, **kwa
     told = read_plan_text(plan, "the plan in the folder's config.json")
     with unchecked_levels():  # the folder's weights are those of this plan
         model: nn.Module = timm.create_model(network, pretrained=pretrained, **kwargs)
-    return apply_plan(model, complete_plan(model, told))  # of other input channels than the folder's, for one
+    apply_plan(model, complete_plan(model, told))  # of other input channels than the folder's, for one
+    if pretrained:
+        with ExitStack() as undo:
+            mark_calibrated(find_intact_sites(model), told.calibrated, undo, stale=told.stale)
+            undo.pop_all()
+    return model

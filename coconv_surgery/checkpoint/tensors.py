@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from coconv_surgery.layers.arguments import shown
+from coconv_surgery.tracing.objects import is_expanded
 
 
 def check_loadable(model: nn.Module, weights: Mapping[str, Any], path: str | Path) -> None:
@@ -121,11 +122,6 @@ def each_once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tens
             taken.add(copied.untyped_storage().data_ptr())
             once[name] = copied
     return once, shared
-
-
-def is_expanded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds numbers once and shows them several times, so that it cannot be written to as a whole."""
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def held_once(expanded: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -133,6 +133,11 @@ def in_short(error: BaseException) -> str:
     return in_words(error).splitlines()[0]
 
 
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers once and shows them several times, so that it cannot be written to as a whole."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def memory_of(tensor: torch.Tensor) -> int:
     """A number for the memory that a tensor shares with its views."""
     try:

@@ -379,6 +379,96 @@ def test_parameters_in_the_memory_of_others_are_left_with_the_reason():
     assert same_weights(before, weights(model))
 
 
+def test_parameters_in_the_memory_of_a_buffer_are_left_with_the_reason():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1)).eval()
+    model.register_buffer("average", model[0].weight.data[:4])
+    cs.convert(model, input_size=(8, 16, 16))
+    before = weights(model)
+    (row,) = cs.calibrate(model, smooth(8, 8, 16, 16)).layers
+    assert row.skipped == "its kernels share memory with average"
+    assert same_weights(before, weights(model))
+
+
+def test_parameters_side_by_side_in_one_memory_are_solved():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1)).eval()
+    flat = torch.randn(2, 8, 8, 3, 3) / 9
+    for conv, part in zip(model[:2], flat, strict=True):
+        conv.weight = nn.Parameter(part)
+    cs.convert(model, input_size=(8, 16, 16))
+    assert [row.skipped for row in cs.calibrate(model, smooth(8, 8, 16, 16)).layers] == [None, None]
+
+
+def test_kernels_that_are_one_number_shown_often_are_left_with_the_reason():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1)).eval()
+    model[0].weight = nn.Parameter(torch.ones(8, 1, 1, 1).expand(8, 8, 3, 3))
+    cs.convert(model, input_size=(8, 16, 16))
+    (row,) = cs.calibrate(model, smooth(8, 8, 16, 16)).layers
+    assert row.skipped == "its kernels are few numbers that are shown several times"
+
+
+class ReadsElsewhere(nn.Module):
+    """A network that uses a parameter of its convolutions outside of them."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.conv, self.plain, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+        self.read = read
+
+    def forward(self, x):
+        y = self.plain(self.conv(x).relu())
+        return self.out(y + self.read(self).view(1, -1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("conv.bias", lambda net: net.conv.bias * 2),
+        ("conv.bias", lambda net: net.conv.bias.detach()[:4].sigmoid().repeat(2)),
+        ("conv.bias", lambda net: torch.tensor(net.conv.bias.tolist())),
+        ("conv.weight", lambda net: net.conv.weight.sum((1, 2, 3))),
+        ("plain.weight", lambda net: net.plain.weight.sum((1, 2, 3))),
+    ],
+    ids=["a bias", "a part of it", "its numbers", "kernels", "a plain convolution's"],
+)
+def test_a_parameter_that_is_read_elsewhere_stays(name, read):
+    model = ReadsElsewhere(read).eval()
+    cs.to_coconv_(model.conv, (1, 2), (4, 4))
+    before = weights(model)
+    rows = {row.name: row for row in cs.calibrate(model, smooth(8, 3, 32, 32), also="*", arrange=False).layers}
+    after = weights(model)
+    assert torch.equal(before[name], after[name])
+    skipped = [conv for conv, row in rows.items() if row.skipped]
+    assert skipped == ([name.removesuffix(".weight")] if name.endswith(".weight") else [])
+
+
+def test_parameters_whose_size_alone_is_read_are_solved():
+    model = cs.convert(ReadsElsewhere(lambda net: torch.zeros_like(net.conv.bias)).eval(), input_size=32)
+    assert cs.calibrate(model, smooth(8, 3, 32, 32)).layers[0].skipped is None
+
+
+def test_what_a_network_makes_when_it_first_runs_is_not_kept():
+    class Lazy(TinyNet):
+        def forward(self, x):
+            if "seen" not in self._buffers:
+                self.register_buffer("seen", torch.zeros(3))
+                self.more = nn.Conv2d(3, 3, 1)
+            return super().forward(self.more(x) + self.seen.view(1, 3, 1, 1))
+
+    model = cs.convert(Lazy().eval(), input_size=32)
+    names = list(model.state_dict())
+    assert cs.calibrate(model, smooth(8, 3, 32, 32)).solved
+    assert list(model.state_dict()) == names
+
+
+def test_a_calibration_computes_in_the_precision_of_the_network_whatever_is_cast_around_it():
+    def under_autocast(images):
+        with torch.autocast("cpu", torch.bfloat16):
+            return calibrated_by(images)
+
+    images = smooth(16, 3, 32, 32)
+    assert same_weights(calibrated_by(images), under_autocast(images))
+
+
 class Remembers(nn.Module):
     """A network that keeps its features from one call to the next."""
 
@@ -449,6 +539,23 @@ def test_labels_are_not_given_to_an_argument_that_need_not_be_there():
     assert rows[0] == rows[1]
 
 
+def test_an_input_that_is_taken_for_a_label_is_told():
+    class Conditioned(TinyNet):
+        def forward(self, x, condition=None):
+            return super().forward(x)
+
+    images = smooth(16, 3, 32, 32)
+
+    def note(network, batch):
+        return cs.calibrate(cs.convert(network().eval(), input_size=32), [batch]).note
+
+    assert note(Conditioned, (images, torch.zeros(16))) == (
+        "the last 1 of each batch taken for labels: give Inputs if the network is to have them"
+    )
+    assert note(TinyNet, (images, torch.zeros(16))) is None
+    assert note(Conditioned, cs.Inputs((images, torch.zeros(16)))) is None
+
+
 # What is known of it afterwards.
 
 
@@ -484,6 +591,22 @@ def test_loaded_weights_bring_along_whether_they_were_calibrated():
         model.load_state_dict(TinyNet().state_dict())
     assert cs.get_plan(model).calibrated == 0
     cs.calibrate(model, smooth(8, 3, 32, 32))
+
+
+@pytest.mark.parametrize("way", ["load_checkpoint", "a folder"])
+def test_weights_that_timm_loads_bring_it_along(tmp_path, way):
+    model = cs.convert(timm.create_model("test_resnet"), input_size=32)
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+    if way == "a folder":
+        timm.models.save_for_hf(model, tmp_path, **cs.hub_arguments(model))
+        other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    else:
+        cs.save_converted(model, tmp_path / "weights.safetensors")
+        other = cs.convert(timm.create_model("test_resnet"), input_size=32)
+        timm.models.load_checkpoint(other, tmp_path / "weights.safetensors")
+    assert cs.get_plan(other).calibrated == 8
+    with pytest.raises(cs.CalibrationError, match="was calibrated on 8 images before"):
+        cs.calibrate(other, smooth(8, 3, 32, 32))
 
 
 def test_weights_that_bring_no_kernels_change_nothing_in_what_is_known():
@@ -602,6 +725,12 @@ def calibrated(model):
     return model
 
 
+def made_in_inference_mode(model):
+    with torch.inference_mode():
+        model.stem.weight = nn.Parameter(model.stem.weight.clone())
+    return model
+
+
 GOOD = torch.randn(4, 3, 32, 32)
 WRONG = {
     "no images": (lambda m: m, [], "there are no images"),
@@ -614,6 +743,7 @@ WRONG = {
     "images much smaller than planned": (lambda m: m, torch.randn(2, 3, 12, 12), "converted for maps of 16×16"),
     "images of other channels": (lambda m: m, torch.randn(2, 5, 32, 32), "does not run on these images"),
     "weights on the meta device": (lambda m: m.to("meta"), GOOD, "on the meta device"),
+    "weights made in inference mode": (made_in_inference_mode, GOOD, "made in inference mode"),
 }
 
 
