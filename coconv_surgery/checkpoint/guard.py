@@ -18,7 +18,7 @@ def guard(model: nn.Module, on: bool = True) -> nn.Module:
     :func:`plan_of` reads from whatever kept the tensors. Conversions of the network keep it up to date, and
     :func:`revert` takes it out; of a part alone they do not reach it: guard the network anew.
 
-    What it costs: one buffer of some 400 bytes a convolution; and weights that have no such entry, those of a plain
+    What it costs: one buffer of some 1,600 bytes a convolution; and weights that have no such entry, those of a plain
     network to fine-tune from among them, do not load strictly any more: load them before, or with ``strict=False``.
 
     Args:

@@ -110,6 +110,8 @@ def _plan_in(content: Mapping[Any, Any], label: str, own: Mapping[str, Any] | No
     for state in (content, *(content[key] for key in STATES if isinstance(content.get(key), Mapping))):
         if plan := _plan_in_metadata(state, label) or _plan_in_guard(state, label):
             return _unwrapped(plan, state, own)
+        if isinstance(getattr(state, "_metadata", None), Mapping):
+            return None  # plain; what is beside it are other weights
     return None
 
 
@@ -150,7 +152,7 @@ def _found(parts: Mapping[str, Mapping[Any, Any]], label: str) -> Plan:
 
 def _plan_in_guard(state: Mapping[Any, Any], label: str) -> Plan | None:
     plans = {
-        name.rpartition(".")[0]: read_plan_text(bytes(tensor.flatten().tolist()), f"{label}: {name}")
+        name.rpartition(".")[0]: read_plan_text(notes.text_in_guard(tensor), f"{label}: {name}")
         for name, tensor in state.items()
         if isinstance(name, str) and notes.is_guard(name) and torch.is_tensor(tensor) and not tensor.is_meta
     }

@@ -56,6 +56,8 @@ def check_fit(model: nn.Module, own: Mapping[str, Any], weights: Mapping[str, An
     shared = [name for name in own if name in weights and isinstance(own[name], torch.Tensor)]
     both = [name for name in shared if isinstance(weights[name], torch.Tensor)]
     fitting = [name for name in both if own[name].shape == weights[name].shape]
+    first: dict[Any, str] = {}
+    tied = {name: first.setdefault(_place(own[name]), name) for name in fitting if own[name].numel()}
     problems = {
         "missing": sorted(own.keys() - weights.keys()),
         "unexpected": sorted(weights.keys() - own.keys()),
@@ -66,7 +68,10 @@ def check_fit(model: nn.Module, own: Mapping[str, Any], weights: Mapping[str, An
             if name not in fitting
         ],
         "of which the network holds one for several that differ": [
-            name for name in fitting if not can_hold(own[name], weights[name])
+            name
+            for name in fitting
+            if not can_hold(own[name], weights[name])
+            or (name in tied and not _same(weights[name], weights[tied[name]]))
         ],
     }
     if any(problems.values()):
@@ -111,9 +116,8 @@ def each_once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tens
     first: dict[Any, str] = {}
     once, shared, taken = {}, {}, set()
     for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and first.setdefault(place, name) != name:
-            shared[name] = first[place]
+        if tensor.numel() and first.setdefault(_place(tensor), name) != name:
+            shared[name] = first[_place(tensor)]
         else:
             copied = tensor.contiguous().resolve_conj().resolve_neg()
             storage = copied.untyped_storage()
@@ -122,6 +126,16 @@ def each_once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tens
             taken.add(copied.untyped_storage().data_ptr())
             once[name] = copied
     return once, shared
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    """Equal of tensors that are one; on the meta device each is its own."""
+    memory = id(tensor) if tensor.is_meta else tensor.data_ptr()
+    return (tensor.device, memory, tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
 
 
 def held_once(expanded: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

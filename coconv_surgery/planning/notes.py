@@ -95,7 +95,8 @@ def guard_of(plan: Plan) -> tuple[str, torch.Tensor]:
     """Name and content of a guard's buffer: the same for all networks with the same convolutions and levels.
 
     Returns:
-        A name that tells two plans apart, and the plan as UTF-8 bytes.
+        A name that tells two plans apart, and the plan as UTF-8 bytes. They are floats, as averages of whole numbers
+        are cut off.
     """
     rows = (
         replace(row, reason=None if row.converted else "left alone", reason_key=None, calls=0, output_sizes=())
@@ -103,7 +104,18 @@ def guard_of(plan: Plan) -> tuple[str, torch.Tensor]:
     )
     bare = Plan(tuple(replace(row, aliases=(), untraced=None) for row in rows), "as found", "unknown", parameters=0)
     content = bare.to_json().encode()
-    return GUARD + hashlib.sha256(content).hexdigest()[:8], torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    held = torch.frombuffer(bytearray(content), dtype=torch.uint8).float()
+    return GUARD + hashlib.sha256(content).hexdigest()[:8], held
+
+
+def text_in_guard(content: torch.Tensor) -> bytes:
+    """What a guard's buffer holds, also where it was averaged, or is of the whole numbers that it was made of before.
+
+    Returns:
+        The plan as JSON, or nothing if it holds no bytes.
+    """
+    numbers = content.flatten().double().round()
+    return bytes(numbers.to(torch.uint8).tolist()) if ((numbers >= 0) & (numbers < 256)).all() else b""
 
 
 def _set_plan(model: nn.Module, plan: Plan | None) -> None:

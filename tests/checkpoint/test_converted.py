@@ -46,6 +46,17 @@ def test_shared_tensors_are_written_once_and_come_back_shared(tmp_path):
     assert torch.equal(fresh(torch.ones(1, 4, 9, 9)), model(torch.ones(1, 4, 9, 9)))
 
 
+def test_weights_that_the_network_ties_and_the_file_does_not_are_refused(tmp_path):
+    convs = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)]
+    model = cs.convert(nn.Sequential(*convs, nn.Conv2d(4, 2, 1)), input_size=(4, 16, 16))
+    torch.save(model.state_dict(), tmp_path / "apart.pth")
+    tied = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)), nn.Conv2d(4, 2, 1))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match=r"1 of which the network holds one for several that differ, as 1\.weight"):
+        cs.load_converted(tied, tmp_path / "apart.pth")
+    assert type(tied[0]) is nn.Conv2d
+
+
 def test_a_file_without_a_plan_is_refused(net, tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "plain.safetensors")
     with pytest.raises(ValueError, match="holds no plan"):

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, load_model, save_file
+from timm.utils import ModelEmaV2
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import coconv_surgery as cs
 from coconv_surgery.planning.notes import GUARD
@@ -67,7 +69,45 @@ def test_it_survives_copies_half_precision_and_averages(guarded):
     average.update_parameters(guarded)
     average.update_parameters(guarded)
     for other in (copy.deepcopy(guarded), pickle.loads(pickle.dumps(guarded)), guarded.half(), average.module):
-        assert torch.equal(other.state_dict()[name], content)
+        assert torch.equal(other.state_dict()[name].float(), content)
+
+
+def averaged_by_timm(guarded):
+    average = ModelEmaV2(guarded, decay=0.9)
+    for _ in range(100):
+        average.update(guarded)
+    return average.module
+
+
+def averaged_by_torch(guarded):
+    average = AveragedModel(guarded, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(100):
+        average.update_parameters(guarded)
+    return average.module
+
+
+@pytest.mark.parametrize("average", [averaged_by_timm, averaged_by_torch, nn.Module.half, nn.Module.bfloat16])
+def test_a_plan_is_read_of_an_average_and_of_half_precision(guarded, average):
+    plan = cs.get_plan(guarded)
+    assert not cs.plan_of(dict(average(guarded).state_dict())).diff(plan)
+
+
+def test_a_guard_of_whole_numbers_as_earlier_versions_wrote_it_is_read_and_loaded(guarded):
+    state = {name: value.byte() if name in entries(guarded) else value for name, value in guarded.state_dict().items()}
+    assert not cs.plan_of(state).diff(cs.get_plan(guarded))
+    before = guarded.state_dict()[entries(guarded)[0]].clone()
+    with cs.unchecked_levels():
+        guarded.load_state_dict(state)
+    assert torch.equal(guarded.state_dict()[entries(guarded)[0]], before)
+
+
+@pytest.mark.parametrize("number", [torch.nan, -1.0, 256.0])
+def test_a_guard_that_holds_no_text_is_an_error(guarded, number):
+    state = {
+        name: value * 0 + number if name in entries(guarded) else value for name, value in guarded.state_dict().items()
+    }
+    with pytest.raises(cs.PlanError, match="not JSON"):
+        cs.plan_of(state)
 
 
 def test_a_network_without_a_contextual_convolution_has_nothing_to_guard(net):

@@ -50,6 +50,14 @@ def test_an_average_of_weights_is_loaded_rather_than_the_weights_as_timm_does(co
         assert torch.equal(fresh.head.bias, average.head.bias)
 
 
+def test_a_plan_of_other_weights_in_the_same_file_is_not_that_of_those_that_are_loaded(converted, tmp_path):
+    plain = type(converted)()
+    torch.save({"state_dict": converted.state_dict(), "state_dict_ema": plain.state_dict()}, tmp_path / "last.pth.tar")
+    assert cs.plan_of(tmp_path / "last.pth.tar") is None
+    with pytest.raises(cs.CheckpointError, match="holds no plan"):
+        cs.load_converted(plain, tmp_path / "last.pth.tar")
+
+
 def test_a_file_of_save_converted_tells_the_plan(converted, tmp_path):
     cs.save_converted(converted, tmp_path / "net.safetensors")
     assert cs.plan_of(tmp_path / "net.safetensors") == cs.get_plan(converted)
@@ -189,6 +197,8 @@ def test_levels_that_differ_are_refused_where_the_network_has_one_convolution_fo
     parts = nn.ModuleDict({"one": nn.Conv2d(8, 8, 3), "two": nn.Conv2d(8, 8, 3)})
     cs.to_coconv_(parts["one"], (1, 2))
     cs.to_coconv_(parts["two"], (1, 3))
+    with cs.unchecked_levels():
+        parts["two"].load_state_dict(parts["one"].state_dict())
     torch.save(parts.state_dict(), tmp_path / "net.pth")
     conv = nn.Conv2d(8, 8, 3)
     with pytest.raises(cs.PlanError, match="1 repeated in the plan: one"):
