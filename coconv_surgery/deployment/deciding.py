@@ -70,17 +70,19 @@ def _decide_by(twin: nn.Module, inputs: Inputs) -> Decision:
             decision.kernels[layer] = changed, dtypes[layer]
     written_out, constant = {}, []
     for name, module in layers.items():
-        contextual = isinstance(module, CoConv2d)
-        if not contextual and not _computes_weight(module):
+        switched = isinstance(module, CoConv2d)
+        if not switched and not _computes_weight(module):
             continue
         if (found := kernels[name]) is None:
             left[name] = f"its class, {type(module).__name__}, does more than to convolve with constant kernels"
             continue
         decision.kernels.setdefault(name, (found, dtypes[name]))
-        if contextual:
-            written_out[name] = cast(CoConv2d, module).levels
-        else:
+        if not switched:
             constant.append(name)
+        elif (
+            levels := cast(CoConv2d, module).contextual_levels
+        ) is not None:  # not one level, or a plain one of a graph
+            written_out[name] = len(levels.dilations)
     decision.report = Deployment(written_out, tuple(constant), folded, left=left)
     return decision
 

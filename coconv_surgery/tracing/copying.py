@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+import torch.fx as fx
 import torch.nn as nn
 
 from coconv_surgery.tracing.convertible import path_of
@@ -162,6 +163,8 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for module in amiss:
             state = {name: value for name, value in vars(module).items() if name != COMPILED}
             attempt[id(module)].__setstate__(_deepcopy(state, attempt, module))
+            if isinstance(module, fx.GraphModule):
+                attempt[id(module)].recompile()  # each has a class of its own, made of its graph
         twin = _deepcopy(model, attempt)
         _check_apart(model, twin)
     _absorb(memo, attempt)

@@ -9,16 +9,19 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from cases import assert_close, cases
 from hypothesis import given, settings
 from randomising import randomise_norms
 from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, ScaledStdConv2dSame, StdConv2dSame
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from coconv_surgery import (
     CoConv2d,
     DeploymentError,
+    calibrate,
     coconv2d,
     convert,
     deploy,
@@ -677,6 +680,24 @@ def test_graphs_are_deployed(trace, before):
     assert not any("conv" in name or "norm" in name for name in functions)
     assert norms(deployed) == []
     assert len([m for m in deployed.modules() if isinstance(m, nn.Conv2d)]) == 4
+
+
+def test_convolutions_that_are_plain_in_a_graph_are_not_counted_as_contextual():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), conv()).eval()
+    graph = torch.export.export(net, (IMAGE,)).module()
+    said = get_deployment(deploy(graph, example_inputs=IMAGE)).summary()
+    assert said.startswith("1 contextual convolutions written out as 2 plain ones; 1 norms folded")
+
+
+def test_a_feature_extractor_of_torchvision_is_deployed_and_calibrated():
+    extractor = create_feature_extractor(torchvision.models.resnet18(), ["layer1", "layer4"]).eval()
+    convert(extractor, input_size=64)
+    image = torch.randn(2, 3, 64, 64)
+    deployed = deploy(extractor, input_size=64)
+    assert len(get_deployment(deployed).written_out) == 8
+    for name, features in extractor(image).items():
+        assert relative(deployed(image)[name], features) < 1e-5
+    assert calibrate(extractor, image).solved
 
 
 def test_a_weight_of_a_graph_that_is_an_input_stays_one():
