@@ -79,9 +79,7 @@ def _decide_by(twin: nn.Module, inputs: Inputs) -> Decision:
         decision.kernels.setdefault(name, (found, dtypes[name]))
         if not switched:
             constant.append(name)
-        elif (
-            levels := cast(CoConv2d, module).contextual_levels
-        ) is not None:  # not one level, or a plain one of a graph
+        elif (levels := cast(CoConv2d, module).contextual_levels) is not None:
             written_out[name] = len(levels.dilations)
     decision.report = Deployment(written_out, tuple(constant), folded, left=left)
     return decision

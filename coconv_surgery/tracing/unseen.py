@@ -7,7 +7,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -41,10 +41,21 @@ def unseen(model: nn.Module) -> Iterator[None]:
         if saves_by_hooks():
             stack.enter_context(saved_as_they_are())
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(_nothing_compiled())
         stack.enter_context(_without_log(_FAKE_LOG))
         for read, write in _generators(model):
             stack.callback(_restore, read, write, read())
         yield
+
+
+def _nothing_compiled() -> AbstractContextManager[Any]:
+    """Let code that is compiled when it runs, as branches of ``torch.cond`` are, run as it is written.
+
+    Code that torch fails to compile, as it does under the modes that watch a run, is never compiled again, which eager
+    ``torch.cond`` does not survive.
+    """
+    stance: Any = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return contextlib.nullcontext() if stance is None else stance("force_eager")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.fx as fx
 import torch.nn as nn
-from forwards import IMAGE, WAYS
+from forwards import IMAGE, WAYS, Model
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -48,6 +48,38 @@ def test_hooks_on_all_modules_see_nothing(plan):
         for handle in handles:
             handle.remove()
     assert seen == []
+
+
+@pytest.mark.xfail(not hasattr(torch.compiler, "set_stance"), reason="since torch 2.6", strict=True)
+@pytest.mark.parametrize("see", [cs.plan_conversion, cs.convert, cs.deploy], ids=lambda see: see.__name__)
+def test_functions_that_a_network_compiles_are_compiled_when_it_runs(see):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    activate = torch.compile(lambda x: x.relu() + 1, backend=backend)
+    net = Model(
+        lambda net, x: net.out(activate(net.conv(x))), conv=nn.Conv2d(3, 8, 3, padding=1), out=nn.Conv2d(8, 2, 1)
+    )
+    see(net.eval(), input_size=32)
+    assert not compiled
+    net(IMAGE)
+    assert len(compiled) == 1
+
+
+@pytest.mark.xfail(not hasattr(torch.compiler, "set_stance"), reason="since torch 2.6", strict=True)
+def test_branches_that_torch_compiles_run_after_planning():
+    def forward(net, x):
+        return net.out(torch.cond(x.sum() > 0, net.one, net.other, (x,)))
+
+    parts = {name: nn.Conv2d(3, 8, 3, padding=1) for name in ("one", "other")}
+    net = Model(forward, **parts, out=nn.Conv2d(8, 2, 1)).eval()
+    with torch.no_grad():
+        before = net(IMAGE)
+        cs.plan_conversion(net, input_size=32)
+        assert torch.equal(net(IMAGE), before)
 
 
 def test_hooks_on_all_modules_see_nothing_of_graphs():
