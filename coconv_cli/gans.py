@@ -14,8 +14,14 @@ if TYPE_CHECKING:
     from coconv_surgery.generation.scores import Score
 
 
-def _numbers(value: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in value.split(","))
+def _crop(value: str) -> tuple[int, ...]:
+    try:
+        top, left, height, width = (int(number) for number in value.split(","))
+    except ValueError:
+        top = left = height = width = -1
+    if min(top, left) < 0 or min(height, width) < 1:
+        raise click.BadParameter(f"{value!r} is no crop: give TOP,LEFT,H,W in pixels, as 57,25,128,128")
+    return top, left, height, width
 
 
 @click.command()
@@ -40,7 +46,7 @@ def generate(checkpoint: Path, images: int, seed: int, device: str | None, outpu
 @click.command("evaluate-gan")
 @click.argument("checkpoint", type=options.FILE)
 @click.option("--data", type=options.FOLDER, help="A folder of real images.")
-@click.option("--crop", type=_numbers, metavar="TOP,LEFT,H,W", help="What of them is used. CelebA: 57,25,128,128.")
+@click.option("--crop", type=_crop, metavar="TOP,LEFT,H,W", help="What of them is used. CelebA: 57,25,128,128.")
 @click.option("--mirror", is_flag=True, help="Mirror half of the real images, where the training mirrored them.")
 @click.option("--cifar10", type=options.FOLDER, help="CIFAR-10 instead.")
 @click.option("--score", "scores", multiple=True, help="is, fid, ms-ssim or swd. Repeatable. Default: swd.")

@@ -42,7 +42,13 @@ def table(number: int, timed: bool) -> None:
 @click.argument("collection", type=click.Choice(COLLECTIONS))
 @click.option("--only", multiple=True, metavar="GLOB", help="Only networks with such a name. Repeatable.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Processes.")
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds for one network.")
+@click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds for one network.",
+)
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming the last sweep.")
 @click.option("-o", "--output", default="docs/coverage", show_default=True, type=options.Output(folder=True))
 def sweep(collection: str, only: tuple[str, ...], jobs: int, timeout: float, fresh: bool, output: Path) -> None:

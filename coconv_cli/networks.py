@@ -48,7 +48,7 @@ def plan(
     from coconv_surgery.cli import targets
     from coconv_surgery.surgery import get_plan
 
-    options.check_outputs(json_path, figure)
+    options.check_outputs(json_path, figure, reads=[target])
     if figure is not None:
         from coconv_surgery.viz.plan import plot_plan
         from coconv_surgery.viz.theme import picture_file
@@ -60,15 +60,16 @@ def plan(
         found = get_plan(network)
         if not found.converted or options.asks_for_a_plan(choices):
             found = targets.plan_as_chosen(network, target, **choices)
+    # Before anything is shown, which nobody may read to its end.
+    if json_path is not None and str(json_path) != "-":
+        found.to_json(json_path)
+    if figure is not None:
+        plot_plan(found, figure, title=target)
     if str(json_path) == "-":
         click.echo(found.to_json())
     else:
         click.echo(found.table(every_conv=every_conv, width=width()))
         click.echo(found.summary())
-        if json_path is not None:
-            found.to_json(json_path)
-    if figure is not None:
-        plot_plan(found, figure, title=target)
 
 
 @click.command()
@@ -116,6 +117,7 @@ def convert(
     from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan
 
     options.check_weights(checkpoint, pretrained)
+    options.check_outputs(output, reads=[target, checkpoint, plan_path])
     file_of_weights(output)
     if targets.is_config(target):
         raise click.UsageError(
@@ -123,7 +125,7 @@ def convert(
         )
     built_with = targets.read_arguments(arguments)
     given = [name for name in choices if options.is_given(name)]
-    if folder is not None and _has_weights_of_chance(target, checkpoint, pretrained):
+    if folder is not None and targets.has_weights_of_chance(target, built_with, checkpoint, pretrained=pretrained):
         raise click.UsageError("--calibrate needs trained weights: give --pretrained or --checkpoint as well")
     if folder is not None and plan_path is not None:
         given = [name for name in given if name != "input_size"]  # which is that of the images
@@ -157,7 +159,7 @@ def convert(
         click.echo("coconv: the weights were trained at other levels: fine-tune them", err=True)
     if not after.converted:
         click.echo("coconv: nothing was converted, and the weights are those of the plain network", err=True)
-    _tell_of_chance(target, checkpoint, pretrained)
+    _tell_of_chance(target, built_with, checkpoint, pretrained)
     click.echo(after.summary())
     click.echo(f"weights and plan: {output}")
 
@@ -195,29 +197,24 @@ def export(
     from coconv_surgery.cli.weights import load
     from coconv_surgery.deployment import deploy, get_deployment
     from coconv_surgery.deployment.exporting import export, files_of
-    from coconv_surgery.tracing.inputs import infer_inputs
 
     options.check_weights(checkpoint, pretrained)
     if targets.is_config(target) and (pretrained or arguments):
         raise click.UsageError("a config says all of its network: give the weights of a detector by --checkpoint")
     given = targets.read_arguments(arguments)
-    files = [file.resolve() for file in files_of(output)]
-    for source in (checkpoint, Path(target)):
-        if source is not None and source.resolve() in files:
-            raise click.UsageError(f"{output} would be written over {source}: choose another name")
+    options.check_outputs(*files_of(output), reads=[target, checkpoint])
     with doing(f"creating {target}"):
         if targets.is_config(target):
             from coconv_surgery.mmdet.exporting import maps_of_config
 
-            network: nn.Module = maps_of_config(Path(target), checkpoint)
+            network: nn.Module = (maps := maps_of_config(Path(target), checkpoint))
+            inputs = maps.inputs(targets.sides_of_config(target, input_size))
         else:
             network = targets.build(target, given, pretrained=pretrained)
             load(network, checkpoint)
+            inputs = targets.inputs_of(network, target, input_size)
     if targets.is_config(target):
-        click.echo(f"of {target}: {network.part}")
-        inputs = infer_inputs(network, input_size)  # images, and not what the whole detector takes
-    else:
-        inputs = targets.inputs_of(network, target, input_size)
+        click.echo(f"of {target}: {maps.part}")
     images = inputs.args[0].expand(batch, -1, -1, -1)
     with doing(f"deploying {target}"):
         deployed = deploy(network, example_inputs=replace(inputs, args=(images,)))
@@ -225,19 +222,14 @@ def export(
     network.eval()
     with doing(f"writing {output}"):
         written = export(deployed, output, images, like=network)
-    _tell_of_chance(target, checkpoint, pretrained)
+    _tell_of_chance(target, given, checkpoint, pretrained)
     click.echo(f"{written}; for images of {'×'.join(map(str, images.shape))}")
 
 
-def _has_weights_of_chance(target: str, checkpoint: Path | None, pretrained: bool) -> bool:
-    """Whether a network's weights are those that it was made with; what a factory makes may have trained ones."""
+def _tell_of_chance(target: str, arguments: dict[str, Any], checkpoint: Path | None, pretrained: bool) -> None:
     from coconv_surgery.cli import targets
 
-    return checkpoint is None and not pretrained and not (targets.is_factory(target) or targets.is_file(target))
-
-
-def _tell_of_chance(target: str, checkpoint: Path | None, pretrained: bool) -> None:
-    if _has_weights_of_chance(target, checkpoint, pretrained):
+    if targets.has_weights_of_chance(target, arguments, checkpoint, pretrained=pretrained):
         click.echo("coconv: the weights are random: --pretrained and --checkpoint bring trained ones", err=True)
 
 

@@ -134,12 +134,20 @@ def check_weights(checkpoint: Path | None, pretrained: bool) -> None:
         raise click.UsageError("--checkpoint and --pretrained both give the weights: choose one")
 
 
-def check_outputs(*outputs: Path | None) -> None:
-    """Check that no two files that are to be written are one."""
-    paths = [path.absolute() for path in outputs if path is not None]
+def check_outputs(*outputs: Path | None, reads: Iterable[str | Path | None] = ()) -> None:
+    """Check that no two files that are to be written are one, and none is one that is read.
+
+    Args:
+        *outputs: What is to be written.
+        reads: What is read, or names something else.
+    """
+    paths = [path.resolve() for path in outputs if path is not None]
+    read = [Path(path).resolve() for path in reads if path is not None]
     for path in paths:
         if paths.count(path) > 1:
             raise click.UsageError(f"{path.name} cannot be two files: give each output a name of its own")
+        if path in read:
+            raise click.UsageError(f"{path.name} is read, and would be written over: choose another name")
 
 
 def words_of(name: str) -> list[str]:

@@ -44,6 +44,7 @@ def report(
     from coconv_surgery.reporting.page import write_page
 
     options.check_weights(checkpoint, pretrained)
+    options.check_outputs(output, reads=[target, checkpoint])
     if folder is None and options.is_given("images"):
         raise click.UsageError("--images says how to calibrate: give --calibrate FOLDER as well")
     given = targets.read_arguments(arguments)
@@ -97,7 +98,7 @@ def fields(
     from coconv_surgery.reporting.gathering import before_and_after
 
     options.check_weights(checkpoint, pretrained)
-    options.check_outputs(figure, heatmap)
+    options.check_outputs(figure, heatmap, reads=[target, checkpoint])
     if layer is not None and heatmap is None:
         raise click.UsageError("--layer says what to draw a heatmap of: give --heatmap FILE as well")
     for path in (figure, heatmap):

@@ -18,6 +18,7 @@ from coconv_surgery.surgery import NoChangeWarning, apply_plan, get_plan
 from coconv_surgery.tracing.inputs import Inputs
 
 _RANDOM = "random, with norms that start at zero set to one"
+_AS_MADE = "those that it was made with"
 
 
 class Subject(NamedTuple):
@@ -61,14 +62,17 @@ def converted_network(
     network = targets.build(target, arguments, pretrained=pretrained)
     kind = load(network, checkpoint)
     file = checkpoint or (Path(target) if targets.is_file(target) else None)
-    words = f"of {file.name}" if file else "of the library" if pretrained else _RANDOM
+    brought = not targets.has_weights_of_chance(target, arguments, checkpoint, pretrained=pretrained)
+    words = f"of {file.name}" if file else "of the library" if pretrained else _AS_MADE if brought else _RANDOM
     if words == _RANDOM:
         wake(network)
+    elif words == _AS_MADE and wake(network):
+        words, brought = _RANDOM, False
     if anew or not get_plan(network).converted:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NoChangeWarning)  # the plan says so
             apply_plan(network, targets.plan_as_chosen(network, target, **choices))
-        kind = "plain" if kind == "none" and pretrained else kind
+        kind = "plain" if kind == "none" and brought and not file else kind
     inputs = targets.inputs_of(network, target, choices["input_size"])
     return Subject(network.eval(), inputs, words, were_plain=kind == "plain")
 

@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib.abc import InspectLoader
@@ -24,7 +25,7 @@ from timm.models import load_checkpoint
 
 from coconv_surgery.layers.arguments import shown
 from coconv_surgery.planning.plan import Plan
-from coconv_surgery.surgery import get_plan
+from coconv_surgery.surgery import NoChangeWarning, get_plan
 
 Maker = Callable[..., nn.Module]
 # What scripts call the option by which they are told where to write.
@@ -127,13 +128,14 @@ class Converting:
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """Within, networks are converted as they are made, whoever imports what makes them, and from where."""
-        makers: dict[Maker, str | None] = {}
+        others: dict[Callable[..., Any], Callable[..., Any]] = {}
         for make_by_name, function_of, names in _libraries():
-            makers[make_by_name] = None
+            others |= {make_by_name: self.converting(make_by_name), function_of: self._converting_of(function_of)}
             if self._names:  # else a script's teachers, losses and scores would be taken for its network
-                makers |= {function_of(name): name for name in names()}
+                makers = {function_of(name): name for name in names()}
+                others |= {make: self.converting(make, name) for make, name in makers.items()}
         try:
-            with _replaced({make: self.converting(make, name) for make, name in makers.items()}):
+            with _replaced(others):
                 yield
         finally:
             self._write_all()
@@ -142,6 +144,19 @@ class Converting:
         """Let a process that ``multiprocessing`` has forked off write its own plans when it ends."""
         self._pending.clear()
         Finalize(None, self._write_all, exitpriority=0)
+
+    def _converting_of(self, function_of: Callable[..., Maker]) -> Callable[..., Maker]:
+        """What gives the function of a name, whose networks are converted."""
+
+        @functools.wraps(function_of)
+        def found(*args: Any, **kwargs: Any) -> Maker:
+            make = function_of(*args, **kwargs)
+            if getattr(self._at, "asks", False):  # what makes a network by its name, and has passed it over
+                self._at.asks = False
+                return make
+            return self.converting(make, str(next(iter((*args, *kwargs.values())))))
+
+        return found
 
     def converting(self, make: Maker, name: str | None = None) -> Maker:
         """What makes a converted network as ``make`` makes a plain one; a file of weights is loaded once it is.
@@ -161,7 +176,11 @@ class Converting:
             called = name or str(next(iter(given.arguments.values())))
             if not any(fnmatchcase(called, pattern) for pattern in self._names or ("*",)):
                 self.passed_over.append(called)
-                return make(*args, **kwargs)
+                self._at.asks = name is None
+                try:
+                    return make(*args, **kwargs)
+                finally:
+                    self._at.asks = False
             checkpoint = given.arguments.pop("checkpoint_path", None)
             self._at.is_within = True
             try:
@@ -188,7 +207,9 @@ class Converting:
             self._keep(plan, name)
             return False
         try:
-            self._change(network)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NoChangeWarning)  # which is said below
+                self._change(network)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if not (plan := get_plan(network)).converted:
@@ -252,7 +273,7 @@ def _flat(given: inspect.BoundArguments) -> dict[str, Any]:
 
 
 def _is_first() -> bool:
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+    return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0").strip() == "0"
 
 
 def _say(line: str) -> None:
@@ -271,7 +292,7 @@ def _libraries() -> list[tuple[Maker, Callable[[str], Maker], Callable[[], list[
 
 
 @contextmanager
-def _replaced(others: dict[Maker, Maker]) -> Iterator[None]:
+def _replaced(others: Mapping[Callable[..., Any], Callable[..., Any]]) -> Iterator[None]:
     """Within, functions are others, under every name that a module has for them."""
     held = [
         (module, name, value)

@@ -39,6 +39,9 @@ _FILES = {".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin"}
 # What of a builder's arguments reads files, and a file may not ask for.
 _READING = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 _READING |= {"weights", "weights_backbone"}
+# What of them brings weights of the whole network.
+_BRINGING = ("checkpoint_path", "pretrained", "weights")
+_CHANNELS = 3  # of a detector's images
 
 
 def build(target: str, arguments: Mapping[str, Any] | None = None, *, pretrained: bool = False) -> nn.Module:
@@ -88,7 +91,7 @@ def inputs_of(network: nn.Module, target: str, input_size: InputSize | None) -> 
     if is_config(target):
         from coconv_surgery.mmdet.inputs import example_inputs
 
-        return example_inputs(network, _sides_in(target) if input_size is None else image_sides(input_size))
+        return example_inputs(network, sides_of_config(target, input_size))
     if input_size is not None:
         return infer_inputs(network, input_size)
     if image := re.fullmatch(r"1×(\d+)×(\d+)×(\d+)", get_plan(network).input):
@@ -115,6 +118,21 @@ def is_factory(target: str) -> bool:
 def is_file(target: str) -> bool:
     """Whether a target is a file of weights."""
     return Path(target).is_file() and not is_config(target)
+
+
+def has_weights_of_chance(
+    target: str, arguments: Mapping[str, Any], checkpoint: Path | None, *, pretrained: bool
+) -> bool:
+    """Whether a network's weights are those that it was made with; what a factory makes may have trained ones.
+
+    Args:
+        target: What names it.
+        arguments: What builds it is given.
+        checkpoint: A file of weights, if one is loaded.
+        pretrained: Whether the library's weights are.
+    """
+    brought = checkpoint is not None or pretrained or any(arguments.get(name) for name in _BRINGING)
+    return not (brought or is_factory(target) or is_file(target))
 
 
 def describe(target: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -196,7 +214,7 @@ def count(target: str, arguments: Mapping[str, Any], input_size: InputSize | Non
         from coconv_surgery.mmdet.flops import count_config
 
         _refuse_arguments(target, arguments)
-        sides = image_sides(input_size) if input_size is not None else _sides_in(target)
+        sides = sides_of_config(target, input_size)
         return *count_config(target, cast(Pair, sides)), "×".join(map(str, sides))
     network = build(target, arguments).eval()
     inputs = inputs_of(network, target, input_size)
@@ -230,7 +248,20 @@ def _refuse_arguments(config: str, arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"{config} is a config, which says all of its network: change it there")
 
 
-def _sides_in(config: str) -> tuple[int, ...]:
+def sides_of_config(config: str, input_size: InputSize | None) -> tuple[int, ...]:
+    """Height and width of a detector's images.
+
+    Args:
+        config: A config of MMDetection.
+        input_size: As the command line has it. Default: that of its pipeline for tests.
+
+    Raises:
+        ValueError: If it has other channels than a detector's images have.
+    """
+    if input_size is not None:
+        if not isinstance(input_size, int) and len(input_size) > 2 and input_size[0] != _CHANNELS:
+            raise ValueError(f"the images of {config} have {_CHANNELS} channels: give --input-size HxW")
+        return image_sides(input_size)
     from mmengine.config import Config
 
     from coconv_surgery.mmengine.options import resized_to

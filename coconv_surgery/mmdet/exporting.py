@@ -1,5 +1,6 @@
 """The part of a detector that computes maps, without what boxes are made of: it is what exporters know."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from mmengine.config import Config
 from mmengine.runner import load_checkpoint
 
 from coconv_surgery.mmdet.building import build_detector
+from coconv_surgery.mmdet.inputs import example_inputs
+from coconv_surgery.tracing.inputs import Inputs
 
 
 class DetectorMaps(nn.Module):
@@ -30,6 +33,10 @@ class DetectorMaps(nn.Module):
         self.detector = detector
         alone = isinstance(detector, SingleStageDetector) and not isinstance(detector, DetectionTransformer)
         self.part = "backbone, neck and the head's raw outputs" if alone else "backbone and neck"
+
+    def inputs(self, image_size: Sequence[int]) -> Inputs:
+        """Images of a size, padded as the data preprocessor would."""
+        return Inputs((example_inputs(self.detector, image_size).kwargs["inputs"],))
 
     def forward(self, images: torch.Tensor) -> Any:
         """Compute the maps of ``(N, 3, H, W)``."""

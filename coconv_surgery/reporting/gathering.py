@@ -64,12 +64,19 @@ def before_and_after(network: nn.Module) -> dict[str, nn.Module]:
         return {"before": revert(separate_copy(network)), "after": network}
 
 
-def wake(network: nn.Module) -> None:
-    """Let every branch of a network with random weights count, also those whose norm starts at zero."""
+def wake(network: nn.Module) -> bool:
+    """Let every branch of a network with random weights count, also those whose norm starts at zero.
+
+    Returns:
+        Whether there were any, as in a network that was never trained.
+    """
+    woken = False
     for module in network.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() == 1 and not weight.is_meta and not weight.any():
             nn.init.ones_(weight)
+            woken = True
+    return woken
 
 
 def gather(

@@ -27,6 +27,8 @@ from coconv_surgery.planning.policies import POLICIES
 from coconv_surgery.sweep.collections import COLLECTIONS
 from coconv_surgery.sweep.walk import read_rows
 
+CONFIG = str(Path("configs/shapes/ssd_r18_shapes.py").absolute())
+
 
 def test_the_installed_command_ends_a_mistake_with_one_line():
     command = Path(sys.executable).with_name("coconv")
@@ -271,6 +273,13 @@ def test_demo_converts_a_network_on_a_photograph(coconv, tmp_path):
         (["convert", "resnet18", "--plan", __file__, "-o", "x"], 1, "is not JSON"),
         (["convert", "resnet18", "-o", "network.py"], 1, "network.py would be a safetensors file"),
         (["plan", "resnet18", "--json", "x.svg", "--figure", "x.svg"], 2, "x.svg cannot be two files"),
+        (["plan", __file__, "--json", __file__], 2, "test_commands.py is read, and would be written over"),
+        (["convert", "resnet18", "--checkpoint", __file__, "-o", __file__], 2, "would be written over"),
+        (["sweep", "timm", "--timeout", "-5"], 2, "'--timeout'"),
+        (["evaluate-gan", __file__, "--data", ".", "--crop", "a,b,c,d"], 2, "'a,b,c,d' is no crop: give TOP,LEFT,H,W"),
+        (["evaluate-gan", __file__, "--data", ".", "--crop", "1,2,0,4"], 2, "'1,2,0,4' is no crop"),
+        (["plan", CONFIG, "--input-size", "1x64x64"], 1, "have 3 channels: give --input-size HxW"),
+        (["flops", CONFIG, "--input-size", "1x64x64"], 1, "have 3 channels: give --input-size HxW"),
         (["fields", "resnet18", "--layer", "layer1.0.conv1"], 2, "give --heatmap FILE as well"),
         (["fields", "resnet18", "--figure", "x.png", "--heatmap", "x.png"], 2, "x.png cannot be two files"),
         (
@@ -334,7 +343,7 @@ def test_convert_goes_by_the_plan_of_a_converted_checkpoint(coconv, tmp_path, su
     cs.save_converted(model, path) if suffix == "safetensors" else torch.save(model.state_dict(), path)
     assert coconv("convert", "resnet18", "--checkpoint", path, "-o", tmp_path / "out.safetensors").code == 0
     assert cs.read_plan(tmp_path / "out.safetensors") == cs.get_plan(model)
-    again = path.with_suffix(".safetensors")
+    again = tmp_path / "again.safetensors"
     assert coconv("convert", "resnet18", "--checkpoint", path, "--policy", "stage(3,3,2,1)", "-o", again).code == 0
     assert cs.read_plan(again).policy == "stage(3,3,2,1)"
 
@@ -370,6 +379,22 @@ def test_convert_keeps_a_networks_own_levels_whatever_weights_it_gets(coconv, tm
         assert coconv(*start, *asked, "-o", tmp_path / f"{name}.safetensors").code == 0
         converted = cs.plan_of(tmp_path / f"{name}.safetensors").converted
         assert {row.name: row.levels for row in converted}["layer1.0.conv1"] == levels
+
+
+def test_a_plan_is_written_whether_or_not_somebody_reads_what_is_shown(tmp_path):
+    command = f"{Path(sys.executable).with_name('coconv')} plan test_resnet --json plan.json --figure plan.svg | true"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, capture_output=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.svg"]
+
+
+def test_weights_that_an_argument_brings_are_not_called_random(coconv, tmp_path, photographs):
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "plain.pth")
+    brought = ("--arg", f"checkpoint_path={tmp_path / 'plain.pth'}")
+    start = ("convert", "test_resnet", "--input-size", 64, "-o", tmp_path / "net.safetensors", *brought)
+    done = coconv(*start, "--calibrate", photographs)
+    assert done.code == 0, done.err
+    assert "random" not in done.err
+    assert cs.plan_of(tmp_path / "net.safetensors").calibrated == 6
 
 
 def test_a_hubs_folder_has_random_weights_unless_they_are_asked_for(coconv, tmp_path, photographs):

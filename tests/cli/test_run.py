@@ -60,6 +60,48 @@ def test_a_script_trains_the_converted_network_and_its_checkpoint_says_so(coconv
     assert timm.create_model is timm.models.create_model is make
 
 
+BUILDERS = """
+import timm, torchvision, coconv_surgery
+from timm.models import model_entrypoint
+from torchvision.models import get_model_builder
+from coconv_surgery import get_plan
+for net in (model_entrypoint("test_resnet")(), get_model_builder("resnet18")(weights=None)):
+    print(bool(get_plan(net).converted))
+"""
+
+
+@pytest.mark.parametrize(
+    ("networks", "numbers"),
+    [((), "True True"), (("--network", "resnet18"), "False True"), (("--network", "test_resnet*"), "True False")],
+    ids=["all", "one", "another"],
+)
+def test_functions_that_a_library_gives_for_a_name_make_converted_networks(coconv, train, networks, numbers):
+    train.write_text(BUILDERS)
+    done = coconv(*AT_64, *networks, "--", train)
+    assert done.code == 0, done.err
+    assert done.out.split() == numbers.split()
+
+
+def test_a_network_that_is_passed_over_by_its_whole_name_is_not_converted_by_a_part_of_it(coconv, train):
+    train.write_text("import timm; timm.create_model('resnet18.a1_in1k')")
+    done = coconv(*AT_64, "--network", "resnet18", "--", train)
+    assert done.code == 1
+    assert "the script made resnet18.a1_in1k, which no --network matches" in done.err
+
+
+def test_a_network_without_a_convolution_to_convert_is_said_in_one_line(coconv, train):
+    done = coconv(*AT_64, "--", train, "--model", "test_vit")
+    assert "test_vit has no convolution to convert" in done.err
+    assert "Warning" not in done.err
+
+
+def test_a_rank_that_is_no_number_is_not_the_first(coconv, train, monkeypatch):
+    monkeypatch.setenv("RANK", "abc")
+    done = coconv(*AT_64, "--", train, "--model", "test_resnet")
+    assert (done.code, done.out) == (0, "trained\n"), done.err
+    assert not list(Path().glob("coconv-plan-*"))
+
+
 def test_options_of_the_script_are_its_own_without_a_dash_too(coconv, train):
     done = coconv(*AT_64, train, "--model", "test_resnet", "--output=.")
     assert done.code == 0, done.err
@@ -379,11 +421,12 @@ def test_two_processes_convert_alike_and_one_of_them_says_so(train, tmp_path):
         (["--", "-m"], 1, "-m: give a module, as in -m package.train"),
         (["--", "-m", "nosuch.module"], 1, "there is no module 'nosuch.module'"),
         (["--", "scripts"], 1, "there is no script 'scripts'"),
-        (["--network", "x", "--", "scripts/train.py"], 2, "--network says how to convert: give --policy as well"),
+        (["--network", "x", "--", "scripts/train.py"], 2, "--network is for networks that are converted: give"),
+        (["-o", "plans", "--", "scripts/train.py"], 2, "--output is for networks that are converted: give --policy"),
         (
             ["--include", "layer1.*", "--", "scripts/train.py"],
             2,
-            "--include says how to convert: give --policy",
+            "--include is for networks that are converted: give",
         ),
         (["--plan", "plan.json", "--policy", "top", "--", "scripts/train.py"], 2, "leave out --policy"),
         (["--plan", "plan.json", "--", "scripts/train.py"], 1, "plan.json is not a plan"),

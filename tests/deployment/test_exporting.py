@@ -37,6 +37,12 @@ def test_an_export_is_for_the_size_that_the_conversion_was_planned_for(coconv, f
     assert done.out.rstrip().endswith("; for images of 1×3×64×64")
 
 
+def test_a_detector_is_exported_for_the_images_of_its_pipeline(coconv, tmp_path):
+    done = coconv("export", "configs/shapes/ssd_coresnet18_shapes.py", "-o", tmp_path / "ssd.pt2")
+    assert done.code == 0, done.err
+    assert "; for images of 1×3×192×192" in done.out
+
+
 def test_a_detector_of_a_config_is_exported(coconv, tmp_path):
     config = "configs/shapes/ssd_coresnet18_shapes.py"
     done = coconv("export", config, "--input-size", "96", "-o", tmp_path / "ssd.onnx")

@@ -134,6 +134,28 @@ def test_calibration_without_trained_weights_is_refused(coconv, tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
+OWN = """
+import timm
+
+def trained():  # as far as its norms tell
+    return timm.create_model("test_resnet", zero_init_last=False)
+
+def untrained():
+    return timm.create_model("test_resnet")
+"""
+
+
+def test_what_a_factory_makes_may_be_trained(coconv, page, tmp_path, monkeypatch):
+    (tmp_path / "own_factories.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    options = ("--calibrate", page.with_name("images"), "--input-size", 64)
+    assert coconv("report", "own_factories:trained", *options, "-o", "page.html").code == 0
+    assert "those that it was made with" in text_of(tmp_path / "page.html")
+    done = coconv("report", "own_factories:untrained", *options, "-o", "page.html")
+    assert done.code == 1
+    assert "--calibrate needs weights of a plain network" in done.err
+
+
 def test_calibration_of_a_converted_networks_weights_is_refused(coconv, page, tmp_path):
     cs.save_converted(cs.convert(timm.create_model("test_resnet")), tmp_path / "converted.safetensors")
     options = ("--weights", tmp_path / "converted.safetensors", "--calibrate", page.with_name("images"))
