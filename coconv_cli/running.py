@@ -36,9 +36,9 @@ def run(
 ) -> None:
     """Run a training script, unedited, on converted networks.
 
-    Our models are registered with timm, and every network that the script makes through timm.create_model or
-    torchvision.models.get_model is converted as it is made: by --policy, or by the --plan of an earlier run, which its
-    checkpoints tell as well as the file that it wrote.
+    Our models are registered with timm, and every network that the script makes by its name, through timm.create_model
+    or torchvision.models.get_model, is converted as it is made: by --policy, or by the --plan of an earlier run, which
+    its checkpoints tell as well as the file that it wrote.
     With neither, nothing is converted. A module is run by -- -m and its name.
 
     Networks are planned for --input-size, or else for the size that timm says, whatever the script trains at. What the
