@@ -57,6 +57,8 @@ def build(target: str, arguments: Mapping[str, Any] | None = None, *, pretrained
         TypeError: If a factory makes something else.
     """
     given = dict(arguments or {})
+    if not target:
+        raise ValueError(f"an empty name names no network: give {FORMS}")
     if is_config(target):
         _refuse_arguments(target, {**given, **({"pretrained": True} if pretrained else {})})
         return _detector(target)

@@ -97,6 +97,7 @@ def test_convert_writes_the_network_of_a_factory(coconv, own, tmp_path):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
+        ("", "an empty name names no network: give a name of timm's"),
         ("resnet5", "timm has no model 'resnet5': did you mean 'resnet50'"),
         ("xqzw", r"timm has no model 'xqzw': give a name of timm's \(or hf_hub:… or local-dir:…\), torchvision/NAME"),
         ("torchvision/resnet1", "torchvision has no model 'resnet1': did you mean 'resnet1"),
