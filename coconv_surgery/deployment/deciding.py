@@ -109,7 +109,7 @@ def _computes_weight(module: nn.Module) -> bool:
     """Whether a layer may compute its weight, or convolve with something else than it."""
     inherits = isinstance(module, nn.Conv2d) and type(module)._conv_forward is nn.Conv2d._conv_forward
     plain = inherits and type(module).forward in (nn.Conv2d.forward, Conv2dSame.forward)
-    return not is_as_it_is(module) and not (plain and "weight" in module._parameters and not module._forward_pre_hooks)
+    return not is_as_it_is(module) and not (plain and "weight" in module._parameters)
 
 
 def _foldable(watch: Watch, name: str, kernels: _KernelsOf) -> tuple[Norm | None, str]:

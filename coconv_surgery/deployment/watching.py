@@ -128,10 +128,15 @@ def _image_of(args: Any, kwargs: Any) -> torch.Tensor | None:
     return given[0] if alone else None
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether hooks of the network's own see what goes in or comes out, and do not only compute its weight."""
+    before = [hook for hook in module._forward_pre_hooks.values() if getattr(hook, "__module__", "") != __name__]
+    return len(module._forward_hooks) > 1 or (bool(before) and "weight" in module._parameters)  # one is the watch's
+
+
 def _see(table: dict[str, Seen], name: str, module: nn.Module, args: Any, kwargs: Any) -> Seen:
     image = _image_of(args, kwargs)
-    hooked = len(module._forward_hooks) > 1  # one is the watch's
-    rank = image.dim() if image is not None and not hooked else None
+    rank = image.dim() if image is not None and not _is_hooked(module) else None
     seen = table.setdefault(name, Seen(module, rank))
     seen.rank = rank if rank == seen.rank else None
     return seen

@@ -394,6 +394,18 @@ def test_a_hook_that_changes_what_a_convolution_gives_keeps_its_norm(hook):
         assert relative(deployed(IMAGE), net.eval()(IMAGE)) < 1e-5
 
 
+def test_features_that_hooks_collect_before_a_convolution_are_there():
+    features = timm.create_model("efficientnet_b0", features_only=True, feature_location="expansion").eval()
+    convert(features, input_size=64)
+    image = torch.randn(1, 3, 64, 64)
+    deployed = deploy(features, input_size=64)
+    with torch.no_grad():
+        for found, expected in zip(deployed(image), features(image), strict=True):
+            assert relative(found, expected) < 1e-5
+    assert not any(isinstance(module, CoConv2d) for module in deployed.modules())
+    assert len(get_deployment(deployed).left) == 5  # norms, behind the convolutions that are hooked
+
+
 COPY_DOES_NOT_RUN = "the network runs, and the deployed one does not: its code may use"
 
 
