@@ -260,9 +260,11 @@ class _Work:
             used.update(parameters[id(part)] for part in (call.weight, call.bias) if id(part) in parameters)
             self._check_size(call)
 
+        self._outputs = self._run_original(see)
         reads = OtherReads(self._original.model, lambda: self._original.convolves)
+        # A run of its own: where it is watched, torch may compute otherwise.
         with Operations(reads.see), Leaving(reads.leave):
-            self._outputs = self._run_original(see)
+            self._run_original()
         for number in range(1, len(self._batches)):
             self._run_original(self._check_size, number)
         if not _same(self._outputs, self._run_original()):
@@ -343,7 +345,7 @@ def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise CalibrationError(f"{name} is on the meta device and has no numbers: load the trained weights first")
-        if parameter.is_inference():
+        if parameter.is_inference() and not torch.is_inference_mode_enabled():
             raise CalibrationError(
                 f"{name} was made in inference mode and cannot change: make the network outside of it"
             )
@@ -357,7 +359,6 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
     devices = {"cpu", *(parameter.device.type for parameter in model.parameters())}
     with ExitStack() as stack:
         for device in filter(torch.is_autocast_enabled, devices):
-            stack.callback(torch.clear_autocast_cache)  # which holds the weights as they were before
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
 

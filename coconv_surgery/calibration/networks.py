@@ -215,6 +215,7 @@ class WatchedNetwork:
         with _disable_current_modes():  # whoever watches the run sees the run alone
             self.put_back()
         torch.manual_seed(0)
+        torch.clear_autocast_cache()  # which may hold weights as they were before
         try:
             with torch.no_grad():
                 return batch.run(self.model)

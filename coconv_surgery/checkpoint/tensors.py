@@ -135,7 +135,7 @@ def _place(tensor: torch.Tensor) -> Any:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+    return one is other or (one.dtype == other.dtype and bool(((one == other) | (one.isnan() & other.isnan())).all()))
 
 
 def held_once(expanded: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

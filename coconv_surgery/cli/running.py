@@ -113,6 +113,7 @@ class Converting:
     ) -> None:
         self.count = 0
         self.passed_over: list[str] = []
+        self._found: dict[tuple[Maker, str], Maker] = {}
         self._change, self._names = change, names
         self._folder = None if folder is None else folder.absolute()  # the script may go elsewhere
         self._at = threading.local()
@@ -154,7 +155,8 @@ class Converting:
             if getattr(self._at, "asks", False):  # what makes a network by its name, and has passed it over
                 self._at.asks = False
                 return make
-            return self.converting(make, str(next(iter((*args, *kwargs.values())))))
+            name = str(next(iter((*args, *kwargs.values()))))
+            return self._found.setdefault((make, name), self.converting(make, name))
 
         return found
 

@@ -40,7 +40,7 @@ _FILES = {".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin"}
 _READING = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 _READING |= {"weights", "weights_backbone"}
 # What of them brings weights of the whole network.
-_BRINGING = ("checkpoint_path", "pretrained", "weights")
+_BRINGING = ("pretrained", "weights")
 _CHANNELS = 3  # of a detector's images
 
 
@@ -66,10 +66,8 @@ def build(target: str, arguments: Mapping[str, Any] | None = None, *, pretrained
         return _of_file(target, given, pretrained)
     if Path(target).suffix in _FILES and not target.startswith(_HUBS):
         raise FileNotFoundError(f"there is no file {shown(target)}")
-    if target.startswith(_HUBS) or timm.is_model(target):
-        return _module(functools.partial(timm.create_model, target, pretrained=pretrained), given, target)
-    if target.startswith(_TORCHVISION):
-        return _of_torchvision(target, given, pretrained)
+    if _is_of_library(target):
+        return _of_library(target, given, pretrained)
     if is_factory(target):
         return _module(_factory(target), {**given, **({"pretrained": True} if pretrained else {})}, target)
     if Path(target).is_dir():
@@ -271,6 +269,18 @@ def sides_of_config(config: str, input_size: InputSize | None) -> tuple[int, ...
     return tuple(resized_to(Config.fromfile(config).get("test_pipeline", [])))
 
 
+def _is_of_library(target: str) -> bool:
+    return target.startswith((*_HUBS, _TORCHVISION)) or timm.is_model(target)
+
+
+def _of_library(target: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
+    if target.startswith(_TORCHVISION):
+        return _of_torchvision(target, arguments, pretrained)
+    if "checkpoint_path" in arguments:
+        raise ValueError("--arg checkpoint_path: give a file of weights by --checkpoint")
+    return _module(functools.partial(timm.create_model, target, pretrained=pretrained), arguments, target)
+
+
 def _of_file(path: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
     if pretrained:
         raise ValueError(f"{path} holds the weights of its network: leave out --pretrained")
@@ -288,7 +298,7 @@ def _of_file(path: str, arguments: dict[str, Any], pretrained: bool) -> nn.Modul
             f"{path} holds the weights of {shown(name)}, and a file may not name code or other files: if you trust it, "
             "name that as the TARGET, and give the file by --weights"
         )
-    make = functools.partial(build, name, {**given, **arguments})
+    make = functools.partial(_of_library, name, {**given, **arguments}, False)
     _check_sizes(make, path)
     return load_converted(make(), path)
 

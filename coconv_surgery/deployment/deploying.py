@@ -16,7 +16,7 @@ from coconv_surgery.deployment.graphs import nodes_to_modules
 from coconv_surgery.deployment.report import Deployment, DeploymentError
 from coconv_surgery.layers.arguments import instance
 from coconv_surgery.merging import keep_levels_in_merges
-from coconv_surgery.planning.notes import attributes_kept_by, compare_on_loading, is_guarded, note_plan, set_guard
+from coconv_surgery.planning.notes import attributes_kept_by, compare_no_more, is_guarded, note_plan, set_guard
 from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.copying import separate_copy
 from coconv_surgery.tracing.evaluating import evaluate
@@ -134,5 +134,5 @@ def _forget_conversion(model: nn.Module, undo: ExitStack) -> None:
         note_plan(module, None, undo)
         if is_guarded(module):
             set_guard(module, None, undo)
-    compare_on_loading(model, undo, wanted=False)  # a part of a converted network holds no plan, and was told to
+    compare_no_more(model, undo)  # as a part does of which the whole holds the plan
     keep_levels_in_merges(model, undo)

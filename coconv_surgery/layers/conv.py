@@ -200,7 +200,7 @@ class CoConv2d(nn.Conv2d):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if may_load(self, self.contextual_levels, state_dict, prefix, local_metadata, error_msgs):
+        if may_load(self.contextual_levels, state_dict, prefix, local_metadata, error_msgs):
             keys = missing_keys, unexpected_keys
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *keys, error_msgs)
             if isinstance(images := local_metadata.get(CALIBRATED), int) and f"{prefix}weight" in state_dict:

@@ -45,6 +45,7 @@ class _Loading:
         self.converted = False
         self.warned = False
         self.differences: list[str] = []  # which matter once a convolution shows that the weights were converted
+        self.compared: str | None = None  # the prefix of the last convolution
 
     def report(self) -> None:
         """Make the differences errors, if they are."""
@@ -165,7 +166,6 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def compare_plain(
-    conv: nn.Module,
     state_dict: Mapping[str, Any],
     prefix: str,
     metadata: Mapping[str, Any],
@@ -177,7 +177,6 @@ def compare_plain(
     """Report weights of a contextual convolution that come into a plain one: a hook before loading.
 
     Args:
-        conv: The convolution; a contextual one compares by itself.
         state_dict: As torch passes it, like all that follow.
         prefix: The same.
         metadata: The same.
@@ -186,8 +185,9 @@ def compare_plain(
         unexpected_keys: The same.
         errors: The same.
     """
-    if not hasattr(conv, "contextual_levels"):
-        may_load(conv, None, state_dict, prefix, metadata, errors)
+    # A contextual one has compared by itself, and so has one with such a hook of a larger network as well.
+    if _state.loading.errors is not errors or _state.loading.compared != prefix:
+        may_load(None, state_dict, prefix, metadata, errors)
 
 
 def forget_levels(state_dict: Mapping[str, Any]) -> None:
@@ -197,7 +197,6 @@ def forget_levels(state_dict: Mapping[str, Any]) -> None:
 
 
 def may_load(
-    conv: nn.Module,
     levels: Levels | None,
     state_dict: Mapping[str, Any],
     prefix: str,
@@ -207,8 +206,7 @@ def may_load(
     """Compare what a state dict says of a convolution with its levels.
 
     Args:
-        conv: The convolution.
-        levels: Its levels, or None if it computes what a plain one does.
+        levels: The convolution's levels, or None if it computes what a plain one does.
         state_dict: As torch passes it to a module that is loaded.
         prefix: The same.
         metadata: The module's own part of the metadata.
@@ -225,6 +223,7 @@ def may_load(
     if _state.loading.errors is not errors:
         _state.loading = _Loading(errors)
     loading, difference = _state.loading, levels_differ(metadata, levels)
+    loading.compared = prefix
     loading.converted |= KEY in metadata
     if difference is not None:
         loading.differences.append(f"{prefix[:-1]}: {difference}")

@@ -44,22 +44,25 @@ def note_plan(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
     undo.callback(_set_plan, model, before)
     _set_plan(model, plan)
     register = functools.partial(model._register_state_dict_hook, _write_plan)
-    _set_hook(model._state_dict_hooks, _write_plan, register, undo, wanted=plan is not None)
-    compare_on_loading(model, undo, wanted=plan is not None)
+    _set_hooks(model._state_dict_hooks, _write_plan, register, int(plan is not None), undo)
+    # One for each network with a plan that a convolution is in, so that a part can be reverted.
+    change = int(plan is not None) - int(before is not None)
+    for conv, hooks in _convolutions(model):
+        register = functools.partial(conv._register_load_state_dict_pre_hook, compare_plain)
+        count = max(len(_held(hooks, compare_plain)) + change, int(plan is not None))
+        _set_hooks(hooks, compare_plain, register, count, undo)
 
 
-def compare_on_loading(model: nn.Module, undo: ExitStack, *, wanted: bool) -> None:
-    """Let the plain convolutions of a network refuse weights of contextual ones, as those refuse others by themselves.
+def compare_no_more(model: nn.Module, undo: ExitStack) -> None:
+    """Let the plain convolutions of a network, or of a part of one, load whatever they are given again.
 
     Args:
         model: The network.
         undo: Takes what puts everything back.
-        wanted: Whether to, or to take whatever they are given again.
     """
-    for conv in model.modules():
-        if isinstance(conv, nn.Conv2d):
-            register = functools.partial(conv._register_load_state_dict_pre_hook, compare_plain, with_module=True)
-            _set_hook(conv._load_state_dict_pre_hooks, compare_plain, register, undo, wanted=wanted)
+    for conv, hooks in _convolutions(model):
+        register = functools.partial(conv._register_load_state_dict_pre_hook, compare_plain)
+        _set_hooks(hooks, compare_plain, register, 0, undo)
 
 
 def is_guard(name: str) -> bool:
@@ -126,16 +129,25 @@ def _set_plan(model: nn.Module, plan: Plan | None) -> None:
         attributes[_ATTRIBUTE] = plan
 
 
-def _set_hook(
-    table: dict[int, Any], hook: Callable[..., None], register: Callable[[], Any], undo: ExitStack, *, wanted: bool
+def _convolutions(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    return [(conv, conv._load_state_dict_pre_hooks) for conv in model.modules() if isinstance(conv, nn.Conv2d)]
+
+
+def _held(table: dict[int, Any], hook: Callable[..., None]) -> list[int]:
+    return [key for key, kept in table.items() if getattr(kept, "hook", kept) is hook]  # torch wraps some
+
+
+def _set_hooks(
+    table: dict[int, Any], hook: Callable[..., None], register: Callable[[], Any], count: int, undo: ExitStack
 ) -> None:
-    held = [key for key, kept in table.items() if getattr(kept, "hook", kept) is hook]  # torch wraps some
-    if bool(held) is wanted:
+    """Let a table of hooks hold a hook so often."""
+    held = _held(table, hook)
+    if len(held) == count:
         return
     undo.callback(_refill, table, table.copy())
-    if wanted:
+    for _ in range(count - len(held)):
         register()
-    for key in held:
+    for key in held[count:]:
         del table[key]
 
 

@@ -460,6 +460,23 @@ def test_what_a_network_makes_when_it_first_runs_is_not_kept():
     assert list(model.state_dict()) == names
 
 
+def test_a_network_that_computes_otherwise_where_it_is_watched_is_calibrated():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1)
+
+        def forward(self, x):
+            tokens = nn.functional.avg_pool2d(self.last(self.conv(x).relu()), 4).flatten(2).transpose(1, 2)
+            padding = torch.arange(tokens.shape[1]).expand(tokens.shape[:2]) >= 48
+            return self.encoder(tokens, src_key_padding_mask=padding)
+
+    model = cs.convert(Attends().eval(), "uniform(2)", input_size=32)
+    assert cs.calibrate(model, smooth(8, 3, 32, 32), arrange=False).solved
+
+
 def test_a_calibration_computes_in_the_precision_of_the_network_whatever_is_cast_around_it():
     def under_autocast(images):
         with torch.autocast("cpu", torch.bfloat16):

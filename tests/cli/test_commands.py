@@ -275,6 +275,7 @@ def test_demo_converts_a_network_on_a_photograph(coconv, tmp_path):
         (["plan", "resnet18", "--json", "x.svg", "--figure", "x.svg"], 2, "x.svg cannot be two files"),
         (["plan", __file__, "--json", __file__], 2, "test_commands.py is read, and would be written over"),
         (["convert", "resnet18", "--checkpoint", __file__, "-o", __file__], 2, "would be written over"),
+        (["convert", "resnet18", "--arg", "checkpoint_path=x", "-o", "y"], 1, "give a file of weights by --checkpoint"),
         (["sweep", "timm", "--timeout", "-5"], 2, "'--timeout'"),
         (["evaluate-gan", __file__, "--data", ".", "--crop", "a,b,c,d"], 2, "'a,b,c,d' is no crop: give TOP,LEFT,H,W"),
         (["evaluate-gan", __file__, "--data", ".", "--crop", "1,2,0,4"], 2, "'1,2,0,4' is no crop"),
@@ -387,14 +388,14 @@ def test_a_plan_is_written_whether_or_not_somebody_reads_what_is_shown(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.svg"]
 
 
-def test_weights_that_an_argument_brings_are_not_called_random(coconv, tmp_path, photographs):
-    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "plain.pth")
-    brought = ("--arg", f"checkpoint_path={tmp_path / 'plain.pth'}")
-    start = ("convert", "test_resnet", "--input-size", 64, "-o", tmp_path / "net.safetensors", *brought)
+def test_weights_that_an_argument_brings_are_not_called_random(coconv, tmp_path, photographs, monkeypatch):
+    (tmp_path / "own_made.py").write_text("import timm\ndef make(pretrained): return timm.create_model('test_resnet')")
+    monkeypatch.chdir(tmp_path)
+    start = ("convert", "own_made:make", "--input-size", 64, "-o", "net.safetensors", "--arg", "pretrained=True")
     done = coconv(*start, "--calibrate", photographs)
     assert done.code == 0, done.err
     assert "random" not in done.err
-    assert cs.plan_of(tmp_path / "net.safetensors").calibrated == 6
+    assert cs.plan_of("net.safetensors").calibrated == 6
 
 
 def test_a_hubs_folder_has_random_weights_unless_they_are_asked_for(coconv, tmp_path, photographs):

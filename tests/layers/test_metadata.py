@@ -1,5 +1,7 @@
 """What a state dict says of the levels of its network."""
 
+import copy
+import gc
 import io
 import warnings
 
@@ -127,6 +129,25 @@ def test_a_plain_network_loads_what_it_is_given_again(undo):
     net = undo(converted(**{"1": None}).eval())
     assert not any(hooks(net))
     net[1].load_state_dict(converted()[1].state_dict())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["part first", "whole first"])
+def test_a_reverted_part_of_a_converted_network_goes_on_to_compare(order):
+    whole = nn.Sequential(network(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+    for which in order:
+        cs.convert((whole, whole[0])[which], ("uniform(2)", "uniform(3)")[which], input_size=16, overrides={"*1": 2})
+    saved = whole.state_dict()
+    cs.revert(whole[0])
+    with pytest.raises(RuntimeError, match=r"0\.1: plain, the weights come from dilations"):
+        whole.load_state_dict(saved)
+    assert not any(hooks(cs.revert(whole)))
+
+
+def test_a_copy_of_the_attributes_of_a_plain_convolution_loads():
+    net = converted(**{"1": None})
+    net[1] = copy.copy(net[1])
+    gc.collect()
+    net.load_state_dict(net.state_dict())
 
 
 def test_a_deployed_part_of_a_converted_network_compares_nothing():
