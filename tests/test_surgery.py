@@ -342,7 +342,7 @@ def ddp(net):
             lambda net: net,
             {"input_size": None, "example_inputs": [None]},
             ValueError,
-            "or example inputs, that suit it",
+            "or example_inputs= that suit it",
         ),
         (lambda net: net, {"input_size": None}, ValueError, "give input_size="),
         (lambda net: net, {"input_size": (1, 2, 3, 4)}, ValueError, "input_size=.*height, width"),

@@ -140,8 +140,8 @@ def receptive_fields(
     if isinstance(found, NetworkError):
         cause = found.__cause__
         raise ValueError(
-            f"{type(model).__name__} does not run on these inputs ({in_words(cause)}): give an input size, or "
-            "example inputs, that suit it"
+            f"{type(model).__name__} does not run on these inputs ({in_words(cause)}): give input_size= or "
+            "example_inputs= that suit it"
         ) from cause
     return FieldReport(found, inputs.image_size)
 

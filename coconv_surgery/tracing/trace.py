@@ -94,7 +94,7 @@ def trace_network(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Tr
         cause, size = observed.__cause__, " × ".join(map(str, inputs.image_size or ()))
         raise ValueError(
             f"{type(model).__name__} does not run on {f'a {size} input' if size else 'these inputs'} "
-            f"({in_words(cause)}): give an input size, or example inputs, that suit it"
+            f"({in_words(cause)}): give input_size= or example_inputs= that suit it"
         ) from cause
     tied: dict[Any, list[Site]] = defaultdict(list)
     for site in sites:

@@ -66,8 +66,10 @@ def tiny_plain_ssd(tiny_ssd) -> Config:
 def plain_checkpoint(shapes, tmp_path_factory) -> Path:
     """What the plain one comes to."""
     folder = tmp_path_factory.mktemp("plain")
+    config = _plain(_tiny_ssd(shapes, folder))
+    config.experiment_name = "plain"  # else it shares the log of a training that starts in the same second
     with DefaultScope.overwrite_default_scope("mmdet"):
-        Runner.from_cfg(_plain(_tiny_ssd(shapes, folder))).train()
+        Runner.from_cfg(config).train()
     return folder / "work" / "epoch_1.pth"
 
 
