@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 def _crop(value: str) -> tuple[int, ...]:
     try:
-        top, left, height, width = (int(number) for number in value.split(","))
+        numbers = tuple(int(number) for number in value.split(","))
     except ValueError:
-        top = left = height = width = -1
-    if min(top, left) < 0 or min(height, width) < 1:
+        numbers = ()
+    if len(numbers) != 4 or min(numbers[:2]) < 0 or min(numbers[2:]) < 1:
         raise click.BadParameter(f"{value!r} is no crop: give TOP,LEFT,H,W in pixels, as 57,25,128,128")
-    return top, left, height, width
+    return numbers
 
 
 @click.command()

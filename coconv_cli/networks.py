@@ -203,18 +203,21 @@ def export(
         raise click.UsageError("a config says all of its network: give the weights of a detector by --checkpoint")
     given = targets.read_arguments(arguments)
     options.check_outputs(*files_of(output), reads=[target, checkpoint])
+    network: nn.Module
+    part = None  # of a detector, what is written
     with doing(f"creating {target}"):
         if targets.is_config(target):
             from coconv_surgery.mmdet.exporting import maps_of_config
 
-            network: nn.Module = (maps := maps_of_config(Path(target), checkpoint))
+            maps = maps_of_config(Path(target), checkpoint)
+            network, part = maps, maps.part
             inputs = maps.inputs(targets.sides_of_config(target, input_size))
         else:
             network = targets.build(target, given, pretrained=pretrained)
             load(network, checkpoint)
             inputs = targets.inputs_of(network, target, input_size)
-    if targets.is_config(target):
-        click.echo(f"of {target}: {maps.part}")
+    if part is not None:
+        click.echo(f"of {target}: {part}")
     images = inputs.args[0].expand(batch, -1, -1, -1)
     with doing(f"deploying {target}"):
         deployed = deploy(network, example_inputs=replace(inputs, args=(images,)))

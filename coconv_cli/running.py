@@ -60,9 +60,9 @@ def run(
     if plan_path is not None and given:
         raise click.UsageError(f"--plan already decides everything: leave out {given[0]}")
     if plan_path is None and policy is None:
-        for option, stands in (*((name, True) for name in given), ("--network", networks), ("--output", output)):
-            if stands:
-                raise click.UsageError(f"{option} is for networks that are converted: give --policy or --plan as well")
+        idle = [*given, *(option for option, value in (("--network", networks), ("--output", output)) if value)]
+        if idle:
+            raise click.UsageError(f"{idle[0]} is for networks that are converted: give --policy or --plan as well")
         _as_python_would(functools.partial(run_command, command))
         return
     if plan_path is not None:

@@ -41,7 +41,7 @@ FILES = {
     "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "decision"],
     "merging": ["convs", "methods", "plain", "calls", "comparing", "carrying", "blocks"],
     "calibration": [
-        *("report", "patches", "moments", "parameters", "batches", "networks", "channels", "arranging", "solving"),
+        *("report", "patches", "moments", "batches", "networks", "parameters", "channels", "arranging", "solving"),
         "calibrating",
     ],
     "deployment": [

@@ -15,7 +15,7 @@ from coconv_surgery.calibration.batches import Batch, Stop
 from coconv_surgery.calibration.patches import Level, each_level
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import Levels
-from coconv_surgery.layers.rollback import restorer
+from coconv_surgery.layers.rollback import refill, restorer
 from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
 from coconv_surgery.tracing.finding import find_sites
 from coconv_surgery.tracing.signature import Signature
@@ -196,8 +196,7 @@ class WatchedNetwork:
         for put_back in self._restore:
             put_back()
         for table, content in self._tables:
-            table.clear()  # of what a first run makes, as well
-            table.update(content)
+            refill(table, content)  # without what a first run makes
         for buffer, numbers in self._numbers:
             buffer.copy_(numbers)
 
@@ -249,14 +248,15 @@ class WatchedNetwork:
         def convolve(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             watched, within = of_module(), network()
             assert watched is not None
-            if within is not None:
-                within.convolves = True
+            if within is None:
+                alone: torch.Tensor = here(watched, input, weight, bias)
+                return alone
+            within.convolves = True
             try:
                 output: torch.Tensor = here(watched, input, weight, bias)
             finally:
-                if within is not None:
-                    within.convolves = False
-            if within is not None and within._see is not None:
+                within.convolves = False
+            if within._see is not None:
                 index = within._calls[layer]
                 within._calls[layer] += 1
                 batched = (input, output) if input.dim() == 4 else (input[None], output[None])

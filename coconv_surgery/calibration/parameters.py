@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from coconv_surgery.calibration.networks import tensors_of
 from coconv_surgery.planning.reasons import Reason
 from coconv_surgery.tracing.objects import is_expanded, memory_of, tensor_leaves
 from coconv_surgery.tracing.operations import makes_anew
@@ -24,8 +25,7 @@ def that_stay(model: nn.Module, *, frozen: bool) -> dict[str, str]:
     Returns:
         Reasons by name.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    stay = _sharing_memory(tensors)
+    stay = _sharing_memory(tensors_of(model))
     for name, parameter in model.named_parameters():
         if is_expanded(parameter):
             stay[name] = "its kernels are few numbers that are shown several times"

@@ -63,11 +63,11 @@ def converted_network(
     kind = load(network, checkpoint)
     file = checkpoint or (Path(target) if targets.is_file(target) else None)
     brought = not targets.has_weights_of_chance(target, arguments, checkpoint, pretrained=pretrained)
-    words = f"of {file.name}" if file else "of the library" if pretrained else _AS_MADE if brought else _RANDOM
-    if words == _RANDOM:
-        wake(network)
-    elif words == _AS_MADE and wake(network):
-        words, brought = _RANDOM, False
+    words = f"of {file.name}" if file else "of the library" if pretrained else None
+    if words is None:
+        woken = wake(network)
+        brought = brought and not woken
+        words = _AS_MADE if brought else _RANDOM
     if anew or not get_plan(network).converted:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NoChangeWarning)  # the plan says so

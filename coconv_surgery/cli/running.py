@@ -113,7 +113,6 @@ class Converting:
     ) -> None:
         self.count = 0
         self.passed_over: list[str] = []
-        self._found: dict[tuple[Maker, str], Maker] = {}
         self._change, self._names = change, names
         self._folder = None if folder is None else folder.absolute()  # the script may go elsewhere
         self._at = threading.local()
@@ -133,8 +132,7 @@ class Converting:
         for make_by_name, function_of, names in _libraries():
             others |= {make_by_name: self.converting(make_by_name), function_of: self._converting_of(function_of)}
             if self._names:  # else a script's teachers, losses and scores would be taken for its network
-                makers = {function_of(name): name for name in names()}
-                others |= {make: self.converting(make, name) for make, name in makers.items()}
+                others |= {(make := function_of(name)): self.converting(make, name) for name in names()}
         try:
             with _replaced(others):
                 yield
@@ -148,6 +146,7 @@ class Converting:
 
     def _converting_of(self, function_of: Callable[..., Maker]) -> Callable[..., Maker]:
         """What gives the function of a name, whose networks are converted."""
+        converting = functools.cache(self.converting)  # the same function for the same name, as the library gives it
 
         @functools.wraps(function_of)
         def found(*args: Any, **kwargs: Any) -> Maker:
@@ -155,8 +154,7 @@ class Converting:
             if getattr(self._at, "asks", False):  # what makes a network by its name, and has passed it over
                 self._at.asks = False
                 return make
-            name = str(next(iter((*args, *kwargs.values()))))
-            return self._found.setdefault((make, name), self.converting(make, name))
+            return converting(make, str(next(iter((*args, *kwargs.values())))))
 
         return found
 

@@ -70,17 +70,16 @@ def _decide_by(twin: nn.Module, inputs: Inputs) -> Decision:
             decision.kernels[layer] = changed, dtypes[layer]
     written_out, constant = {}, []
     for name, module in layers.items():
-        switched = isinstance(module, CoConv2d)
-        if not switched and not _computes_weight(module):
+        if not isinstance(module, CoConv2d) and not _computes_weight(module):
             continue
         if (found := kernels[name]) is None:
             left[name] = f"its class, {type(module).__name__}, does more than to convolve with constant kernels"
             continue
         decision.kernels.setdefault(name, (found, dtypes[name]))
-        if not switched:
+        if not isinstance(module, CoConv2d):
             constant.append(name)
-        elif (levels := cast(CoConv2d, module).contextual_levels) is not None:
-            written_out[name] = len(levels.dilations)
+        elif module.contextual_levels is not None:
+            written_out[name] = module.levels
     decision.report = Deployment(written_out, tuple(constant), folded, left=left)
     return decision
 

@@ -51,7 +51,7 @@ def deep_restorer(model: nn.Module) -> Callable[[], None]:
         for value in vars(module).values()
         if isinstance(value, dict | list | set)
     ]
-    refills = [functools.partial(_refill, *pair) for pair in containers]
+    refills = [functools.partial(refill, *pair) for pair in containers]
     restorers: list[Callable[[], None]] = [*modules, *refills, tensor_restorer((*model.parameters(), *model.buffers()))]
 
     def restore() -> None:
@@ -80,6 +80,7 @@ def tensor_restorer(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
     return restore
 
 
-def _refill(container: Any, content: Any) -> None:
+def refill(container: Any, content: Any) -> None:
+    """Let a dict, list or set hold what another does, and nothing else."""
     container.clear()
     (container.extend if isinstance(container, list) else container.update)(content)

@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.metadata import compare_plain
+from coconv_surgery.layers.rollback import refill
 from coconv_surgery.planning.plan import Plan
 
 KEY = "coconv_plan"
@@ -47,10 +48,9 @@ def note_plan(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
     _set_hooks(model._state_dict_hooks, _write_plan, register, int(plan is not None), undo)
     # One for each network with a plan that a convolution is in, so that a part can be reverted.
     change = int(plan is not None) - int(before is not None)
-    for conv, hooks in _convolutions(model):
-        register = functools.partial(conv._register_load_state_dict_pre_hook, compare_plain)
-        count = max(len(_held(hooks, compare_plain)) + change, int(plan is not None))
-        _set_hooks(hooks, compare_plain, register, count, undo)
+    for conv in _convolutions(model):
+        held = len(_held(conv._load_state_dict_pre_hooks, compare_plain))
+        _compare(conv, max(held + change, int(plan is not None)), undo)
 
 
 def compare_no_more(model: nn.Module, undo: ExitStack) -> None:
@@ -60,9 +60,8 @@ def compare_no_more(model: nn.Module, undo: ExitStack) -> None:
         model: The network.
         undo: Takes what puts everything back.
     """
-    for conv, hooks in _convolutions(model):
-        register = functools.partial(conv._register_load_state_dict_pre_hook, compare_plain)
-        _set_hooks(hooks, compare_plain, register, 0, undo)
+    for conv in _convolutions(model):
+        _compare(conv, 0, undo)
 
 
 def is_guard(name: str) -> bool:
@@ -84,8 +83,8 @@ def set_guard(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:
         undo: Takes what puts everything back.
     """
     buffers, transient = model._buffers, model._non_persistent_buffers_set
-    undo.callback(_refill, transient, transient.copy())
-    undo.callback(_refill, buffers, buffers.copy())
+    undo.callback(refill, transient, transient.copy())
+    undo.callback(refill, buffers, buffers.copy())
     for name in list(filter(is_guard, model._buffers)):
         delattr(model, name)
     if plan is not None and plan.converted:
@@ -129,8 +128,14 @@ def _set_plan(model: nn.Module, plan: Plan | None) -> None:
         attributes[_ATTRIBUTE] = plan
 
 
-def _convolutions(model: nn.Module) -> list[tuple[nn.Module, Any]]:
-    return [(conv, conv._load_state_dict_pre_hooks) for conv in model.modules() if isinstance(conv, nn.Conv2d)]
+def _convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def _compare(conv: nn.Conv2d, count: int, undo: ExitStack) -> None:
+    """Let a convolution hold so many hooks that compare."""
+    register = functools.partial(conv._register_load_state_dict_pre_hook, compare_plain)
+    _set_hooks(conv._load_state_dict_pre_hooks, compare_plain, register, count, undo)
 
 
 def _held(table: dict[int, Any], hook: Callable[..., None]) -> list[int]:
@@ -144,7 +149,7 @@ def _set_hooks(
     held = _held(table, hook)
     if len(held) == count:
         return
-    undo.callback(_refill, table, table.copy())
+    undo.callback(refill, table, table.copy())
     for _ in range(count - len(held)):
         register()
     for key in held[count:]:
@@ -174,8 +179,3 @@ def attributes_kept_by(model: nn.Module) -> dict[str, Any]:
     # Of its own attributes, a graph module keeps its meta alone when it is copied. Some have none.
     kept = isinstance(model, fx.GraphModule) and isinstance(vars(model).get("meta"), dict)
     return cast(dict[str, Any], vars(model)["meta"]) if kept else vars(model)
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    container.update(content)
