@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.argument("target")
 @options.planning()
 @options.arg
+@options.weights
 @click.option("--all", "every_conv", is_flag=True, help="Also show other kernels than 3×3 that are left alone.")
 @click.option(
     "--json",
@@ -31,24 +32,27 @@ if TYPE_CHECKING:
 def plan(
     target: str,
     arguments: tuple[str, ...],
+    checkpoint: Path | None,
     every_conv: bool,
     json_path: Path | None,
     figure: Path | None,
     **choices: Any,
 ) -> None:
-    """Show what becomes of every convolution of a network.
+    """Show what becomes of every convolution of a network, or became of it, if it is converted.
 
     \b
     coconv plan resnet50 --arg num_classes=10 --input-size 288 --json plan.json
     coconv plan hrnet_w18 --policy stage --exclude 'stage4.*'
     coconv plan torchvision/resnet50 --input-size 224x320
     coconv plan my_package.networks:make --input-size 1x64x64
+    coconv plan resnet50 --weights runs/1/last.pth.tar
     coconv plan configs/ssd/ssd300_coresnet50_coco.py
     """
     from coconv_surgery.cli import targets
+    from coconv_surgery.cli.weights import load
     from coconv_surgery.surgery import get_plan
 
-    options.check_outputs(json_path, figure, reads=[target])
+    options.check_outputs(json_path, figure, reads=[target, checkpoint])
     if figure is not None:
         from coconv_surgery.viz.plan import plot_plan
         from coconv_surgery.viz.theme import picture_file
@@ -57,6 +61,7 @@ def plan(
     given = targets.read_arguments(arguments)
     with doing(f"planning {target}"):
         network = targets.build(target, given)
+        load(network, checkpoint)
         found = get_plan(network)
         if not found.converted or options.asks_for_a_plan(choices):
             found = targets.plan_as_chosen(network, target, **choices)
@@ -239,10 +244,15 @@ def _tell_of_chance(target: str, arguments: dict[str, Any], checkpoint: Path | N
 @click.command()
 @click.argument("target")
 @options.arg
+@options.weights
 @options.size
 @click.option("--shape", nargs=2, type=click.IntRange(min=1), metavar="H W", help="Size of the image, as two numbers.")
 def flops(
-    target: str, arguments: tuple[str, ...], input_size: int | tuple[int, ...] | None, shape: tuple[int, int] | None
+    target: str,
+    arguments: tuple[str, ...],
+    checkpoint: Path | None,
+    input_size: int | tuple[int, ...] | None,
+    shape: tuple[int, int] | None,
 ) -> None:
     """Count parameters and FLOPs of a network, of a detector's config without its data set.
 
@@ -251,12 +261,15 @@ def flops(
     coconv flops configs/ssd/ssd300_coresnet50_coco.py --shape 300 300
     """
     from coconv_surgery.cli import targets
+    from coconv_surgery.cli.weights import load
 
     if shape is not None and input_size is not None:
         raise click.UsageError("--shape and --input-size say the same: give one of them")
     given = targets.read_arguments(arguments)
     with doing(f"counting {target}"):
-        parameters, count, at = targets.count(target, given, shape or input_size)
+        network = targets.build(target, given)
+        load(network, checkpoint)
+        parameters, count, at = targets.count(network, target, shape or input_size)
     click.echo(f"parameters  {parameters:,}")
     click.echo(f"GFLOPs      {count / 1e9:.3f} at {at}, a multiply-add as one")
 

@@ -204,21 +204,24 @@ def read_plan_file(path: Path) -> Plan:
     return Plan.from_json(path) if is_text else read_plan(path)
 
 
-def count(target: str, arguments: Mapping[str, Any], input_size: InputSize | None) -> tuple[int, int, str]:
+def count(network: nn.Module, target: str, input_size: InputSize | None) -> tuple[int, int, str]:
     """Count what a network costs.
+
+    Args:
+        network: As of :func:`inputs_of`.
+        target: As there.
+        input_size: As there.
 
     Returns:
         Its parameters, its multiply-adds, and the size of the input that takes them.
     """
     if is_config(target):
-        from coconv_surgery.mmdet.flops import count_config
+        from coconv_surgery.mmdet.flops import count_complexity
 
-        _refuse_arguments(target, arguments)
         sides = sides_of_config(target, input_size)
-        return *count_config(target, cast(Pair, sides)), "×".join(map(str, sides))
-    network = build(target, arguments).eval()
+        return *count_complexity(network, cast(Pair, sides)), "×".join(map(str, sides))
     inputs = inputs_of(network, target, input_size)
-    cost = count_cost(network, *inputs.args, **inputs.kwargs)
+    cost = count_cost(network.eval(), *inputs.args, **inputs.kwargs)
     return cost.parameters, cost.multiply_adds, str(inputs)
 
 

@@ -1,6 +1,7 @@
 """A network written to a file for another program, and checked there against what it computes here."""
 
 import contextlib
+import importlib.util
 import io
 import logging
 import math
@@ -109,10 +110,15 @@ def files_of(path: Path) -> list[Path]:
 
     Raises:
         ValueError: If its suffix tells no format.
+        ModuleNotFoundError: If what writes the format is not installed.
     """
     if path.suffix not in FORMATS:
         raise ValueError(f"{path} must end with one of {', '.join(FORMATS)}, which tells the format")
-    return [path, *(path.with_suffix(suffix) for suffix in FORMATS[path.suffix].beside)]
+    form = FORMATS[path.suffix]
+    for package in form.packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"{path} needs {package}, which is not installed", name=package)
+    return [path, *(path.with_suffix(suffix) for suffix in form.beside)]
 
 
 def write_onnx(network: nn.Module, images: torch.Tensor, path: Path) -> None:
@@ -173,17 +179,24 @@ class Format:
         write: Writes a network and reads it back: the kinds of its operations, and what it computes of other images.
         convolutions: Kinds of operations that convolve.
         norms: Kinds that norm by running statistics.
+        packages: What writes and reads it, besides torch.
         beside: Suffixes of files beside the one that is named.
     """
 
     write: Callable[[nn.Module, Path, torch.Tensor, torch.Tensor], tuple[list[str], list[torch.Tensor]]]
     convolutions: frozenset[str]
     norms: frozenset[str]
+    packages: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
 
 
 FORMATS = {
-    ".onnx": Format(_onnx, frozenset({"Conv"}), frozenset({"BatchNormalization"})),
+    ".onnx": Format(
+        _onnx,
+        frozenset({"Conv"}),
+        frozenset({"BatchNormalization"}),
+        ("onnx", "onnxscript", "onnxruntime"),
+    ),
     ".pt2": Format(
         _pt2,
         frozenset({"aten.conv2d.default", "aten.conv2d.padding", "aten.convolution.default"}),
@@ -193,6 +206,7 @@ FORMATS = {
         _openvino,
         frozenset({"Convolution", "GroupConvolution"}),
         frozenset({"BatchNormInference"}),
+        ("openvino",),
         (".bin",),
     ),
 }

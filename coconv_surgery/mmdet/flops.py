@@ -1,13 +1,13 @@
-"""Parameters and FLOPs of the detector that a config describes, without its data set."""
+"""Parameters and FLOPs of a detector, without its data set."""
 
-from typing import Any, NamedTuple
+import copy
+from typing import NamedTuple
 
-from mmengine import Config
+import torch.nn as nn
 from mmengine.analysis import get_model_complexity_info
 from mmengine.model import revert_sync_batchnorm
 
 from coconv_surgery.layers.arguments import Pair
-from coconv_surgery.mmdet.building import build_detector
 from coconv_surgery.mmdet.inputs import example_inputs
 
 
@@ -23,33 +23,20 @@ class Complexity(NamedTuple):
     flops: int
 
 
-def count_config(config: str, image_size: Pair) -> Complexity:
-    """Count the parameters and FLOPs of the detector that a config file describes.
-
-    Args:
-        config: Path of the file.
-        image_size: Height and width of the image.
-
-    Returns:
-        Parameters and FLOPs.
-    """
-    return count_complexity(Config.fromfile(config).model, image_size)
-
-
-def count_complexity(model: Any, image_size: Pair) -> Complexity:
+def count_complexity(detector: nn.Module, image_size: Pair) -> Complexity:
     """Count the parameters and FLOPs of a detector.
 
     Args:
-        model: The ``model`` of a config.
+        detector: The detector.
         image_size: Height and width of the image.
 
     Returns:
         Parameters and FLOPs.
     """
-    detector = revert_sync_batchnorm(build_detector(model)).eval()
-    inputs = dict(example_inputs(detector, image_size).kwargs)
+    counted = revert_sync_batchnorm(copy.deepcopy(detector)).eval()
+    inputs = dict(example_inputs(counted, image_size).kwargs)
     image = inputs.pop("inputs")
-    forward = detector.forward
-    detector.forward = lambda image: forward(image, **inputs, mode="tensor")
-    info = get_model_complexity_info(detector, inputs=image, show_table=False, show_arch=False)
+    forward = counted.forward
+    counted.forward = lambda image: forward(image, **inputs, mode="tensor")
+    info = get_model_complexity_info(counted, inputs=image, show_table=False, show_arch=False)
     return Complexity(info["params"], int(info["flops"]))

@@ -89,6 +89,12 @@ def test_what_is_not_installed_is_told_with_its_extra():
     assert done.stderr == "coconv: pebble is not installed: pip install 'coconv-surgery[sweep]'\n"
 
 
+def test_what_a_format_needs_is_told_before_the_work(coconv, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    done = coconv("export", "no-such-network", "-o", tmp_path / "net.xml")
+    assert done == (1, "", "coconv: openvino is not installed: pip install 'coconv-surgery[openvino]'\n")
+
+
 def test_a_plan_goes_to_standard_output_as_json_alone(coconv):
     done = coconv("plan", "test_resnet", "--json", "-")
     assert done.code == 0, done.err

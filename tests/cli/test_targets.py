@@ -159,6 +159,14 @@ def test_a_file_of_ours_is_a_target(ours, coconv):
     assert "GFLOPs" in coconv("flops", ours).out
 
 
+@pytest.mark.parametrize("command", ["plan", "flops"])
+def test_weights_of_a_converted_network_tell_what_became_of_it(command, ours, coconv):
+    done = coconv(command, "test_resnet", "--arg", "num_classes=7", "--weights", ours)
+    assert done.code == 0, done.err
+    assert done.out == coconv(command, ours).out
+    assert "do not fit ResNet" in coconv(command, "test_resnet", "--weights", ours).err
+
+
 def test_a_file_of_ours_stays_one_when_it_is_converted_anew(ours, coconv, tmp_path):
     again = tmp_path / "again.safetensors"
     assert coconv("convert", ours, "--policy", "top", "-o", again).code == 0

@@ -29,7 +29,7 @@ def test_the_parameters_are_table_6s(name, configs):
 @pytest.mark.parametrize("depth", few([50, 101], 1))
 def test_resnet_and_coresnet_have_equal_flops(depth, configs):
     plain, contextual = (
-        count_complexity(read(configs, f"{kind}{depth}").model, (300, 300)) for kind in ("r", "coresnet")
+        count_complexity(MODELS.build(read(configs, f"{kind}{depth}").model), (300, 300)) for kind in ("r", "coresnet")
     )
     assert plain == contextual
     assert plain.parameters == PARAMETERS[f"r{depth}"]
