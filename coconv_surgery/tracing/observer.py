@@ -14,6 +14,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from coconv_surgery.layers.arguments import Pair
 from coconv_surgery.tracing.axes import Axis
@@ -105,6 +106,8 @@ def observe(
         error.hidden = observer.switched
         if observer.fault is None:
             raise
+    finally:
+        observer.remove_hooks()
     if observer.fault is not None:  # which is not the network's, whoever has caught it meanwhile
         raise observer.fault
     return observer.conclude(ends, entered, twin)
@@ -133,8 +136,6 @@ _DETACH_IN_PLACE = (torch.Tensor.detach_, torch.detach_)
 class _Observer(TorchFunctionMode):
     """Watches a forward pass: calls of convolutions, activations, and weights used outside their convolution.
 
-    Its hooks stay in the twin, which nobody else runs.
-
     Attributes:
         fault: What went wrong in the observer itself.
         switched: Whether the network has tried to hide the dataflow.
@@ -160,12 +161,18 @@ class _Observer(TorchFunctionMode):
         self._inside: dict[tuple[Node, int], Node] = {}
         # What was computed in inference mode, where a function such as a checkpoint takes its outputs out of the graph.
         self._attached: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._hooks: list[RemovableHandle] = []
         for module in model.modules():
             if module in watched:
                 self._watch_conv(watched[module], module)
                 self._weights.watch(watched[module], _weights(module))
             elif module._parameters and not isinstance(module, ParametrizationList):
-                module.register_forward_hook(lambda module, args, output: self._activate(output))
+                self._hooks.append(module.register_forward_hook(lambda module, args, output: self._activate(output)))
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the network."""
+        for hook in self._hooks:
+            hook.remove()
 
     @contextlib.contextmanager
     def follow(self, inputs: Any) -> Iterator[None]:
@@ -230,9 +237,9 @@ class _Observer(TorchFunctionMode):
                 self._note(name, next(iter((*args, *kwargs.values())), None), output)
             self._activate(output)
 
-        conv.register_forward_pre_hook(enter)
+        self._hooks.append(conv.register_forward_pre_hook(enter))
         # A model may catch what its convolution raises.
-        conv.register_forward_hook(leave, with_kwargs=True, always_call=True)
+        self._hooks.append(conv.register_forward_hook(leave, with_kwargs=True, always_call=True))
 
     def _note(self, name: str, input: Any, output: Any) -> None:
         # Other kinds may take and return something else than maps.

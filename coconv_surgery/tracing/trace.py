@@ -122,14 +122,6 @@ def trace_network(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Tr
 def _look(
     visit: Visit, sites: Sequence[Site], inputs: Inputs
 ) -> tuple[GraphMap, dict[str, list[str]], Observation | NetworkError]:
-    twin = visit.twin()
-    watched = _watch(twin, sites)
-    paths: dict[str, list[str]] = defaultdict(list)
-    for path, module in twin.model.named_modules(remove_duplicate=False):
-        if module in watched:
-            paths[watched[module]].append(path)
-    graphs = map_graphs(twin.model, inputs)
-    originals = {id(parameter): name for name, parameter in visit.model.named_parameters()}
     # A network that does not run with gradients on is run with them as it wants them.
     ways = [(fake, see_through) for fake in (True, False) for see_through in (True, False)]
     error = NetworkError()
@@ -139,14 +131,21 @@ def _look(
         if not fake and isinstance(inputs, BlankInputs):
             error.__cause__ = MemoryError("it needs numbers, not just shapes, and there would be too many of them")
             break
-        if not fake or not see_through:
-            twin = visit.twin(fake=fake)
-            watched = _watch(twin, sites)
+        twin = visit.twin(fake=fake)
+        watched = _watch(twin, sites)
+        originals = {id(parameter): name for name, parameter in visit.model.named_parameters()}
         try:
-            return graphs, paths, observe(twin, watched, inputs, originals, see_through=see_through)
+            observed = observe(twin, watched, inputs, originals, see_through=see_through)
         except NetworkError as raised:
             error = raised
-    return graphs, paths, error
+            continue
+        paths: dict[str, list[str]] = defaultdict(list)
+        for path, module in twin.model.named_modules(remove_duplicate=False):
+            if module in watched:
+                paths[watched[module]].append(path)
+        # Behind the run, which would find the proxies that the network's code keeps.
+        return map_graphs(twin.model, inputs), paths, observed
+    return GraphMap(), {}, error
 
 
 def _watch(twin: Twin, sites: Sequence[Site]) -> dict[nn.Module, str]:

@@ -43,7 +43,13 @@ class Visit:
         self._twins: list[Twin] = []
 
     def twin(self, *, fake: bool = True) -> Twin:
-        """A new twin of the network, with tensors that have no data or with real ones."""
+        """A new twin of the network, with tensors that have no data or with real ones.
+
+        It finds everything around it as the network does, whatever an earlier one has left there.
+        """
+        if self._twins:
+            self._surroundings.put_back()
+            self._surroundings.empty_caches()
         if not fake:
             self._surroundings.keep_buffers()
         self._twins.append(Twin(self.model, self._surroundings, fake=fake))

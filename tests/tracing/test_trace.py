@@ -587,6 +587,56 @@ def test_a_cached_result_in_a_module_does_not_stop_the_trace():
     assert cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].converted
 
 
+KEPT = {}
+
+
+def kept_in_an_attribute(model, x):
+    if model.kept is None:
+        model.kept = x.new_ones(1)
+    return model.kept
+
+
+def moved_to_where_the_image_is(model, x):
+    model.table = model.table.to(x.device)
+    return model.table
+
+
+def kept_in_a_list(model, x):
+    model.all_kept.append(x.mean())
+    return model.all_kept[0]
+
+
+def kept_outside(model, x):
+    if "factor" not in KEPT:
+        KEPT["factor"] = x.new_ones(1)
+    return KEPT["factor"]
+
+
+@pytest.mark.parametrize("branches", [False, True], ids=["", "branches by numbers"])
+@pytest.mark.parametrize(
+    "factor",
+    [kept_in_an_attribute, moved_to_where_the_image_is, kept_in_a_list, kept_outside],
+    ids=lambda f: f.__name__,
+)
+def test_what_a_network_keeps_of_one_look_at_it_is_not_there_at_the_next(factor, branches):
+    def forward(model, x):
+        y = model.conv(x) * factor(model, x)
+        return model.mix(-y if branches and y.sum() < -1e9 else y)
+
+    model = Model(forward, conv=conv(), mix=nn.Conv2d(4, 2, 1), kept=None, table=torch.ones(1), all_kept=[])
+    assert [row.reason for row in cs.plan_conversion(model, input_size=(4, 16, 16)).rows] == [None, "kernel 1×1"]
+    assert (model.kept, model.all_kept, KEPT) == (None, [], {})
+
+
+def test_a_conv_that_runs_the_first_time_alone_is_converted():
+    def forward(model, x):
+        model.runs += 1
+        return model.mix(model.conv(x) if model.runs == 1 else x)
+
+    model = Model(forward, conv=conv(), mix=nn.Conv2d(4, 2, 1), runs=0)
+    assert cs.plan_conversion(model, input_size=(4, 16, 16)).rows[0].converted
+
+
 def test_a_norm_that_holds_a_process_group_does_not_stop_the_trace():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
