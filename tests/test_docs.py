@@ -34,6 +34,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {
     "needs several processes",
     "needs a place on the hub",
+    "needs ultralytics",
     "needs a compiler",
     "takes minutes",
 }
