@@ -1,6 +1,5 @@
 """Make a copy of a network that is fit for inference and export."""
 
-import copy
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from coconv_surgery.layers.arguments import instance
 from coconv_surgery.merging import keep_levels_in_merges
 from coconv_surgery.planning.notes import attributes_kept_by, compare_no_more, is_guarded, note_plan, set_guard
 from coconv_surgery.tracing.convertible import check_convertible
-from coconv_surgery.tracing.copying import separate_copy
+from coconv_surgery.tracing.copying import copy_deeply, separate_copy
 from coconv_surgery.tracing.evaluating import evaluate
 from coconv_surgery.tracing.inputs import BlankInputs, Inputs, InputSize, infer_inputs
 from coconv_surgery.tracing.objects import tensors_in
@@ -124,7 +123,7 @@ def _replace(model: nn.Module, decision: Decision) -> nn.Module:
     for name, norm in decision.norms.items():
         module = model.get_submodule(name)
         made[id(module)] = nn.Identity() if norm.act is None else module.get_submodule(norm.act)
-    replaced: nn.Module = copy.deepcopy(model, made)
+    replaced: nn.Module = copy_deeply(model, made)
     return replaced
 
 

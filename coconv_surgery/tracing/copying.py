@@ -120,8 +120,11 @@ def copy_network(
 def separate_copy(model: nn.Module) -> nn.Module:
     """Copy a network as :func:`copy.deepcopy` does, if what comes of that is a network of its own.
 
+    What refuses to be copied and holds no tensors, such as a lock, is shared.
+
     Raises:
-        CopyError: If the copy would share a module or tensor with the network, or run a part of it.
+        CopyError: If the copy would share a module or tensor with the network, or run a part of it, or if something of
+            it cannot be copied.
     """
     modules = set(model.modules())
     for path, module in model.named_modules():
@@ -137,7 +140,7 @@ def separate_copy(model: nn.Module) -> nn.Module:
                 )
     # Results that somebody keeps, as pruned weights, are refused by deepcopy.
     results = (part for part in walk(model, into=held_by) if isinstance(part, torch.Tensor) and not part.is_leaf)
-    copied = copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
+    copied: nn.Module = copy_deeply(model, {id(result): result.detach().clone() for result in results})
     for path, module in copied.named_modules():
         vars(module).pop(COMPILED, None)
         module.training = model.get_submodule(path).training  # which graph modules may lose
@@ -154,7 +157,7 @@ def held_by(value: Any) -> Iterable[Any]:
 
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     attempt = dict(memo)
-    twin: nn.Module = _deepcopy(model, attempt)
+    twin: nn.Module = copy_deeply(model, attempt)
     if amiss := _amiss(model, twin, attempt):
         silence(attempt)
         attempt = dict(memo)
@@ -162,10 +165,10 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             attempt.setdefault(id(module), type(module).__new__(type(module)))
         for module in amiss:
             state = {name: value for name, value in vars(module).items() if name != COMPILED}
-            attempt[id(module)].__setstate__(_deepcopy(state, attempt, module))
+            attempt[id(module)].__setstate__(copy_deeply(state, attempt, module))
             if isinstance(module, fx.GraphModule):
                 attempt[id(module)].recompile()  # each has a class of its own, made of its graph
-        twin = _deepcopy(model, attempt)
+        twin = copy_deeply(model, attempt)
         _check_apart(model, twin)
     _absorb(memo, attempt)
     return twin
@@ -217,7 +220,7 @@ def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
-def _deepcopy(value: Any, memo: dict[int, Any], module: nn.Module | None = None) -> Any:
+def copy_deeply(value: Any, memo: dict[int, Any], module: nn.Module | None = None) -> Any:
     """Copy a module or its attributes; what refuses and holds no tensors is shared.
 
     Args:
@@ -233,8 +236,8 @@ def _deepcopy(value: Any, memo: dict[int, Any], module: nn.Module | None = None)
             return _copied_whole(value, memo)
         except Exception:
             raise CopyError(
-                f"a {type(value if module is None else module).__name__} cannot be copied ({in_short(error)}), and "
-                "planning runs a copy: make copy.deepcopy() of it work"
+                f"a {type(value if module is None else module).__name__} cannot be copied ({in_short(error)}), and a "
+                "copy is needed: make copy.deepcopy() of it work"
             ) from error
 
 
@@ -270,7 +273,7 @@ def _not_copyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
                     if any(isinstance(held, torch.Tensor | nn.Module) for held in walk(part)):
                         raise CopyError(
                             f"{path_of(path)}.{name} holds a {type(part).__name__} with tensors that cannot be copied "
-                            f"({in_short(error)}), and planning runs a copy: make copy.deepcopy() of it work"
+                            f"({in_short(error)}), and a copy is needed: make copy.deepcopy() of it work"
                         ) from error
                     shared[id(part)] = (
                         _Spent(f"{path_of(path)}.{name}") if isinstance(part, types.GeneratorType) else part
@@ -306,7 +309,7 @@ def _do_nothing(self: Any) -> None:
 
 
 class _Spent:
-    """Stands for a generator, which cannot be copied, and which planning may not advance."""
+    """Stands for a generator, which cannot be copied, and which a copy of the network may not advance."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -316,7 +319,7 @@ class _Spent:
 
     def __next__(self) -> Any:
         raise RuntimeError(
-            f"{self._name} is a generator, and planning cannot take from it without the network missing it"
+            f"{self._name} is a generator, and a copy of the network cannot take from it without the network missing it"
         )
 
 
@@ -331,7 +334,8 @@ class _Binder:
     def __init__(self, memo: dict[int, Any], surroundings: Surroundings) -> None:
         self._memo = memo
         self._surroundings = surroundings
-        self._private = {id(value) for value in memo.values()}
+        # What could not be copied stands for itself, and is not the copy's alone.
+        self._private = {id(value) for key, value in memo.items() if id(value) != key}
         self._bound: dict[int, tuple[Any, Any]] = {}
 
     def is_own_hook(self, hook: Any) -> bool:

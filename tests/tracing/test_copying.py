@@ -660,6 +660,46 @@ def test_planning_takes_nothing_from_an_iterator_among_the_inputs():
     assert len(list(images)) == 2
 
 
+class Stream:
+    """Refuses to be copied, and holds what its owner holds as well."""
+
+    __module__ = "logging"  # into which nobody looks for what a network's code changes
+
+    def __init__(self, items):
+        self.items, self.more = items, [items]
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("cannot be copied")
+
+
+class Writer:
+    def __init__(self):
+        self.items = [1]
+        self.stream = Stream(self.items)
+
+
+def test_what_cannot_be_copied_keeps_what_it_holds():
+    network = Net(writer=Writer())
+    items, stream = network.writer.items, network.writer.stream
+    copies = [cs.convert(network, input_size=32, inplace=False), cs.deploy(network.eval(), input_size=32)]
+    assert all(copied.writer.items is not items and copied.writer.stream is stream for copied in copies)
+    cs.convert(network, input_size=32)
+    assert network.writer.items is stream.items is stream.more[0] is items
+
+
+def test_a_writer_of_logs_goes_on_behind_planning(tmp_path):
+    read = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from torch.utils.tensorboard import SummaryWriter
+
+    network = Net(writer=SummaryWriter(tmp_path, max_queue=1, flush_secs=0))
+    cs.convert(network, input_size=32)
+    for step in range(20):
+        network.writer.add_scalar("loss", 0.5, step)
+    network.writer.close()
+    events = read.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [*range(20)]
+
+
 def test_planning_takes_nothing_from_a_generator():
     class Drawing(Net):
         def forward(self, x):
