@@ -290,7 +290,7 @@ def _kept_by_methods(value: Any) -> tuple[Any, ...] | None:
         return (_restore_slice, value, value[:])
     if numpy is not None:
         if isinstance(value, numpy.ndarray) and value.flags.writeable:
-            return (numpy.copyto, value, value.copy())
+            return (_restore_array, value, value.copy())
         if isinstance(value, numpy.random.RandomState):
             return (numpy.random.RandomState.set_state, value, value.get_state())
         if isinstance(value, numpy.random.Generator):
@@ -348,6 +348,12 @@ def _restore_stream(value: Any, before: Any, position: int) -> None:
 
 def _restore_slice(value: Any, before: Any) -> None:
     value[:] = before
+
+
+def _restore_array(value: Any, before: Any) -> None:
+    """Write an array of numpy's if it has changed, as it may be a file."""
+    if not sys.modules["numpy"].array_equal(value, before, equal_nan=value.dtype.kind in "fc"):
+        value[...] = before
 
 
 def _restore_items(value: Any, base: Any, before: list[Any]) -> None:

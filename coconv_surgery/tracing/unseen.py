@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 # One at a time, because the twins of two threads may share what their networks' code reaches.
 _TURN = threading.RLock()
-_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.5
 _OVERRIDES: Any = torch.overrides  # torch has no types for its stack of modes
 
@@ -30,6 +29,7 @@ def unseen(model: nn.Module) -> Iterator[None]:
 
     Dispatch modes, function modes (except for the default device) and hooks on saved tensors are away, as is inference
     mode, which would hide the dataflow. The random generators of torch, Python and numpy are given back as they were.
+    Nobody sees what is logged.
 
     Args:
         model: The network, for the devices that it may draw random numbers on.
@@ -42,7 +42,7 @@ def unseen(model: nn.Module) -> Iterator[None]:
             stack.enter_context(saved_as_they_are())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_nothing_compiled())
-        stack.enter_context(_without_log(_FAKE_LOG))
+        stack.enter_context(_without_logs())
         for read, write in _generators(model):
             stack.callback(_restore, read, write, read())
         yield
@@ -75,18 +75,27 @@ def _function_modes_away() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_log(logger: logging.Logger) -> Iterator[None]:
-    """Keep this thread from logging: what torch logs, we raise, or do without."""
+def _without_logs() -> Iterator[None]:
+    """Keep what this thread logs from everybody: torch does of what we raise or do without, and a network of its maps.
+
+    A handler may keep what it is given, and tensors with it.
+    """
     thread = threading.get_ident()
 
     def is_anothers(record: logging.LogRecord) -> bool:
         return record.thread != thread
 
-    logger.addFilter(is_anothers)
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers}
+    if logging.lastResort is not None:
+        handlers.add(logging.lastResort)
+    for handler in handlers:
+        handler.addFilter(is_anothers)
     try:
         yield
     finally:
-        logger.removeFilter(is_anothers)
+        for handler in handlers:
+            handler.removeFilter(is_anothers)
 
 
 def saves_by_hooks() -> bool:

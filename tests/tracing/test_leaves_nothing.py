@@ -3,6 +3,7 @@
 import contextvars
 import functools
 import gc
+import os
 import random
 import threading
 import time
@@ -529,6 +530,25 @@ def test_a_bounded_cache_keeps_what_it_had_when_a_network_is_planned_for_another
     inputs = cs.Inputs((torch.ones(1, 3, 48, 48),), needs_numbers=numbers)
     assert cs.plan_conversion(network, example_inputs=inputs).converted
     assert torch.equal(network(IMAGE), before)
+
+
+BANK = None
+
+
+def test_a_file_in_memory_that_a_network_reads_is_not_written(tmp_path):
+    global BANK
+
+    class Reading(Gridded):
+        def grid(self, size):
+            return float(BANK[0])
+
+    np.array([1, np.nan], dtype=np.float32).tofile(tmp_path / "bank")
+    os.utime(tmp_path / "bank", (0, 0))
+    BANK = np.memmap(tmp_path / "bank", dtype=np.float32, mode="r+")
+    cs.convert(Reading(), input_size=32)
+    BANK.flush()
+    assert os.stat(tmp_path / "bank").st_mtime == 0
+    BANK = None
 
 
 def test_a_teacher_outside_of_the_network_is_what_it_was():

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import logging
 import random
 import threading
+from logging.handlers import MemoryHandler
 
 import numpy as np
 import pytest
@@ -322,6 +324,26 @@ def test_whatever_a_network_raises_when_it_runs_is_in_the_message(error):
     with pytest.raises(ValueError, match=rf"does not run on a 32 × 32 input \({error.__name__}: not today\)") as raised:
         cs.plan_conversion(Failing(), input_size=32)
     assert isinstance(raised.value.__cause__, error)
+
+
+def test_what_a_network_logs_is_logged_by_its_own_runs_alone(plan):
+    log, kept = logging.getLogger("features"), MemoryHandler(100)
+
+    def forward(model, x):
+        y = model.conv(x)
+        log.error("shape %s, mean %s", y.shape, y.mean())
+        return model.mix(y)
+
+    network = Model(forward, conv=nn.Conv2d(3, 8, 3, padding=1), mix=nn.Conv2d(8, 4, 1))
+    log.addHandler(kept)
+    try:
+        log.warning("before")
+        assert plan(network).converted
+        assert [record.args for record in kept.buffer] == [()]
+        network(IMAGE)
+        assert len(kept.buffer) == 2
+    finally:
+        log.removeHandler(kept)
 
 
 def test_an_error_comes_without_torchs_log_of_it(capfd):
