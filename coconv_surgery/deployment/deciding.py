@@ -100,8 +100,8 @@ class _KernelsOf(dict[str, Kernels | None]):
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
-    tensors = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
-    return next((tensor.dtype for tensor in tensors), torch.get_default_dtype())
+    dtypes = (tensor.dtype for tensor in (*module.parameters(), *module.buffers()))
+    return next((dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex), torch.get_default_dtype())
 
 
 def _computes_weight(module: nn.Module) -> bool:

@@ -11,7 +11,6 @@ from coconv_surgery.layers.arguments import instance
 _WRAPPERS = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "module",
     "OptimizedModule": "_orig_mod",
 }
 # What torch.distributed mixes into a module's class where it is, and which of its functions does.
@@ -40,6 +39,11 @@ def check_convertible(model: nn.Module) -> None:
                     f"{path} is a {type(module).__name__}: {_MIXED_IN[cls.__name__]} has changed its class. Do this "
                     "to the network before, and distribute it then"
                 )
+        if getattr(module, "_is_fsdp_managed_module", False):
+            raise TypeError(
+                f"{path} is within FullyShardedDataParallel, which has made its weights views: do this to the network "
+                "before it is wrapped"
+            )
         check_unsharded(module, path, "do this to the network before it is sharded")
         replaced = isinstance(vars(module).get("forward"), FunctionType)
         if replaced and any(isinstance(child, nn.Conv2d) for child in module.modules() if child is not module):

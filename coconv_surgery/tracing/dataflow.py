@@ -33,7 +33,8 @@ class Dataflow:
     """A forward pass as a graph of nodes.
 
     A layer is learned if it combines an activation with parameters of more than one number (a single learned factor,
-    as behind many box branches, mixes nothing).
+    as behind many box branches, mixes nothing). It mixes channels unless it takes each number by itself, or each
+    channel, as depthwise convolutions do.
 
     Args:
         ends: Nodes of the network's outputs.
@@ -43,6 +44,7 @@ class Dataflow:
         inside: For outputs of operations that hide what they do, such as checkpoints, by node and number: the node
             inside that they come from.
         positions: For nodes that read or write at computed positions: the nodes that compute them.
+        frozen: The numbers of parameters that are not trained, by the ``id`` of those of the pass.
 
     Attributes:
         ends: Nodes of the network's outputs.
@@ -60,12 +62,14 @@ class Dataflow:
         others: Iterable[Node] = (),
         inside: Mapping[tuple[Node, int], Node] | None = None,
         positions: Mapping[Node, Iterable[Node]] | None = None,
+        frozen: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
-        self._inside, self._positions = inside or {}, positions or {}
+        self._inside, self._positions, self._frozen = inside or {}, positions or {}, frozen or {}
         self.ends, self._known = set(ends), set(activations)
         self.activations: set[Node] = set()
         self.consumers: dict[Node, list[tuple[Node, int]]] = defaultdict(list)
         self.learned: set[Node] = set()
+        self._by_channel: set[Node] = set()
         self.patches: dict[Node, float] = {}
         order = self._upstream([*self.ends, *self._known, *others])
         self._find_consumers(order)
@@ -81,7 +85,10 @@ class Dataflow:
         ]
 
     def mixes(self, node: Node) -> bool:
-        """Whether a node is a layer that combines parameters with more than one number of an activation."""
+        """Whether a node is a layer that combines several channels of an activation by parameters."""
+        return self._is_layer(node) and node not in self._by_channel
+
+    def _is_layer(self, node: Node) -> bool:
         return node in self.learned and not is_elementwise(node)
 
     def _upstream(self, roots: Iterable[Node]) -> list[Node]:
@@ -117,17 +124,35 @@ class Dataflow:
                 depends_on_input.add(node)
                 if size > 1:
                     self.learned.add(node)
+                    if self._takes_channels_alone(node, parameter_size):
+                        self._by_channel.add(node)
             elif isinstance(variable := getattr(node, "variable", None), torch.Tensor):
                 parameter_size[node] = variable.numel()
             else:
                 parameter_size[node] = size
+
+    def _takes_channels_alone(self, node: Node, parameter_size: Mapping[Node, int]) -> bool:
+        """Whether a convolution makes each channel of one: depthwise, or by kernels that are zero for all others."""
+        if not node.name().startswith("ConvolutionBackward"):
+            return False
+        weight = dict(self.sources(node)).get(1)
+        if weight is None or not parameter_size.get(weight):
+            return True  # a fixed filter, with a bias
+        if math.prod(shape := _shape_of(weight) or ()) == 0:
+            return False
+        alone: bool = shape[0] == node._saved_groups if node._saved_transposed else shape[1] == 1
+        numbers = self._frozen.get(id(getattr(weight, "variable", None)))
+        if alone or numbers is None or numbers.is_meta or node._saved_groups > 1:
+            return alone
+        read = numbers.detach().flatten(2).ne(0).any(2).sum(0 if node._saved_transposed else 1)
+        return bool((read <= 1).all())
 
     def _find_patches(self, order: Iterable[Node]) -> None:
         for node in order:
             before = max((self.patches.get(source, 0) for _, source in self.sources(node)), default=0)
             if taken := self._taken(node):
                 self.patches[node] = taken * max(before, 1)
-            elif before and not (self.mixes(node) or node.name().startswith("Col2Im")):
+            elif before and not (self._is_layer(node) or node.name().startswith("Col2Im")):
                 summed_up = is_reduction(node) or is_matrix_product(node)
                 left = before / max(self._summed_up(node), 1) if summed_up else before
                 if left > 1 or not summed_up:
@@ -195,6 +220,12 @@ def _shape_of(node: Node) -> tuple[int, ...] | None:
     """The shape of what a node has computed, where autograd has kept it."""
     kept = getattr(node, "_input_metadata", ())
     return tuple(kept[0].shape) if kept else None
+
+
+def channels_of(node: Node) -> int | None:
+    """How many channels a node's map has, where autograd has kept its shape."""
+    shape = _shape_of(node)
+    return shape[-3] if shape is not None and len(shape) > 2 else None
 
 
 def _overlapping(node: Node) -> bool:

@@ -81,6 +81,7 @@ def observe(
     watched: Mapping[nn.Module, str],
     inputs: Inputs,
     originals: Mapping[int, str] | None = None,
+    frozen: Mapping[int, torch.Tensor] | None = None,
     *,
     see_through: bool = True,
 ) -> Observation:
@@ -91,6 +92,7 @@ def observe(
         watched: Names of its convolutions.
         inputs: What to call it with.
         originals: Names of the parameters of the network itself, by ``id``, which nothing of the twin should reach.
+        frozen: The numbers of those that are not trained, by the ``id`` of the twin's.
         see_through: Whether to follow the dataflow where the network switches gradients off. Where it is not followed,
             it is unknown.
 
@@ -110,7 +112,7 @@ def observe(
         observer.remove_hooks()
     if observer.fault is not None:  # which is not the network's, whoever has caught it meanwhile
         raise observer.fault
-    return observer.conclude(ends, entered, twin)
+    return observer.conclude(ends, entered, twin, frozen)
 
 
 def _weights(conv: nn.Module) -> list[torch.Tensor]:
@@ -189,7 +191,7 @@ class _Observer(TorchFunctionMode):
         with Operations(tell):
             yield
 
-    def conclude(self, ends: Any, entered: Any, twin: Twin) -> Observation:
+    def conclude(self, ends: Any, entered: Any, twin: Twin, frozen: Mapping[int, torch.Tensor] | None) -> Observation:
         """Say what was seen, given what the network was called with and what came of it."""
         given, returned = list(tensors_in(entered)), list(self._results_in(ends))
         activations = self._nodes([*self._activations, *given])
@@ -202,7 +204,7 @@ class _Observer(TorchFunctionMode):
             for tensors in (returned, elsewhere)
         )
         others, positions = {*outputs, *maps, *left}, self._unrecorded.positions
-        dataflow = Dataflow(self._nodes(returned), activations, others, self._inside, positions)
+        dataflow = Dataflow(self._nodes(returned), activations, others, self._inside, positions, frozen)
         self._positions.leave(ends)
         calls, one_sided = defaultdict(list), OneSided()
         for output in self._outputs:

@@ -10,7 +10,7 @@ from coconv_surgery.tracing.dataflow import (
     POSITIONS,
     Dataflow,
     Node,
-    is_elementwise,
+    channels_of,
     is_matrix_product,
     is_reduction,
     is_total,
@@ -34,13 +34,18 @@ class _State(enum.Enum):
     RAW = "nothing but squashing, shifting and reordering"
     SCALED = "the same, with a learned number for each channel"
     NORMALISED = "divided by a statistic of itself"
+    BENT = "activated, with signs and sizes that can still be told"
     FEATURES = "activated, normalised, mixed with another map, or made one number"
 
 
-_AFTER_A_NORM = (_State.NORMALISED, _State.FEATURES)
+_AFTER_A_NORM = (_State.NORMALISED, _State.BENT, _State.FEATURES)
+_ACTIVATED = (_State.BENT, _State.FEATURES)
 # The input that these operations read as data; what enters elsewhere steers them, channel by channel.
 _DATA_INPUT = {"ConvolutionBackward0": 0, "GridSampler2DBackward0": 0, "GridSampler3DBackward0": 0}
 # What comes out of these is features. Squashing functions, as behind predictions, are none of them.
+_LEAKY = ("leakyrelu", "rrelu")
+# So many channels are a field of vectors, rather than features.
+_FIELD = range(2, 5)
 _FEATURES = ("elu", "silu", "mish", "glu", "hardswish", "norm", "maxpool")
 
 
@@ -91,6 +96,7 @@ class _Search:
 
     def __init__(self, dataflow: Dataflow, output: Node) -> None:
         self._dataflow, self._output = dataflow, output
+        self._is_field = channels_of(output) in _FIELD
         self._reached = self._follow(output)
         pools = {node for node in self._reached if is_reduction(node) and not is_total(node)}
         self._pooled = self._follow(*pools) - self._follow(output, past_reductions=False)
@@ -101,17 +107,20 @@ class _Search:
         seen, stack = {(self._output, _State.RAW)}, [(self._output, _State.RAW)]
         while stack:
             node, state = stack.pop()
-            raw = state is not _State.FEATURES
+            raw = state not in _ACTIVATED
             found.at_an_end |= node in self._dataflow.ends
             found.as_it_is |= raw and (node in returned or (node in left and node not in self._pooled))
             for consumer, index in self._dataflow.consumers[node]:
                 if index == POSITIONS:
                     found.directly |= raw
-                elif _is_position(consumer, index) or (raw and self._is_kernel(node, consumer, index)):
+                elif _is_position(consumer, index):
                     found.by_position = True
-                    found.directly |= raw
+                    found.directly |= state is not _State.FEATURES
+                elif raw and self._is_kernel(node, consumer, index):
+                    found.by_position = found.directly = True
                 elif self._is_layer(consumer, state):
                     found.layers.append(consumer)
+                    found.directly |= raw and self._is_field and _resamples(self._dataflow, consumer)
                 elif (following := (consumer, self._after(consumer, state))) not in seen:
                     seen.add(following)
                     stack.append(following)
@@ -130,7 +139,7 @@ class _Search:
 
     def _is_layer(self, node: Node, state: _State) -> bool:
         """Whether a node mixes channels, is the affine part of a norm, or adds a scaled branch to another map."""
-        if node in self._dataflow.learned and (not is_elementwise(node) or state in _AFTER_A_NORM):
+        if self._dataflow.mixes(node) or (node in self._dataflow.learned and state in _AFTER_A_NORM):
             return True
         return state is _State.SCALED and (is_reduction(node) or self._is_residual(node))
 
@@ -144,11 +153,13 @@ class _Search:
         by_itself = sum(source in self._reached for _, source in self._dataflow.sources(node)) > 1
         activated = any(kind in name for kind in _FEATURES) or (by_itself and name.startswith("mul"))
         activated |= name.startswith("hardtanh") and node._saved_min_val >= 0  # as ReLU6; others squash
+        if name.startswith(_LEAKY) and state is not _State.FEATURES:
+            return _State.BENT
         if activated or is_total(node) or _is_from_elsewhere(node) or self._attends(node):
             return _State.FEATURES
-        if by_itself and name.startswith("div") and state is not _State.FEATURES:
+        if by_itself and name.startswith("div") and state not in _ACTIVATED:
             return _State.NORMALISED
-        return _State.SCALED if node in self._dataflow.learned else state
+        return _State.SCALED if node in self._dataflow.learned and state is not _State.BENT else state
 
     def _attends(self, product: Node) -> bool:
         """Whether a product mixes a map's channels with the help of another."""
@@ -214,6 +225,20 @@ def _steers(dataflow: Dataflow, layer: Node) -> bool:
                 seen.add(consumer)
                 stack.append(consumer)
     return by_position
+
+
+def _resamples(dataflow: Dataflow, layer: Node) -> bool:
+    """Whether what a layer makes says, as it is, where another map is sampled: the layer makes a field larger."""
+    seen, stack = {layer}, [layer]
+    while stack:
+        for consumer, index in dataflow.consumers[stack.pop()]:
+            name = consumer.name()
+            if name.startswith("GridSampler") and index != _DATA_INPUT.get(name):
+                return True
+            if consumer not in seen and not dataflow.mixes(consumer):
+                seen.add(consumer)
+                stack.append(consumer)
+    return False
 
 
 def _is_position(node: Node, index: int) -> bool:

@@ -133,9 +133,12 @@ def _look(
             break
         twin = visit.twin(fake=fake)
         watched = _watch(twin, sites)
-        originals = {id(parameter): name for name, parameter in visit.model.named_parameters()}
+        own = dict(visit.model.named_parameters())
+        originals = {id(parameter): name for name, parameter in own.items()}
+        untrained = {name for name, parameter in own.items() if not parameter.requires_grad}
+        frozen = {id(copied): own[name] for name, copied in twin.model.named_parameters() if name in untrained}
         try:
-            observed = observe(twin, watched, inputs, originals, see_through=see_through)
+            observed = observe(twin, watched, inputs, originals, frozen, see_through=see_through)
         except NetworkError as raised:
             error = raised
             continue

@@ -62,6 +62,35 @@ def test_a_conv_before_a_frozen_layer_feeds_it():
     assert reader(lambda m, x: m.mix(m.conv(x)), mix=nn.Conv2d(4, 2, 1).requires_grad_(False)) is Reader.LAYER
 
 
+def diagonal(kind):
+    layer = kind(4, 4, 1)
+    layer.weight.data = torch.diag(torch.rand(4))[:, torch.randperm(4)].view(4, 4, 1, 1)
+    return layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        nn.Conv2d(4, 8, 3, groups=4, bias=False),
+        nn.ConvTranspose2d(4, 4, 4, 2, 1, groups=4),
+        nn.ConvTranspose2d(4, 8, 2, 2, groups=4),
+        diagonal(nn.Conv2d),
+        diagonal(nn.ConvTranspose2d),
+    ],
+    ids=str,
+)
+def test_a_layer_that_takes_each_channel_alone_mixes_nothing(layer):
+    assert reader(lambda m, x: m.layer(m.conv(x)), layer=layer) is Reader.NOBODY
+    mix = nn.Conv2d(layer.out_channels, 2, 1)
+    assert reader(lambda m, x: m.mix(m.layer(m.conv(x))), layer=layer, mix=mix) is Reader.LAYER
+
+
+def test_a_diagonal_that_is_trained_mixes():
+    layer = diagonal(nn.Conv2d).requires_grad_(True)
+    assert reader(lambda m, x: m.layer(m.conv(x)), layer=layer) is Reader.LAYER
+
+
 def test_the_last_conv_is_a_prediction_layer():
     assert reader(lambda m, x: m.conv(x).sigmoid()) is Reader.NOBODY
 
@@ -103,6 +132,39 @@ def test_a_conv_that_makes_kernels_is_read_by_position():
 def test_a_conv_that_makes_a_sampling_grid_is_read_by_position():
     forward = lambda m, x: m.mix(F.grid_sample(x, m.conv(x)[:, :2].permute(0, 2, 3, 1)))  # noqa: E731
     assert reader(forward, mix=nn.Conv2d(4, 2, 1)) is Reader.POSITION
+
+
+def sampled(x, field):
+    return F.grid_sample(x, field.permute(0, 2, 3, 1), align_corners=False)
+
+
+def test_a_field_that_is_activated_by_halves_is_read_by_position():
+    parts = {"conv": conv(4, 2), "mix": nn.Conv2d(6, 2, 1)}
+
+    def forward(model, x):
+        field = F.leaky_relu(model.conv(x), 0.1)
+        return model.mix(torch.cat([sampled(x, field), field], 1))
+
+    assert trace(Model(forward, **parts))["conv"].calls[0].reader is Reader.POSITION
+
+
+def test_a_field_that_a_layer_makes_larger_is_read_by_position():
+    parts = {"conv": conv(4, 2), "larger": nn.ConvTranspose2d(2, 2, 4, 2, 1), "mix": nn.Conv2d(6, 2, 1)}
+
+    def forward(model, x):
+        field = model.larger(model.conv(x))
+        return model.mix(torch.cat([sampled(x, 0.6 * field), field], 1))
+
+    assert trace(Model(forward, **parts))["conv"].calls[0].reader is Reader.POSITION
+
+
+def test_features_of_which_a_layer_makes_a_field_are_features():
+    def forward(model, x):
+        y = model.conv(x)
+        return model.mix(torch.cat([sampled(x, model.field(y)), y], 1))
+
+    parts = {"conv": conv(4, 8), "field": nn.Conv2d(8, 2, 1), "mix": nn.Conv2d(12, 2, 1)}
+    assert trace(Model(forward, **parts))["conv"].calls[0].reader is Reader.LAYER
 
 
 def test_prediction_layers_are_left_alone_unless_overridden():
