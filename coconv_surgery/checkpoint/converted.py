@@ -1,5 +1,6 @@
 """A converted network and the file of its weights."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,14 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from coconv_surgery.checkpoint.header import beside_tensors, check_network, is_json, read_header, write_header
+from coconv_surgery.checkpoint.header import (
+    beside_tensors,
+    check_network,
+    is_json,
+    read_header,
+    versions_in_header,
+    write_header,
+)
 from coconv_surgery.checkpoint.origin import plan_told
 from coconv_surgery.checkpoint.reading import is_safetensors, read_checkpoint, weights_in
 from coconv_surgery.checkpoint.tensors import cannot_write, check_fit, check_loadable, each_once, held_once
@@ -72,7 +80,8 @@ def save_converted(
     network = None if network is None else check_network(network, "network")
     for name, module in model.named_modules():
         check_unsharded(module, path_of(name), "load the gathered weights into a whole network, and save that")
-    state: dict[str, Any] = {name: value for name, value in model.state_dict().items() if not name.startswith(GUARD)}
+    whole = model.state_dict()
+    state: dict[str, Any] = {name: value for name, value in whole.items() if not name.startswith(GUARD)}
     tensors = {name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
     extra = {name: value for name, value in state.items() if name not in tensors}
     problems = [f"{name} {why}" for name, tensor in tensors.items() if (why := cannot_write(tensor))]
@@ -87,7 +96,7 @@ def save_converted(
         tensors.update([guard_of(plan)])
     with whole_file(path, "path") as passing:
         try:
-            save_file(tensors, passing, metadata=write_header(plan, shared, extra, network))
+            save_file(tensors, passing, metadata=write_header(plan, shared, extra, network, _versions(model, whole)))
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
 
@@ -157,10 +166,23 @@ def check_sizes(model: nn.Module, path: str | Path) -> None:
 
 def _plan_and_weights(path: str | Path, own: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
     """What a file holds, by the names of a network's own weights."""
-    content = read_checkpoint(path)
+    content: Any = read_checkpoint(path)
     if is_safetensors(path):
-        content |= beside_tensors(read_header(path), content, path)
-    return plan_told(content, path, own), _unguarded(weights_in(content, path, own))
+        header = read_header(path)
+        content = OrderedDict(content | beside_tensors(header, content, path))
+        versions = versions_in_header(header, path)
+        content._metadata = {name: {"version": version} for name, version in versions.items()}
+    weights = weights_in(content, path, own)
+    for name in filter(is_guard, [*weights]):
+        del weights[name]
+    return plan_told(content, path, own), weights
+
+
+def _versions(model: nn.Module, state: Any) -> dict[str, int]:
+    """The versions that torch notes of modules in a state dict, but of its own, which know what to do without."""
+    own = {name for name, module in model.named_modules() if not type(module).__module__.startswith("torch.nn.")}
+    noted = {name: part.get("version") for name, part in getattr(state, "_metadata", {}).items() if name in own}
+    return {name: version for name, version in noted.items() if type(version) is int and version != 1}
 
 
 def _unguarded(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,15 @@ _PLAN = notes.KEY
 _SHARED = "coconv_shared"
 _EXTRA = "coconv_extra_state"
 _NETWORK = "coconv_network"
+_VERSIONS = "coconv_versions"
 
 
 def write_header(
-    plan: Plan, shared: Mapping[str, str], extra: Mapping[str, Any], network: Mapping[str, Any] | None = None
+    plan: Plan,
+    shared: Mapping[str, str],
+    extra: Mapping[str, Any],
+    network: Mapping[str, Any] | None = None,
+    versions: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
     """Make the header of a file.
 
@@ -28,8 +33,9 @@ def write_header(
         shared: Names of tensors that are written under another name, which they stand for here.
         extra: What else the state dict holds, see :func:`is_json`.
         network: What the network is, see :func:`check_network`.
+        versions: What torch notes of modules beside their weights, by name.
     """
-    values = {_SHARED: shared, _EXTRA: extra, _NETWORK: network}
+    values = {_SHARED: shared, _EXTRA: extra, _NETWORK: network, _VERSIONS: versions}
     return {_PLAN: plan.to_json(), **{key: json.dumps(value) for key, value in values.items() if value}}
 
 
@@ -105,6 +111,18 @@ def beside_tensors(header: Mapping[str, str], tensors: Mapping[str, Any], path: 
             f"{path} holds {shown(twice[0])} twice, once in its header: it must say what that is once"
         )
     return {alias: tensors[name] for alias, name in shared.items()} | extra
+
+
+def versions_in_header(header: Mapping[str, str], path: str | Path) -> dict[str, int]:
+    """The versions of modules that a file's weights come from, by name.
+
+    Raises:
+        CheckpointError: If the header does not say it in the way of :func:`write_header`.
+    """
+    versions = _read(header, _VERSIONS, path)
+    if any(type(version) is not int for version in versions.values()):
+        raise CheckpointError(f"{path}: {_VERSIONS} in the header are not whole numbers by name")
+    return versions
 
 
 def is_json(value: Any) -> bool:

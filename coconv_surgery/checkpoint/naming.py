@@ -34,6 +34,11 @@ def without(prefix: str, entries: Mapping[str, _T]) -> dict[str, _T]:
     return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
 
 
+def in_common(weights: Mapping[str, Any], own: Mapping[str, Any]) -> int:
+    """How many names some weights have in common with those of a network, whatever is put before theirs."""
+    return len(without(prefix_of(weights, own), weights).keys() & own.keys())
+
+
 def _is_counter(name: str) -> bool:
     """Whether it is of how many networks AveragedModel has made its average, beside which it holds that."""
     return name.rpartition(".")[2] == "n_averaged"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,16 @@ import torch.nn as nn
 
 from coconv_surgery.checkpoint.header import plan_in_header, read_header
 from coconv_surgery.checkpoint.naming import prefix_of
-from coconv_surgery.checkpoint.reading import STATES, CheckpointError, is_safetensors, read_checkpoint
+from coconv_surgery.checkpoint.reading import (
+    STATES,
+    CheckpointError,
+    is_safetensors,
+    read_checkpoint,
+    state_in,
+    states_elsewhere,
+)
 from coconv_surgery.layers import metadata
-from coconv_surgery.layers.arguments import file_to_read
+from coconv_surgery.layers.arguments import file_to_read, shown
 from coconv_surgery.planning import notes
 from coconv_surgery.planning.plan import Plan, PlanRow, read_plan_text
 from coconv_surgery.surgery import get_plan
@@ -112,7 +120,26 @@ def _plan_in(content: Mapping[Any, Any], label: str, own: Mapping[str, Any] | No
             return _unwrapped(plan, state, own)
         if isinstance(getattr(state, "_metadata", None), Mapping):
             return None  # plain; what is beside it are other weights
-    return None
+    return _plan_elsewhere(content, label, own)
+
+
+def _plan_elsewhere(content: Mapping[Any, Any], label: str, own: Mapping[str, Any] | None) -> Plan | None:
+    """The plan of weights under an unusual name: of those that are a network's, or of the ones that tell a plan."""
+    states = states_elsewhere(content)
+    if own is not None:
+        state = state_in(content, label, own)
+        states = {key: value for key, value in states.items() if value is state}
+    plans = {
+        key: _unwrapped(plan, state, own)
+        for key, state in states.items()
+        if (plan := _plan_in_metadata(state, label) or _plan_in_guard(state, label))
+    }
+    first = next(iter(plans.values()), None)
+    if any(plan != first for plan in plans.values()):
+        raise CheckpointError(
+            f"{label} holds converted networks under {', '.join(map(shown, plans))}: give plan_of() the one you mean"
+        )
+    return first
 
 
 def _plan_in_metadata(state: Mapping[Any, Any], label: str) -> Plan | None:
@@ -181,8 +208,12 @@ def _within(plan: Plan, part: str) -> Plan:
 
 
 def _unwrapped(plan: Plan, state: Mapping[Any, Any], own: Mapping[str, Any] | None) -> Plan:
-    """A plan by the names that its weights are loaded by: without what is put before all of them."""
-    return _without(prefix_of({str(key): value for key, value in state.items()}, own), plan)
+    """A plan by the names that its weights are loaded by: without what is put before all of them, or was."""
+    plan = _without(prefix_of({str(key): value for key, value in state.items()}, own), plan)
+    if own is None:
+        return plan
+    modules = {name: None for weight in own for name in accumulate(weight.split("."), "{}.{}".format)}
+    return _without(prefix_of(_names_in(plan), modules), plan)
 
 
 def _without(prefix: str, plan: Plan) -> Plan:

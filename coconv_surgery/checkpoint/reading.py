@@ -4,6 +4,7 @@ import io
 import mmap
 import pickle
 import struct
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from coconv_surgery.checkpoint.naming import prefix_of, without
+from coconv_surgery.checkpoint.naming import in_common, prefix_of, without
 from coconv_surgery.checkpoint.pickles import ALLOWED, Pickle, RefusedError
 from coconv_surgery.layers.arguments import file_to_read, kind, shown
 
@@ -48,8 +49,8 @@ class CheckpointError(ValueError):
 def read_weights(path: str | Path) -> dict[str, Any]:
     """Read tensors by name, as timm would.
 
-    Those of the first entry of :data:`STATES` are taken, and what ``DataParallel`` and ``torch.compile`` put before all
-    names is taken off.
+    Those of the first entry of :data:`STATES` are taken, or of the one entry that holds some, and what ``DataParallel``
+    and ``torch.compile`` put before all names is taken off.
 
     Args:
         path: A file that ``torch.save`` wrote, or a safetensors file.
@@ -68,21 +69,79 @@ def weights_in(content: Mapping[Any, Any], path: str | Path, own: Mapping[str, A
     Args:
         content: What was read.
         path: The file.
-        own: The weights of the network that they are for: what is put before all names is taken off where the rest are
-            the network's, whoever has put it there.
+        own: The weights of the network that they are for: those of the entry that fits it best are taken, and what is
+            put before all names is taken off where the rest are the network's, whoever has put it there.
+
+    Returns:
+        The tensors, with the versions of the modules that they come from as torch keeps them beside a state dict.
 
     Raises:
-        CheckpointError: If it holds none, or what it holds has no names.
+        CheckpointError: If it holds none, or several that fit alike, or what it holds has no names.
     """
-    entries = (content.get(key) for key in STATES)
-    # A tensor of such a name is one of the weights.
-    weights = next((entry for entry in entries if entry is not None and not torch.is_tensor(entry)), content)
+    weights = state_in(content, path, own)
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{path} holds a {kind(weights)} where its weights should be, not tensors by name")
     for name in weights:
         if not isinstance(name, str):
             raise CheckpointError(f"{path} holds something under {shown(name)}, not a tensor by name")
-    return without(prefix_of(weights, own), weights)
+    prefix = prefix_of(weights, own)
+    found = OrderedDict(without(prefix, weights))
+    if versions := _versions(weights, prefix):
+        cast(Any, found)._metadata = versions
+    return found
+
+
+def state_in(content: Mapping[Any, Any], path: str | Path, own: Mapping[str, Any] | None = None) -> Any:
+    """The state dict in what was saved, with the names that it was saved with.
+
+    Args:
+        content: What was read.
+        path: The file.
+        own: As of :func:`weights_in`.
+
+    Raises:
+        CheckpointError: If it holds several that fit alike.
+    """
+    usual = [content[key] for key in STATES if content.get(key) is not None and not torch.is_tensor(content[key])]
+    others = states_elsewhere(content)
+    if any(isinstance(entry, Mapping) for entry in usual) or not others:
+        return next((entry for entry in usual if isinstance(entry, Mapping)), next(iter(usual), content))
+    fits = {key: in_common(state, own) if own else 0 for key, state in others.items()}
+    named = {name: value for name, value in content.items() if isinstance(name, str)}
+    if any(map(torch.is_tensor, content.values())) and (own is None or in_common(named, own) >= max(fits.values())):
+        return content
+    best = [key for key in others if fits[key] == max(fits.values())]
+    if len(best) > 1:
+        raise CheckpointError(
+            f"{path} holds weights under {' and under '.join(map(shown, best))}: save those that are meant alone, or "
+            "give them to plan_of(), apply_plan() and load_state_dict()"
+        )
+    return others[best[0]]
+
+
+def states_elsewhere(content: Mapping[Any, Any]) -> dict[Any, Mapping[str, Any]]:
+    """State dicts that are kept under a name that is none of :data:`STATES`."""
+    return {
+        key: value
+        for key, value in content.items()
+        if key not in STATES
+        and isinstance(value, Mapping)
+        and all(isinstance(name, str) for name in value)
+        and any(map(torch.is_tensor, value.values()))
+    }
+
+
+def _versions(weights: Mapping[str, Any], prefix: str) -> dict[str, dict[str, Any]]:
+    """What tells modules how old their weights are, by the names that are left of theirs."""
+    noted = getattr(weights, "_metadata", None)
+    if not isinstance(noted, Mapping):
+        return {}
+    versions = {
+        f"{name}." if name else "": {"version": part["version"]}
+        for name, part in noted.items()
+        if isinstance(name, str) and isinstance(part, Mapping) and isinstance(part.get("version"), int)
+    }
+    return {name.removesuffix("."): part for name, part in without(prefix, versions).items()}
 
 
 def read_checkpoint(path: str | Path) -> dict[Any, Any]:

@@ -162,14 +162,16 @@ def _write_plan(model: nn.Module, state_dict: Any, prefix: str, metadata: dict[s
 
 
 def _still_holds(model: nn.Module, plan: Plan) -> bool:
-    """Whether the modules that a plan converted have its levels; a function call in a graph is none."""
+    """Whether the modules that a plan converted are there and have its levels; a function call in a graph is none."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls_functions = any(isinstance(module, fx.GraphModule) for module in modules.values())
     for row in plan.converted:
-        try:
-            conv = model.get_submodule(row.name)
-        except AttributeError:
-            continue
-        levels = conv.contextual_levels if isinstance(conv, CoConv2d) else None
-        if isinstance(conv, nn.Conv2d) and levels != (row.dilations, row.splits):
+        conv = modules.get(row.name)
+        if not isinstance(conv, nn.Conv2d):
+            if calls_functions:
+                continue
+            return False
+        if (conv.contextual_levels if isinstance(conv, CoConv2d) else None) != (row.dilations, row.splits):
             return False
     return True
 

@@ -21,6 +21,7 @@ from coconv_surgery.checkpoint.tensors import check_loadable
 from coconv_surgery.layers.arguments import file_to_read, instance, shown
 from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.levels import complete_levels
+from coconv_surgery.layers.metadata import unchecked_levels
 from coconv_surgery.layers.rollback import deep_restorer
 
 # What follows the name of the convolution. A level has few digits: a number of a thousand is none.
@@ -173,7 +174,8 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     merge_levels(state)
     with ExitStack() as undo:
         undo.callback(deep_restorer(model))
-        model.load_state_dict(state)
+        with unchecked_levels():  # which the file tells by its layout
+            model.load_state_dict(state)
         undo.pop_all()
     return model
 

@@ -146,6 +146,82 @@ def test_an_average_beside_the_weights_is_loaded_as_it_is_saved(converted, image
     assert torch.equal(fresh(image), converted(image))
 
 
+def training(net):
+    optimizer = torch.optim.Adam(net.parameters())
+    sum(parameter.sum() for parameter in net.parameters()).backward()
+    optimizer.step()
+    return {"epoch": 1, "optimizer_state_dict": optimizer.state_dict(), "rng": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize("name", ["model_state_dict", "net", "ema", "generator"])
+def test_weights_are_found_under_whatever_name_a_script_keeps_them(converted, image, tmp_path, name):
+    torch.save({**training(converted), name: converted.state_dict()}, tmp_path / "net.pth")
+    assert cs.plan_of(tmp_path / "net.pth") == cs.get_plan(converted)
+    fresh = cs.load_converted(type(converted)().eval(), tmp_path / "net.pth")
+    assert torch.equal(fresh(image), converted(image))
+
+
+def test_of_several_networks_in_a_file_the_one_that_fits_is_loaded(converted, image, tmp_path):
+    other = cs.convert(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)), input_size=32)
+    states = {"generator": converted.state_dict(), "discriminator": other.state_dict()}
+    torch.save(states, tmp_path / "net.pth")
+    fresh = cs.load_converted(type(converted)().eval(), tmp_path / "net.pth")
+    assert torch.equal(fresh(image), converted(image))
+    with pytest.raises(cs.CheckpointError, match=r"converted networks under 'generator', 'discriminator'"):
+        cs.plan_of(tmp_path / "net.pth")
+    assert cs.plan_of(states["discriminator"]) == cs.get_plan(other)
+
+
+def test_of_several_that_fit_alike_none_is_loaded(converted, net, tmp_path):
+    torch.save({"net": converted.state_dict(), "best": converted.state_dict()}, tmp_path / "net.pth")
+    fresh = type(net)()
+    with pytest.raises(cs.CheckpointError, match="holds weights under 'net' and under 'best': save those"):
+        cs.load_converted(fresh, tmp_path / "net.pth")
+    assert not cs.get_plan(fresh).converted
+
+
+def test_names_that_were_cut_short_by_hand_are_those_of_the_plan_as_well(converted, image, tmp_path):
+    state = Holder("net", converted).state_dict()
+    for name in [*state]:
+        state[name.removeprefix("net.")] = state.pop(name)
+    torch.save(state, tmp_path / "net.pth")
+    fresh = cs.load_converted(type(converted)().eval(), tmp_path / "net.pth")
+    assert torch.equal(fresh(image), converted(image))
+
+
+@pytest.mark.parametrize("file", ["net.pth", "net.safetensors"])
+@pytest.mark.parametrize("take_out", [lambda net: net.body.pop(0), lambda net: setattr(net, "body", nn.Identity())])
+def test_a_convolution_that_was_taken_out_since_is_not_in_the_plan(converted, tmp_path, file, take_out):
+    take_out(converted)
+    WRITERS[file](converted, tmp_path / file)
+    fresh = type(converted)()
+    take_out(fresh)
+    cs.load_converted(fresh, tmp_path / file)
+    assert [row.name for row in cs.get_plan(fresh).converted] == ["stem"]
+    assert torch.equal(fresh.stem.weight, converted.stem.weight)
+
+
+@pytest.mark.parametrize("wrapper", [lambda net: net, nn.DataParallel], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("file", WRITERS)
+def test_weights_of_a_version_are_not_taken_for_older_ones(tmp_path, file, wrapper):
+    class Scaled(nn.Module):
+        _version = 2
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.scale = nn.Conv2d(3, 8, 3, padding=1), nn.Parameter(torch.ones(1))
+
+        def _load_from_state_dict(self, state_dict, prefix, metadata, *others):
+            if metadata.get("version", 1) < 2:
+                state_dict[f"{prefix}scale"] = state_dict[f"{prefix}scale"] / 255
+            super()._load_from_state_dict(state_dict, prefix, metadata, *others)
+
+    model = nn.Sequential(Scaled())
+    cs.to_coconv_(model[0].conv, (1, 2))
+    WRITERS[file](wrapper(model), tmp_path / file)
+    assert cs.load_converted(nn.Sequential(Scaled()), tmp_path / file)[0].scale == 1
+
+
 @pytest.mark.parametrize("wrap", [lambda net: net, lambda net: Holder("module", net)], ids=["bare", "wrapped"])
 def test_a_network_whose_only_child_was_converted_loads_its_own_weights(net, tmp_path, wrap):
     """As Lightning keeps them of a module that holds a network."""
