@@ -162,8 +162,9 @@ class CoConv2d(nn.Conv2d):
     # convolutions, which is what some quantisers go by.
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve ``(N, C, H, W)`` or ``(C, H, W)``."""
-        # A bound method that somebody keeps is called after a revert as well.
-        output: torch.Tensor = super().forward(input) if isinstance(self, CoConv2d) else self.forward(input)
+        # A bound method that somebody keeps, or has put something around, is called after a revert as well.
+        contextual = isinstance(self, CoConv2d)
+        output: torch.Tensor = super().forward(input) if contextual else type(self).forward(self, input)
         return output
 
     # mmcv's and mmengine's conv-BN evaluation call this method with weights of their own, so it is the one to override.
