@@ -17,7 +17,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     report = yield
-    package = missing(report.call.excinfo.value) if report.call.excinfo else None
+    call = getattr(report, "call", None)  # a plugin may have made the report
+    package = missing(call.excinfo.value) if call is not None and call.excinfo else None
     if package and not collector.config.getoption("all_extras"):
         left_out[str(collector.path)] = package
         report.outcome = "skipped"

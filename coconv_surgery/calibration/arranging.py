@@ -31,7 +31,7 @@ def find_arrangement(
     positions: int,
     memory: int,
     stay: Container[str],
-) -> tuple[list[tuple[Order, torch.Tensor]], int]:
+) -> tuple[list[tuple[Order, torch.Tensor]], int, set[str]]:
     """Decide which channels change places.
 
     Args:
@@ -43,10 +43,11 @@ def find_arrangement(
         stay: Names of parameters that are to stay as they are.
 
     Returns:
-        Orders of channels, with which channel each place gets; and how many channels there are that could change
-        places to some effect.
+        Orders of channels, with which channel each place gets; how many channels there are that could change places to
+        some effect; and the names of what may read them unseen.
     """
-    orders = find_orders(original.model, lambda: map(original.run, batches))
+    training = functools.partial(original.run, batches[0], training=True)
+    orders, unseen = find_orders(original.model, lambda: map(original.run, batches), training)
     orders = [order for order in orders if not any(side.name in stay for side in order.sides)]
     names = {side.name for order in orders for side in order.sides if side.dim == 0}
     costs: Costs = {}
@@ -62,7 +63,7 @@ def find_arrangement(
             channels += len(places)
             if not torch.equal(places, torch.arange(len(places))):
                 found.append((order, places))
-    return found, channels
+    return found, channels, unseen
 
 
 def rearrange(network: WatchedNetwork, arrangement: Sequence[tuple[Order, torch.Tensor]]) -> None:

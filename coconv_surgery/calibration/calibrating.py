@@ -308,7 +308,9 @@ class _Work:
     def _arrange(self, stay: Mapping[str, str]) -> None:
         """Let channels change places in both networks, if that changes nothing in what the original computes."""
         weights = {layer: name for layer, name in self._weights.items() if layer.is_contextual}
-        arrangement, channels = find_arrangement(self._original, weights, self._batches, self._positions, _MEMORY, stay)
+        arrangement, channels, unseen = find_arrangement(
+            self._original, weights, self._batches, self._positions, _MEMORY, stay
+        )
         rearrange(self._original, arrangement)
         numbers = any(output.is_floating_point() for output in self._outputs)
         if not numbers or not _same(self._outputs, self._run_original()):
@@ -320,6 +322,11 @@ class _Work:
         rearrange(self._network, arrangement)
         moved = sum(int((places != torch.arange(len(places))).sum()) for _, places in arrangement)
         self.arranged = (moved, channels)
+        if moved and unseen:
+            self.notes.append(
+                f"{len(unseen)} parameters and buffers took no part in any run, as {min(unseen)}: if they read a part "
+                "of the channels that changed places, or several maps at once, give arrange=False"
+            )
 
 
 def _same(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> bool:

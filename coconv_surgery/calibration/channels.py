@@ -4,10 +4,11 @@ The channels of a feature map mean whatever the weights around them make of them
 weights that write a map, the entries of its norms, and the columns of the weights that read it, has the same network.
 Maps that are added share their order, as all those along a residual path do.
 
-One forward pass is watched operation by operation. What is not known to treat all channels alike pins the channels of
+Forward passes are watched operation by operation. What is not known to treat all channels alike pins the channels of
 everything that goes in: they stay where they are.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,15 +51,20 @@ class Order:
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def find_orders(model: nn.Module, run: Callable[[], Iterable[Any]]) -> list[Order]:
+def find_orders(
+    model: nn.Module, run: Callable[[], Iterable[Any]], train: Callable[[], Any] | None = None
+) -> tuple[list[Order], set[str]]:
     """Find the channels of a network that can change places.
 
     Args:
         model: The network, in evaluation mode; its convolutions are plain.
         run: Runs it, and gives what it returns.
+        train: Runs it as it is in training, if some of it has not run. It may fail.
 
     Returns:
-        One order for each set of channels that is free: none that somebody may read who did not run.
+        One order for each set of channels that is free: none that something reads in training alone, nor any that are
+        as many as those of what did not run in evaluation. And the names of what did not run in training either, of
+        which it is not known which channels it reads.
     """
     watch = _Watch(model)
     with torch.no_grad(), Operations(watch.see), Leaving(watch.pin):
@@ -66,11 +72,19 @@ def find_orders(model: nn.Module, run: Callable[[], Iterable[Any]]) -> list[Orde
             watch.pin(tensors_in(outputs))
             del outputs
             watch.pin_what_is_kept()
-    return watch.free()
+    if train is not None and watch.has_late_parts():
+        with torch.no_grad(), Operations(watch.see), contextlib.suppress(Exception):
+            train()
+    return watch.free(), watch.late - watch.seen
 
 
 class _Watch:
-    """Follows channels through a forward pass. A group is a set of channels in one order, by number; 0 is pinned."""
+    """Follows channels through a forward pass. A group is a set of channels in one order, by number; 0 is pinned.
+
+    Attributes:
+        seen (set[str]): Names of what operations took.
+        late (set[str]): Names of what none took in evaluation mode.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._names: Any = _WeakDict()
@@ -83,7 +97,8 @@ class _Watch:
         self._maps: Any = _WeakDict()  # the group along dimension 1 of a feature map
         self._outputs: Any = _WeakDict()  # of convolutions: the names of their weights
         self._transposed: Any = _WeakDict()  # matrices, whose columns are their weights' rows
-        self._seen: set[str] = set()  # names of what operations took
+        self.seen: set[str] = set()
+        self.late: set[str] = set()
         self._sides: dict[Side, int] = {}
         self._read: set[Side] = set()  # those that channels are read along
         self._scales: dict[str, torch.Tensor | None] = {}
@@ -95,7 +110,10 @@ class _Watch:
         if operation in _NOT_READ:
             return
         inputs = tensor_leaves((args, kwargs))
-        self._seen |= {name for tensor in inputs if (name := self._names.get(tensor)) is not None}
+        self.seen |= {name for tensor in inputs if (name := self._names.get(tensor)) is not None}
+        if self.late and not self.late.isdisjoint(self._names.get(tensor) for tensor in inputs):
+            self.pin(inputs)
+            return
         if operation is aten.convolution and self._convolution(*args, result):
             return
         if operation in _NORMS and self._norm(args, result):
@@ -120,6 +138,11 @@ class _Watch:
         # Whatever is not known to treat all channels alike.
         self.pin(inputs)
 
+    def has_late_parts(self) -> bool:
+        """Whether there is something that no operation took; from here on it pins what it reads."""
+        self.late = {name for name, size in self._sizes.items() if size and name not in self.seen}
+        return bool(self.late)
+
     def pin(self, tensors: Iterable[Any]) -> None:
         """Let the channels of maps and weights stay where they are."""
         for tensor in tensors:
@@ -138,10 +161,11 @@ class _Watch:
     def free(self) -> list[Order]:
         """The groups that nothing has pinned, that something is known to read, and nothing else may.
 
-        What took no part in any run, such as a branch for training alone or an average of the weights, may read or
-        follow any channels that are as many.
+        What took no part in a run in evaluation mode, such as a branch for training alone or an average of the weights,
+        may read or follow any channels that are as many.
         """
-        unseen = {side for name, sizes in self._sizes.items() if name not in self._seen for side in sizes}
+        late = self.late or self._sizes.keys() - self.seen
+        unseen = {side for name in late for side in self._sizes[name]}
         orders: dict[int, Order] = {}
         for side, group in self._sides.items():
             if root := self._root(group):

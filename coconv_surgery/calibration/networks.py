@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.fx as fx
 import torch.nn as nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import _disable_current_modes
 
 from coconv_surgery.calibration.batches import Batch, Stop
@@ -200,12 +201,14 @@ class WatchedNetwork:
         for buffer, numbers in self._numbers:
             buffer.copy_(numbers)
 
-    def run(self, batch: Batch, see: Callable[[Call], None] | None = None) -> Any:
+    def run(self, batch: Batch, see: Callable[[Call], None] | None = None, *, training: bool = False) -> Any:
         """Run it without gradients.
 
         Args:
             batch: What on.
             see: Called with every call of a watched layer; it may raise :class:`Stop`.
+            training: Whether modules that hold others are in training mode: what they run then, they run, and norms and
+                dropout compute as in evaluation.
 
         Returns:
             The outputs; None if it was stopped.
@@ -213,6 +216,9 @@ class WatchedNetwork:
         self._see, self._calls = see, Counter()
         with _disable_current_modes():  # whoever watches the run sees the run alone
             self.put_back()
+            for module in self.model.modules():
+                holds = any(True for _ in module.children()) and not isinstance(module, _NormBase)
+                module.training |= training and holds
         torch.manual_seed(0)
         torch.clear_autocast_cache()  # which may hold weights as they were before
         try:
@@ -222,6 +228,8 @@ class WatchedNetwork:
             return None
         finally:
             self._see = None
+            if training:
+                self.put_back()
 
     def kernels_of(self, call: Call) -> torch.Tensor:
         """The kernels that a convolution has now, where they are computed from its parameters."""

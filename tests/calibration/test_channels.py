@@ -18,7 +18,8 @@ from coconv_surgery.calibration.channels import Side, find_orders
 
 
 def orders_of(model, *batches):
-    return find_orders(model, lambda: [model(x) for x in batches])
+    orders, _ = find_orders(model, lambda: [model(x) for x in batches])
+    return orders
 
 
 def free_weights(model, x):
@@ -257,9 +258,62 @@ def test_channels_that_somebody_else_may_read_stay_where_they_are(block):
     assert "first.weight" not in free_weights(model, torch.randn(1, 3, 8, 8))
 
 
+class Pools(Block):
+    """An auxiliary head that training alone runs, on pooled and flattened features."""
+
+    def __init__(self):
+        super().__init__()
+        self.aux = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5))
+
+    def read(self, features):
+        return features + self.aux(features).mean() if self.training else features
+
+
+class Joins(Block):
+    """One that reads two maps at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.aux = nn.BatchNorm2d(4), nn.Conv2d(7, 5, 1)
+
+    def forward(self, x):
+        features = self.norm(self.first(x)).relu()
+        aux = self.aux(torch.cat([x, features], 1)).mean() if self.training else 0
+        return self.out(self.second(features).relu()) + aux
+
+
+@pytest.mark.parametrize("block", [Pools, Joins])
+def test_channels_that_training_alone_reads_stay_where_they_are(block):
+    def train():
+        ran.append(True)
+        return model.train()(image)
+
+    model, image, ran = block().eval(), torch.randn(2, 3, 8, 8), []
+    orders, unseen = find_orders(model, lambda: [model(image)], train)
+    assert ran
+    assert not unseen
+    names = {side.name for order in orders for side in order.sides}
+    assert "first.weight" not in names
+    assert "second.weight" in names
+
+
+def test_a_network_that_runs_whole_is_not_run_as_in_training():
+    model = Block().eval()
+    find_orders(model, lambda: [model(torch.randn(1, 3, 8, 8))], pytest.fail)
+
+
+def test_what_runs_nowhere_is_told():
+    def fail():
+        raise ValueError("targets, please")
+
+    model = Pools().eval()
+    _, unseen = find_orders(model, lambda: [model(torch.randn(1, 3, 8, 8))], fail)
+    assert unseen == {"aux.2.weight", "aux.2.bias"}
+
+
 def test_a_branch_that_some_images_take_is_seen_where_they_are_among_the_images():
     model = Large().eval()
-    orders = find_orders(model, lambda: [model(torch.randn(1, 3, side, side)) for side in (8, 16)])
+    orders, _ = find_orders(model, lambda: [model(torch.randn(1, 3, side, side)) for side in (8, 16)])
     (order,) = [order for order in orders if Side("first.weight", 0) in order.sides]
     assert {Side("big.weight", 0), Side("big.weight", 1)} <= order.sides
 
