@@ -26,6 +26,7 @@ from coconv_surgery.receptive.theoretical import FieldReport, LayerField, recept
 from coconv_surgery.surgery import (
     CalibratedWeightsWarning,
     NoChangeWarning,
+    PlainCopyWarning,
     apply_plan,
     convert,
     get_plan,
@@ -53,6 +54,7 @@ __all__ = [
     "LayerField",
     "Levels",
     "NoChangeWarning",
+    "PlainCopyWarning",
     "PlainWeightsWarning",
     "Plan",
     "PlanError",

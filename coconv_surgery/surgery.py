@@ -13,6 +13,7 @@ from coconv_surgery.calibration.calibrating import calibrate_within
 from coconv_surgery.layers.arguments import flag, instance
 from coconv_surgery.layers.levels import Levels, check_levels
 from coconv_surgery.merging import keep_levels_in_merges
+from coconv_surgery.planning.copies import plain_copies
 from coconv_surgery.planning.decision import Choices, current_plan
 from coconv_surgery.planning.eligibility import site_obstacle, subclass
 from coconv_surgery.planning.maps import check_maps, largest_input
@@ -32,6 +33,10 @@ from coconv_surgery.tracing.unseen import unseen
 
 class NoChangeWarning(UserWarning):
     """A conversion that changed nothing."""
+
+
+class PlainCopyWarning(UserWarning):
+    """A part that stayed plain, as it did not run, and is built as one that was converted."""
 
 
 class CalibratedWeightsWarning(UserWarning):
@@ -175,6 +180,11 @@ def convert(
         TypeError: As in :func:`plan_conversion`.
         ValueError: As in :func:`plan_conversion`.
 
+    Warns:
+        NoChangeWarning: If nothing was converted.
+        PlainCopyWarning: If a part that did not run has the weights of one that was converted, as slow copies have.
+        CalibratedWeightsWarning: If its weights were calibrated for levels that change now.
+
     >>> import timm
     >>> model = convert(timm.create_model("resnet50"))
     >>> get_plan(model).summary().split(";")[0]
@@ -296,6 +306,13 @@ def _apply(model: nn.Module, sites: Sequence[Site], plan: Plan, images: Any = No
     if not changed and images is None:
         what = "was already as planned, nothing changed" if plan.converted else "has no convolution to convert"
         warnings.warn(f"{type(model).__name__} {what}: {plan.summary()}", NoChangeWarning, stacklevel=3)
+    for copy, of in plain_copies(model, plan).items() if changed else ():
+        warnings.warn(
+            f"{copy} is built as {of}, which was converted, and stayed plain, as it does not run in evaluation mode: "
+            f"if it is a copy of the weights, apply_plan(model.{copy}, get_plan(model.{of})) converts it likewise",
+            PlainCopyWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_calibrated(images: int) -> None:

@@ -38,7 +38,7 @@ FILES = {
         *("finding", "switching", "unrecorded", "dataflow", "readers", "axes", "grids", "writing", "grid_rules"),
         *("following", "weight_reads", "padding", "observer", "fx_map", "trace"),
     ],
-    "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "decision"],
+    "planning": ["patterns", "reasons", "maps", "policies", "eligibility", "plan", "notes", "copies", "decision"],
     "merging": ["convs", "methods", "plain", "calls", "comparing", "carrying", "blocks"],
     "calibration": [
         *("report", "patches", "moments", "batches", "networks", "parameters", "channels", "arranging", "solving"),

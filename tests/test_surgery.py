@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 from launching import python
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrizations
 
 import coconv_surgery as cs
@@ -298,6 +299,40 @@ def test_a_trace_of_a_converted_network_has_one_node_a_conv(net, converted, imag
     torch.fx.symbolic_trace(net)  # still works: torch.fx keeps a global list of wrapped functions
 
 
+# -- Copies -------------------------------------------------------------------------------------------------------
+
+
+class Contrast(nn.Module):
+    """An encoder, and what training has for a slow copy of it."""
+
+    def __init__(self, net, build):
+        super().__init__()
+        self.query, self.key = net, build(net)
+
+    def forward(self, x):
+        return self.query(x)
+
+
+def test_a_slow_copy_is_warned_of_and_takes_the_plan_of_its_original(net, image):
+    model = Contrast(net, copy.deepcopy)
+    with pytest.warns(
+        cs.PlainCopyWarning, match=r"key is built as query.*apply_plan\(model\.key, get_plan\(model\.query"
+    ):
+        cs.convert(model, input_size=32)
+    cs.apply_plan(model.key, cs.get_plan(model.query))
+    assert torch.equal(model.key(image), model.query(image))
+
+
+def test_what_is_built_otherwise_is_no_copy(net, recwarn):
+    def build(net):
+        other = copy.deepcopy(net)
+        other.extra = nn.BatchNorm2d(4)
+        return other
+
+    cs.convert(Contrast(net, build), input_size=32)
+    assert not [warning for warning in recwarn if warning.category is cs.PlainCopyWarning]
+
+
 # -- Bad input ----------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +344,12 @@ def ddp(net):
     if not torch.distributed.is_initialized():
         in_a_process_group()
     return nn.parallel.DistributedDataParallel(net)
+
+
+def fsdp(net):
+    if not torch.distributed.is_initialized():
+        in_a_process_group()
+    return FullyShardedDataParallel(net, device_id=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -330,6 +371,8 @@ def ddp(net):
         ),
         (lambda net: net, {"policy": lambda conv: 99}, ValueError, "gave stem the levels 99"),
         (lambda net: net, {"inplace": "no"}, TypeError, "inplace must be True or False, not str"),
+        (fsdp, {}, TypeError, "within FullyShardedDataParallel.*: do this to the network before it is wrapped"),
+        (lambda net: fsdp(net).module, {}, TypeError, "do this to the network before it is wrapped"),
         (lambda net: net, {"input_size": 10**7}, ValueError, "input_size=10000000 is too large: there is no memory"),
         (
             lambda net: net,
