@@ -9,6 +9,7 @@ import click
 
 Command = Callable[..., Any]
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = "local-dir:"  # how a TARGET names one
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
@@ -142,11 +143,14 @@ def check_outputs(*outputs: Path | None, reads: Iterable[str | Path | None] = ()
         reads: What is read, or names something else.
     """
     paths = [path.resolve() for path in outputs if path is not None]
-    read = [Path(path).resolve() for path in reads if path is not None]
+    names = [str(name) for name in reads if name is not None]
+    folders = [Path(name.removeprefix(_FOLDER)).resolve() for name in names if name.startswith(_FOLDER)]
+    files = [path for name in names if (path := Path(name)).is_file()]
     for path in paths:
         if paths.count(path) > 1:
             raise click.UsageError(f"{path.name} cannot be two files: give each output a name of its own")
-        if path in read:
+        there = path.is_file()
+        if there and (any(map(path.samefile, files)) or any(folder in path.parents for folder in folders)):
             raise click.UsageError(f"{path.name} is read, and would be written over: choose another name")
 
 

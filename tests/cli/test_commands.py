@@ -89,6 +89,21 @@ def test_what_is_not_installed_is_told_with_its_extra():
     assert done.stderr == "coconv: pebble is not installed: pip install 'coconv-surgery[sweep]'\n"
 
 
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_another_name_of_a_file_that_is_read_is_not_written_over(coconv, tmp_path, link):
+    weights, other = tmp_path / "weights.pth", tmp_path / "other.safetensors"
+    torch.save(timm.create_model("test_resnet").state_dict(), weights)
+    getattr(other, link)(weights)
+    assert "would be written over" in coconv("convert", "test_resnet", "--checkpoint", weights, "-o", other).err
+
+
+def test_a_folder_that_is_read_gets_new_files_alone(coconv, tmp_path):
+    timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path, safe_serialization=True)
+    over, new = tmp_path / "model.safetensors", tmp_path / "converted.safetensors"
+    assert "would be written over" in coconv("convert", f"local-dir:{tmp_path}", "-o", over).err
+    assert coconv("convert", f"local-dir:{tmp_path}", "-o", new).code == 0
+
+
 def test_what_a_format_needs_is_told_before_the_work(coconv, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "openvino", None)
     done = coconv("export", "no-such-network", "-o", tmp_path / "net.xml")
