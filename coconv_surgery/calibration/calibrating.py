@@ -146,7 +146,7 @@ def calibrate_within(
     if before := calibrated_images(sites):
         raise CalibrationError(
             f"the network was calibrated on {before:,} images before, and its kernels are not the trained ones any "
-            "more: load those, and calibrate then"
+            "more: load those into a network that is built anew, and calibrate that"
         )
     layers, plan = find_layers(sites, also), noted_plan(model)
     stay = that_stay(model, frozen=frozen)

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.nn as nn
 
 from coconv_surgery.layers.arguments import shown
@@ -127,7 +126,7 @@ def is_stale(conv: nn.Module) -> bool:
 
 
 def mark_calibrated(conv: nn.Module, images: int, *, stale: bool = False) -> None:
-    """Keep in mind on how many images a convolution's kernels were calibrated, until others are loaded.
+    """Keep in mind on how many images a convolution's kernels were calibrated, until a state dict says otherwise.
 
     The mark stays when the convolution becomes plain, for its kernels are no plain one's.
 
@@ -156,13 +155,8 @@ def _read_mark(
     told = metadata.get(CALIBRATED)
     if isinstance(told, int):
         mark_calibrated(conv, told, stale=STALE in metadata)
-    elif "version" in metadata or not _same(kernels, vars(conv)["_parameters"].get("weight")):
+    elif "version" in metadata:  # else they may be a state of this network that somebody has kept
         mark_calibrated(conv, 0)
-
-
-def _same(one: Any, other: Any) -> bool:
-    alike = torch.is_tensor(one) and torch.is_tensor(other) and one.shape == other.shape
-    return alike and bool(torch.equal(one.to(other), other))
 
 
 def compare_plain(

@@ -639,6 +639,20 @@ def test_weights_that_bring_no_kernels_change_nothing_in_what_is_known():
     assert cs.get_plan(model).calibrated == 8
 
 
+def test_a_state_that_a_training_has_kept_of_it_is_calibrated_still():
+    model = converted_tiny()
+    cs.calibrate(model, smooth(8, 3, 32, 32))
+    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model.stem.weight.add_(1)
+    model.load_state_dict(best)
+    assert cs.get_plan(model).calibrated == 8
+    plain = TinyNet().state_dict()
+    with pytest.warns(cs.PlainWeightsWarning, match="plain convolutions"):
+        model.load_state_dict(plain)
+    assert cs.get_plan(model).calibrated == 0
+
+
 def test_a_part_knows_what_was_done_to_the_whole():
     model = nn.Sequential(cs.convert(TinyNet().eval(), input_size=32))
     cs.calibrate(model, smooth(8, 3, 32, 32))
