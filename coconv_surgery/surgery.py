@@ -36,7 +36,7 @@ class NoChangeWarning(UserWarning):
 
 
 class PlainCopyWarning(UserWarning):
-    """A part that stayed plain, as it did not run, and is built as one that was converted."""
+    """A part that stayed plain, as it did not run, and has nearly the weights of one that was converted."""
 
 
 class CalibratedWeightsWarning(UserWarning):
@@ -182,7 +182,7 @@ def convert(
 
     Warns:
         NoChangeWarning: If nothing was converted.
-        PlainCopyWarning: If a part that did not run has the weights of one that was converted, as slow copies have.
+        PlainCopyWarning: If a part that did not run has nearly the weights of one that was converted.
         CalibratedWeightsWarning: If its weights were calibrated for levels that change now.
 
     >>> import timm
@@ -300,19 +300,20 @@ def _apply(model: nn.Module, sites: Sequence[Site], plan: Plan, images: Any = No
         changed = switch_to_plan(model, sites, plan, undo)
         if images is not None:
             calibrate_within(undo, model, images)
+        if changed and calibrated:
+            _warn_of_calibrated(calibrated)
+        if not changed and images is None:
+            what = "was already as planned, nothing changed" if plan.converted else "has no convolution to convert"
+            warnings.warn(f"{type(model).__name__} {what}: {plan.summary()}", NoChangeWarning, stacklevel=3)
+        for copy, of in plain_copies(model, plan).items() if changed else ():
+            copied = f'apply_plan(model.get_submodule("{copy}"), get_plan(model.get_submodule("{of}")))'
+            warnings.warn(
+                f"{copy} has nearly the weights of {of}, which was converted, and stayed plain, as it does not run in "
+                f"evaluation mode: if it is a slow copy, {copied} converts it likewise",
+                PlainCopyWarning,
+                stacklevel=3,
+            )
         undo.pop_all()
-    if changed and calibrated:
-        _warn_of_calibrated(calibrated)
-    if not changed and images is None:
-        what = "was already as planned, nothing changed" if plan.converted else "has no convolution to convert"
-        warnings.warn(f"{type(model).__name__} {what}: {plan.summary()}", NoChangeWarning, stacklevel=3)
-    for copy, of in plain_copies(model, plan).items() if changed else ():
-        warnings.warn(
-            f"{copy} is built as {of}, which was converted, and stayed plain, as it does not run in evaluation mode: "
-            f"if it is a copy of the weights, apply_plan(model.{copy}, get_plan(model.{of})) converts it likewise",
-            PlainCopyWarning,
-            stacklevel=3,
-        )
 
 
 def _warn_of_calibrated(images: int) -> None:

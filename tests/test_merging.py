@@ -144,34 +144,6 @@ def test_branches_of_different_levels_are_refused_and_left_as_they_were():
     assert torch.equal(model(image), expected)
 
 
-class Adapted(nn.Module):
-    """A convolution with an adapter of low rank, written by hand."""
-
-    def __init__(self, conv):
-        super().__init__()
-        self.conv = conv
-        self.down = nn.Conv2d(conv.in_channels, 4, 3, padding=1, bias=False)
-        self.up = nn.Conv2d(4, conv.out_channels, 1, bias=False)
-
-    def forward(self, x):
-        return self.conv(x) + self.up(self.down(x))
-
-    @torch.no_grad()
-    def merge(self):
-        self.conv.weight += torch.einsum("or,rikl->oikl", self.up.weight[..., 0, 0], self.down.weight)
-        self.up.weight.zero_()
-
-
-def test_an_adapter_written_by_hand_is_not_merged_into_other_levels():
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), Adapted(nn.Conv2d(16, 16, 3, padding=1)), nn.Conv2d(16, 4, 1))
-    cs.convert(model, input_size=32)
-    image = torch.randn(1, 3, 32, 32)
-    expected = model(image)
-    with pytest.raises(ValueError, match="merged, this Adapted would not compute the same"):
-        model[1].merge()
-    assert torch.equal(model(image), expected)
-
-
 def test_branches_of_one_plan_merge_with_their_levels():
     model = nn.Sequential(Branches(), nn.Conv2d(4, 2, 1))
     cs.convert(model, input_size=(4, 16, 16))

@@ -315,22 +315,38 @@ class Contrast(nn.Module):
 
 def test_a_slow_copy_is_warned_of_and_takes_the_plan_of_its_original(net, image):
     model = Contrast(net, copy.deepcopy)
-    with pytest.warns(
-        cs.PlainCopyWarning, match=r"key is built as query.*apply_plan\(model\.key, get_plan\(model\.query"
-    ):
+    with pytest.warns(cs.PlainCopyWarning, match=r'apply_plan\(model.get_submodule\("key"\), get_plan\(') as caught:
         cs.convert(model, input_size=32)
+    assert len(caught) == 1
     cs.apply_plan(model.key, cs.get_plan(model.query))
     assert torch.equal(model.key(image), model.query(image))
 
 
-def test_what_is_built_otherwise_is_no_copy(net, recwarn):
-    def build(net):
-        other = copy.deepcopy(net)
-        other.extra = nn.BatchNorm2d(4)
-        return other
+def test_a_slow_copy_is_told_from_other_parts_that_are_built_alike():
+    model = nn.ModuleList([timm.create_model("test_resnet") for _ in range(2)])
+    model[0].forward_head = None
+    model.append(copy.deepcopy(model[0]))
+    model.forward = model[0].forward_features
+    with torch.no_grad():
+        for parameter in model[2].parameters():
+            parameter.mul_(0.9)
+    with pytest.warns(cs.PlainCopyWarning) as caught:
+        cs.convert(model, input_size=64)
+    assert [str(warning.message).partition(" ")[0] for warning in caught] == ["2"]
 
-    cs.convert(Contrast(net, build), input_size=32)
+
+def test_parts_that_are_built_alike_are_no_copies(net, recwarn):
+    cs.convert(Contrast(net, lambda net: type(net)()), input_size=32)
     assert not [warning for warning in recwarn if warning.category is cs.PlainCopyWarning]
+
+
+def test_a_warning_that_is_an_error_changes_nothing(net):
+    model = Contrast(net, copy.deepcopy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(cs.PlainCopyWarning):
+            cs.convert(model, input_size=32)
+    assert not cs.get_plan(model).converted
 
 
 # -- Bad input ----------------------------------------------------------------------------------------------------

@@ -324,8 +324,8 @@ class _Work:
         self.arranged = (moved, channels)
         if moved and unseen:
             self.notes.append(
-                f"{len(unseen)} parameters and buffers took no part in any run, as {min(unseen)}: if they read a part "
-                "of the channels that changed places, or several maps at once, give arrange=False"
+                f"what took no part in any run, as {min(unseen)}, may read a part of the channels that changed places, "
+                "or several maps at once: give arrange=False if so"
             )
 
 

@@ -63,8 +63,8 @@ def find_orders(
 
     Returns:
         One order for each set of channels that is free: none that something reads in training alone, nor any that are
-        as many as those of what did not run in evaluation. And the names of what did not run in training either, of
-        which it is not known which channels it reads.
+        as many as those of what did not run in evaluation. And the names of weights that did not run in training
+        either, of which it is not known which channels they read.
     """
     watch = _Watch(model)
     with torch.no_grad(), Operations(watch.see), Leaving(watch.pin):
@@ -75,7 +75,7 @@ def find_orders(
     if train is not None and watch.has_late_parts():
         with torch.no_grad(), Operations(watch.see), contextlib.suppress(Exception):
             train()
-    return watch.free(), watch.late - watch.seen
+    return watch.free(), watch.unread()
 
 
 class _Watch:
@@ -140,8 +140,12 @@ class _Watch:
 
     def has_late_parts(self) -> bool:
         """Whether there is something that no operation took; from here on it pins what it reads."""
-        self.late = {name for name, size in self._sizes.items() if size and name not in self.seen}
+        self.late = {name for name in self._names.values() if self._sizes[name] and name not in self.seen}
         return bool(self.late)
+
+    def unread(self) -> set[str]:
+        """The names of weights that no operation took, so that nobody knows what they read."""
+        return {name for name in self.late - self.seen if len(self._sizes[name]) > 1}
 
     def pin(self, tensors: Iterable[Any]) -> None:
         """Let the channels of maps and weights stay where they are."""

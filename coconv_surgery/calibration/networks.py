@@ -216,6 +216,7 @@ class WatchedNetwork:
         self._see, self._calls = see, Counter()
         with _disable_current_modes():  # whoever watches the run sees the run alone
             self.put_back()
+            before = [(parameter, parameter.detach().clone()) for parameter in self.model.parameters() if training]
             for module in self.model.modules():
                 holds = any(True for _ in module.children()) and not isinstance(module, _NormBase)
                 module.training |= training and holds
@@ -228,8 +229,11 @@ class WatchedNetwork:
             return None
         finally:
             self._see = None
-            if training:
-                self.put_back()
+            with _disable_current_modes(), torch.no_grad():
+                for parameter, numbers in before:  # which a training may write
+                    parameter.copy_(numbers)
+                if training:
+                    self.put_back()
 
     def kernels_of(self, call: Call) -> torch.Tensor:
         """The kernels that a convolution has now, where they are computed from its parameters."""

@@ -108,7 +108,8 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
         model: A network of the same architecture, plain or converted.
         path: A file that :func:`save_converted` wrote, or any other that tells its plan, see :func:`plan_of`: a state
             dict that ``torch.save`` wrote, a checkpoint of mmengine or Lightning. No code in it is executed. Where a
-            training script kept an average of the weights beside them, that is loaded, as timm does. What is put before
+            training script kept an average of the weights beside them, under a name that timm knows, that is loaded,
+            as timm does; under other names, what fits the network best. What is put before
             all names, as by data parallelism, ``torch.compile``, ``AveragedModel`` or Lightning, is taken off where the
             rest are the network's.
 

@@ -34,9 +34,20 @@ def without(prefix: str, entries: Mapping[str, _T]) -> dict[str, _T]:
     return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
 
 
-def in_common(weights: Mapping[str, Any], own: Mapping[str, Any]) -> int:
-    """How many names some weights have in common with those of a network, whatever is put before theirs."""
-    return len(without(prefix_of(weights, own), weights).keys() & own.keys())
+def fit(weights: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[int, int, int]:
+    """How well some weights fit a network, whatever is put before their names: the larger, the better.
+
+    Args:
+        weights: The weights.
+        own: Those of the network.
+
+    Returns:
+        How many are of the same shape, how many have names of the network, and how many they are, negated.
+    """
+    found = without(prefix_of(weights, own), weights)
+    alike = [name for name in found if name in own]
+    shapes = [getattr(found[name], "shape", None) == getattr(own[name], "shape", None) for name in alike]
+    return sum(shapes), len(alike), -len(found)
 
 
 def _is_counter(name: str) -> bool:

@@ -12,12 +12,12 @@ import torch.nn as nn
 from coconv_surgery.checkpoint.header import plan_in_header, read_header
 from coconv_surgery.checkpoint.naming import prefix_of
 from coconv_surgery.checkpoint.reading import (
-    STATES,
     CheckpointError,
     is_safetensors,
     read_checkpoint,
     state_in,
     states_elsewhere,
+    usual_states,
 )
 from coconv_surgery.layers import metadata
 from coconv_surgery.layers.arguments import file_to_read, shown
@@ -59,7 +59,7 @@ def plan_of(source: str | Path | Mapping[str, Any]) -> Plan | None:
     if isinstance(source, Mapping):
         return _plan_in(source, "the state dict")
     path = file_to_read(source, "source", "the path of a file, or a state dict")
-    return _plan_in_file(read_checkpoint(path), path)
+    return plan_if_told(read_checkpoint(path), path)
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -87,7 +87,7 @@ def plan_told(content: Mapping[Any, Any], path: str | Path, own: Mapping[str, An
         PlanError: If what it says is not a plan.
         CheckpointError: If it tells no plan.
     """
-    plan = _plan_in_file(content, path, own)
+    plan = plan_if_told(content, path, own)
     if plan is None:
         raise CheckpointError(
             f"{path} holds no plan: it comes from a plain network, or what wrote it dropped what torch keeps with a "
@@ -106,7 +106,8 @@ def plan_for(model: nn.Module, plan: Plan) -> Plan:
     return _without(prefix_of(_names_in(plan), _names_in(get_plan(model))), plan)
 
 
-def _plan_in_file(content: Mapping[Any, Any], path: str | Path, own: Mapping[str, Any] | None = None) -> Plan | None:
+def plan_if_told(content: Mapping[Any, Any], path: str | Path, own: Mapping[str, Any] | None = None) -> Plan | None:
+    """The plan of a file, as :func:`plan_told` gives it; None if it tells none."""
     in_header = plan_in_header(read_header(path), path) if is_safetensors(path) else None
     return _plan_in(content, str(path), own) if in_header is None else _unwrapped(in_header, content, own)
 
@@ -115,12 +116,13 @@ def _plan_in(content: Mapping[Any, Any], label: str, own: Mapping[str, Any] | No
     meta = content.get("meta")
     if isinstance(meta, Mapping) and isinstance(text := meta.get(notes.KEY), str):
         return read_plan_text(text, label)
-    for state in (content, *(content[key] for key in STATES if isinstance(content.get(key), Mapping))):
+    usual = usual_states(content)
+    for state in (content, *usual):
         if plan := _plan_in_metadata(state, label) or _plan_in_guard(state, label):
             return _unwrapped(plan, state, own)
         if isinstance(getattr(state, "_metadata", None), Mapping):
             return None  # plain; what is beside it are other weights
-    return _plan_elsewhere(content, label, own)
+    return None if usual else _plan_elsewhere(content, label, own)
 
 
 def _plan_elsewhere(content: Mapping[Any, Any], label: str, own: Mapping[str, Any] | None) -> Plan | None:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from coconv_surgery.checkpoint.naming import in_common, prefix_of, without
+from coconv_surgery.checkpoint.naming import fit, prefix_of, without
 from coconv_surgery.checkpoint.pickles import ALLOWED, Pickle, RefusedError
 from coconv_surgery.layers.arguments import file_to_read, kind, shown
 
@@ -97,38 +97,47 @@ def state_in(content: Mapping[Any, Any], path: str | Path, own: Mapping[str, Any
     Args:
         content: What was read.
         path: The file.
-        own: As of :func:`weights_in`.
+        own: As of :func:`weights_in`. Without it, the one with the most tensors is taken.
 
     Raises:
         CheckpointError: If it holds several that fit alike.
     """
-    usual = [content[key] for key in STATES if content.get(key) is not None and not torch.is_tensor(content[key])]
-    others = states_elsewhere(content)
-    if any(isinstance(entry, Mapping) for entry in usual) or not others:
-        return next((entry for entry in usual if isinstance(entry, Mapping)), next(iter(usual), content))
-    fits = {key: in_common(state, own) if own else 0 for key, state in others.items()}
-    named = {name: value for name, value in content.items() if isinstance(name, str)}
-    if any(map(torch.is_tensor, content.values())) and (own is None or in_common(named, own) >= max(fits.values())):
-        return content
-    best = [key for key in others if fits[key] == max(fits.values())]
-    if len(best) > 1:
+    if usual := usual_states(content):
+        return usual[0]
+    states = states_elsewhere(content)
+    if not states:
+        # A tensor of such a name is one of the weights.
+        odd = (content[key] for key in STATES if content.get(key) is not None and not torch.is_tensor(content[key]))
+        return next(odd, content)
+    if any(map(torch.is_tensor, content.values())):
+        states[None] = {name: value for name, value in content.items() if isinstance(name, str)}
+    fits = {key: (len(state),) if own is None else fit(state, own) for key, state in states.items()}
+    best = [key for key in states if fits[key] == max(fits.values())]
+    if own is not None and len(best) > 1:
+        places = " and ".join("at its top" if key is None else f"under {shown(key)}" for key in best)
         raise CheckpointError(
-            f"{path} holds weights under {' and under '.join(map(shown, best))}: save those that are meant alone, or "
-            "give them to plan_of(), apply_plan() and load_state_dict()"
+            f"{path} holds weights {places} that fit alike: save those that are meant alone, or give them to "
+            "plan_of(), apply_plan() and load_state_dict()"
         )
-    return others[best[0]]
+    return content if best[0] is None else states[best[0]]
+
+
+def usual_states(content: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
+    """State dicts under the names that timm knows, in the order in which it looks for them."""
+    return [content[key] for key in STATES if _is_state(content.get(key))]
 
 
 def states_elsewhere(content: Mapping[Any, Any]) -> dict[Any, Mapping[str, Any]]:
-    """State dicts that are kept under a name that is none of :data:`STATES`."""
+    """State dicts under other names."""
     return {
         key: value
         for key, value in content.items()
-        if key not in STATES
-        and isinstance(value, Mapping)
-        and all(isinstance(name, str) for name in value)
-        and any(map(torch.is_tensor, value.values()))
+        if key not in STATES and _is_state(value) and all(isinstance(name, str) for name in value)
     }
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(map(torch.is_tensor, value.values()))
 
 
 def _versions(weights: Mapping[str, Any], prefix: str) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,8 @@ from typing import Literal
 import torch.nn as nn
 from timm.models import load_checkpoint
 
-from coconv_surgery.checkpoint import load_converted, plan_of
+from coconv_surgery.checkpoint import load_converted
+from coconv_surgery.checkpoint.origin import plan_if_told
 from coconv_surgery.checkpoint.reading import read_checkpoint, weights_in
 from coconv_surgery.checkpoint.tensors import check_fit, check_loadable
 from coconv_surgery.zoo.authors import is_authors_checkpoint, load_authors_checkpoint
@@ -26,11 +27,11 @@ def load(network: nn.Module, file: Path | None) -> Literal["none", "authors", "c
     if file.suffix in (".npz", ".npy"):
         load_checkpoint(network, str(file))  # of JAX, which timm's networks read by themselves
         return "plain"
-    if plan_of(file) is not None:
+    own, content = network.state_dict(), read_checkpoint(file)
+    if plan_if_told(content, file, own) is not None:
         load_converted(network, file)
         return "converted"
-    own = network.state_dict()
-    weights = weights_in(read_checkpoint(file), file, own)
+    weights = weights_in(content, file, own)
     check_loadable(network, weights, file)
     try:
         check_fit(network, own, weights, file)

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-# What blocks call it: timm's, RepVGG's and ACNet's; ultralytics' and YOLOv7's; PP-YOLOE's and ECB's; RepLKNet's kin;
-# adapters.
+# What blocks call it: timm's, RepVGG's and ACNet's; ultralytics' and YOLOv7's; PP-YOLOE's and ECB's; RepLKNet's kin.
 MERGING_METHODS = (
     *("fuse", "reparameterize", "switch_to_deploy"),
     *("fuse_bn", "fuse_conv_bn", "fuse_convs", "fuse_repvgg_block", "merge_bn"),
     *("convert_to_deploy", "rep_params"),
     *("deep_fuse_BN", "merge_dilated_branches", "merge_kernel", "structural_reparam"),
-    *("merge", "merge_adapter", "merge_lora", "merge_weights"),
 )
 
 

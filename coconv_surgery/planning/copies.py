@@ -1,46 +1,54 @@
-"""Parts of a network that are built as others are, and were left plain because they did not run."""
+"""Parts of a network that have the weights of others, and were left plain because they did not run."""
 
+import functools
 from itertools import takewhile
 
+import torch
 import torch.nn as nn
 
-from coconv_surgery.planning.plan import Plan
+from coconv_surgery.planning.plan import Plan, PlanRow
 from coconv_surgery.planning.reasons import Reason
+
+_NEAR = 0.5  # of the norm of its weights, within which a part is a copy: others are further apart than the norm itself
 
 
 def plain_copies(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """Parts that a training may keep as slow copies of others, as momentum contrast and mean teachers do.
+    """Parts that a training keeps as slow copies of others, as momentum contrast and mean teachers do.
 
     Args:
         model: A network.
         plan: The plan that it was converted by.
 
     Returns:
-        Names of parts that did not run, with those of the converted parts that have the same weights.
+        Names of parts that did not run, with those of the converted parts that have nearly the same weights.
     """
-    idle = [row for row in plan.rows if row.reason_key is Reason.NOT_CALLED]
-    pairs = {
-        pair: None
-        for row in idle
-        for other in plan.converted
-        if row.signature == other.signature and (pair := _prefixes(row.name, other.name))
-    }
-    return {copy: of for copy, of in pairs if _shapes(model, copy) == _shapes(model, of)}
+    found: dict[str, str] = {}
+    for row in (row for row in plan.rows if row.reason_key is Reason.NOT_CALLED):
+        alike = [other for other in plan.converted if row.signature == other.signature]
+        other = max(alike, key=functools.partial(_in_common, row), default=row)
+        if other is not row and (parts := _in_common(row, other)):
+            copy, of = (each.name.rsplit(".", parts)[0] for each in (row, other))
+            if copy not in found and _are_near(model, row.name, other.name):
+                found[copy] = of
+    return found
 
 
-def _prefixes(name: str, other: str) -> tuple[str, str] | None:
-    """What stands before the last parts that two names have in common; None for blocks of one sequence."""
-    parts, others = name.split("."), other.split(".")
-    alike = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(reversed(parts), reversed(others), strict=False))))
-    parts, others = parts[: len(parts) - alike], others[: len(others) - alike]
-    if not (alike and parts and others) or (parts[-1].isdigit() and others[-1].isdigit()):
-        return None
-    return ".".join(parts), ".".join(others)
+def _in_common(row: PlanRow, other: PlanRow) -> int:
+    """How many parts the names of two convolutions have in common at their ends; one is left of each."""
+    pairs = zip(row.name.split(".")[:0:-1], other.name.split(".")[:0:-1], strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
-def _shapes(model: nn.Module, name: str) -> dict[str, tuple[int, ...]] | None:
+def _are_near(model: nn.Module, name: str, other: str) -> bool:
+    one, another = (_weight_of(model, each) for each in (name, other))
+    if one is None or another is None or one.is_meta or another.is_meta:
+        return False
+    return float((one - another.to(one)).norm()) < _NEAR * float(one.norm())
+
+
+def _weight_of(model: nn.Module, name: str) -> torch.Tensor | None:
     try:
-        part = model.get_submodule(name)
-    except AttributeError:  # a name within a graph
+        weight = model.get_submodule(name).weight
+    except AttributeError:  # a call in a graph
         return None
-    return {name: tuple(tensor.shape) for name, tensor in (*part.named_parameters(), *part.named_buffers())}
+    return weight.detach() if isinstance(weight, torch.Tensor) else None

@@ -22,7 +22,7 @@ from coconv_surgery.tracing.objects import in_words
 from coconv_surgery.tracing.sites import Site
 from coconv_surgery.tracing.switching import revert_sites
 from coconv_surgery.tracing.twin import NetworkError
-from coconv_surgery.tracing.unseen import unseen
+from coconv_surgery.tracing.unseen import unseen, without_logs
 from coconv_surgery.tracing.visit import Visit, garbage_stays
 
 
@@ -134,7 +134,7 @@ def receptive_fields(
         if inputs.image_size is None:
             raise ValueError("example_inputs hold no batch of images, of which a convolution could see pixels")
         wanted = [site for site in sites if patterns is None or first_match((site.name, *site.aliases), patterns)]
-        with garbage_stays(), Visit(model, inputs) as visit:
+        with without_logs(), garbage_stays(), Visit(model, inputs) as visit:
             found = contextvars.copy_context().run(_look, visit, wanted, inputs, inputs.image_size, reverted)
             visit.error = found if isinstance(found, NetworkError) else None
     if isinstance(found, NetworkError):

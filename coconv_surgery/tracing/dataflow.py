@@ -124,28 +124,23 @@ class Dataflow:
                 depends_on_input.add(node)
                 if size > 1:
                     self.learned.add(node)
-                    if self._takes_channels_alone(node, parameter_size):
+                    if self._takes_channels_alone(node):
                         self._by_channel.add(node)
             elif isinstance(variable := getattr(node, "variable", None), torch.Tensor):
                 parameter_size[node] = variable.numel()
             else:
                 parameter_size[node] = size
 
-    def _takes_channels_alone(self, node: Node, parameter_size: Mapping[Node, int]) -> bool:
-        """Whether a convolution makes each channel of one: depthwise, or by kernels that are zero for all others."""
-        if not node.name().startswith("ConvolutionBackward"):
+    def _takes_channels_alone(self, node: Node) -> bool:
+        """Whether a convolution makes each channel of one: depthwise, or by frozen kernels that are zero for others."""
+        sources = dict(self.sources(node)) if node.name().startswith("ConvolutionBackward") else {}
+        if (groups := getattr(node, "_saved_groups", 1)) > 1:
+            return bool(sources) and groups == _channels_of_input(node)
+        numbers = self._frozen.get(id(getattr(sources.get(1), "variable", None)))
+        if numbers is None or numbers.is_meta:
             return False
-        weight = dict(self.sources(node)).get(1)
-        if weight is None or not parameter_size.get(weight):
-            return True  # a fixed filter, with a bias
-        if math.prod(shape := _shape_of(weight) or ()) == 0:
-            return False
-        alone: bool = shape[0] == node._saved_groups if node._saved_transposed else shape[1] == 1
-        numbers = self._frozen.get(id(getattr(weight, "variable", None)))
-        if alone or numbers is None or numbers.is_meta or node._saved_groups > 1:
-            return alone
         read = numbers.detach().flatten(2).ne(0).any(2).sum(0 if node._saved_transposed else 1)
-        return bool((read <= 1).all())
+        return bool((read == 1).all())
 
     def _find_patches(self, order: Iterable[Node]) -> None:
         for node in order:
@@ -220,6 +215,12 @@ def _shape_of(node: Node) -> tuple[int, ...] | None:
     """The shape of what a node has computed, where autograd has kept it."""
     kept = getattr(node, "_input_metadata", ())
     return tuple(kept[0].shape) if kept else None
+
+
+def _channels_of_input(convolution: Node) -> int:
+    """How many channels a convolution reads, by its kernels."""
+    weight = convolution._saved_weight
+    return int(weight.shape[0] if convolution._saved_transposed else weight.shape[1] * convolution._saved_groups)
 
 
 def channels_of(node: Node) -> int | None:

@@ -44,8 +44,7 @@ _ACTIVATED = (_State.BENT, _State.FEATURES)
 _DATA_INPUT = {"ConvolutionBackward0": 0, "GridSampler2DBackward0": 0, "GridSampler3DBackward0": 0}
 # What comes out of these is features. Squashing functions, as behind predictions, are none of them.
 _LEAKY = ("leakyrelu", "rrelu")
-# So many channels are a field of vectors, rather than features.
-_FIELD = range(2, 5)
+_FIELD = 2  # channels of a field of vectors
 _FEATURES = ("elu", "silu", "mish", "glu", "hardswish", "norm", "maxpool")
 
 
@@ -96,7 +95,7 @@ class _Search:
 
     def __init__(self, dataflow: Dataflow, output: Node) -> None:
         self._dataflow, self._output = dataflow, output
-        self._is_field = channels_of(output) in _FIELD
+        self._is_field = channels_of(output) == _FIELD
         self._reached = self._follow(output)
         pools = {node for node in self._reached if is_reduction(node) and not is_total(node)}
         self._pooled = self._follow(*pools) - self._follow(output, past_reductions=False)
@@ -115,7 +114,7 @@ class _Search:
                     found.directly |= raw
                 elif _is_position(consumer, index):
                     found.by_position = True
-                    found.directly |= state is not _State.FEATURES
+                    found.directly |= raw or (state is _State.BENT and not _is_convolution(consumer))
                 elif raw and self._is_kernel(node, consumer, index):
                     found.by_position = found.directly = True
                 elif self._is_layer(consumer, state):
@@ -184,10 +183,14 @@ def _is_a_level(dataflow: Dataflow, output: Node) -> bool:
     if others or consumer is None or not consumer.name().startswith("Cat"):
         return False
     levels = [_alone(dataflow, source) for _, source in dataflow.sources(consumer)]
-    if not all(level.name().startswith("ConvolutionBackward") for level in levels):
+    if not all(map(_is_convolution, levels)):
         return False
     dilations, inputs = {tuple(level._saved_dilation) for level in levels}, {_input_of(level) for level in levels}
     return 1 < len(dilations) == len(levels) and len(inputs) == 1
+
+
+def _is_convolution(node: Node) -> bool:
+    return bool(node.name().startswith("ConvolutionBackward"))
 
 
 def _alone(dataflow: Dataflow, node: Node) -> Node:

@@ -16,7 +16,7 @@ from coconv_surgery.tracing.objects import in_words
 from coconv_surgery.tracing.observer import Call, Observation, observe
 from coconv_surgery.tracing.sites import Site
 from coconv_surgery.tracing.twin import NetworkError, Twin
-from coconv_surgery.tracing.unseen import unseen
+from coconv_surgery.tracing.unseen import unseen, without_logs
 from coconv_surgery.tracing.visit import Visit, garbage_stays
 
 
@@ -87,7 +87,7 @@ def trace_network(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> Tr
     Raises:
         ValueError: If the network does not run on these inputs.
     """
-    with unseen(model), garbage_stays(), Visit(model, inputs) as visit:
+    with unseen(model), without_logs(), garbage_stays(), Visit(model, inputs) as visit:
         graphs, paths, observed = contextvars.copy_context().run(_look, visit, sites, inputs)
         visit.error = observed if isinstance(observed, NetworkError) else None
     if isinstance(observed, NetworkError):

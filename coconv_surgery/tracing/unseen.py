@@ -29,7 +29,6 @@ def unseen(model: nn.Module) -> Iterator[None]:
 
     Dispatch modes, function modes (except for the default device) and hooks on saved tensors are away, as is inference
     mode, which would hide the dataflow. The random generators of torch, Python and numpy are given back as they were.
-    Nobody sees what is logged.
 
     Args:
         model: The network, for the devices that it may draw random numbers on.
@@ -42,7 +41,6 @@ def unseen(model: nn.Module) -> Iterator[None]:
             stack.enter_context(saved_as_they_are())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_nothing_compiled())
-        stack.enter_context(_without_logs())
         for read, write in _generators(model):
             stack.callback(_restore, read, write, read())
         yield
@@ -75,7 +73,7 @@ def _function_modes_away() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_logs() -> Iterator[None]:
+def without_logs() -> Iterator[None]:
     """Keep what this thread logs from everybody: torch does of what we raise or do without, and a network of its maps.
 
     A handler may keep what it is given, and tensors with it.
@@ -85,10 +83,8 @@ def _without_logs() -> Iterator[None]:
     def is_anothers(record: logging.LogRecord) -> bool:
         return record.thread != thread
 
-    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    handlers = {handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers}
-    if logging.lastResort is not None:
-        handlers.add(logging.lastResort)
+    every: Any = logging  # whose list of all handlers has no type; some loggers, as mmengine's, are in no other
+    handlers = [handler for held in every._handlerList if (handler := held()) is not None]
     for handler in handlers:
         handler.addFilter(is_anothers)
     try:

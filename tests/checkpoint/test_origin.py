@@ -175,9 +175,32 @@ def test_of_several_networks_in_a_file_the_one_that_fits_is_loaded(converted, im
 def test_of_several_that_fit_alike_none_is_loaded(converted, net, tmp_path):
     torch.save({"net": converted.state_dict(), "best": converted.state_dict()}, tmp_path / "net.pth")
     fresh = type(net)()
-    with pytest.raises(cs.CheckpointError, match="holds weights under 'net' and under 'best': save those"):
+    with pytest.raises(cs.CheckpointError, match="holds weights under 'net' and under 'best' that fit alike"):
         cs.load_converted(fresh, tmp_path / "net.pth")
     assert not cs.get_plan(fresh).converted
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"model": {"arch": "tiny", "depth": 3}},
+        {"state_dict": {}},
+        {"scaler": {"scale": torch.ones(1)}},
+        {"model": "tiny"},
+    ],
+    ids=str,
+)
+def test_what_holds_no_weights_of_it_is_not_taken_for_them(converted, image, tmp_path, others):
+    torch.save({**others, "net": converted.state_dict()}, tmp_path / "net.pth")
+    assert cs.plan_of(tmp_path / "net.pth") == cs.get_plan(converted)
+    fresh = cs.load_converted(type(converted)().eval(), tmp_path / "net.pth")
+    assert torch.equal(fresh(image), converted(image))
+
+
+def test_the_plan_of_a_teacher_beside_plain_weights_is_not_theirs(converted, net, tmp_path):
+    plain = dict(type(net)().state_dict())
+    torch.save({"state_dict": plain, "teacher": converted.state_dict()}, tmp_path / "net.pth")
+    assert cs.plan_of(tmp_path / "net.pth") is None
 
 
 def test_names_that_were_cut_short_by_hand_are_those_of_the_plan_as_well(converted, image, tmp_path):

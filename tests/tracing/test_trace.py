@@ -62,6 +62,15 @@ def test_a_conv_before_a_frozen_layer_feeds_it():
     assert reader(lambda m, x: m.mix(m.conv(x)), mix=nn.Conv2d(4, 2, 1).requires_grad_(False)) is Reader.LAYER
 
 
+def blur(channels):
+    """A fixed filter with a learned bias."""
+    layer = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+    filter = layer.weight.detach().fill_(1 / 9)
+    del layer.weight
+    layer.register_buffer("weight", filter)
+    return layer
+
+
 def diagonal(kind):
     layer = kind(4, 4, 1)
     layer.weight.data = torch.diag(torch.rand(4))[:, torch.randperm(4)].view(4, 4, 1, 1)
@@ -73,6 +82,7 @@ def diagonal(kind):
     [
         nn.Conv2d(4, 4, 3, padding=1, groups=4),
         nn.Conv2d(4, 8, 3, groups=4, bias=False),
+        blur(4),
         nn.ConvTranspose2d(4, 4, 4, 2, 1, groups=4),
         nn.ConvTranspose2d(4, 8, 2, 2, groups=4),
         diagonal(nn.Conv2d),
@@ -89,6 +99,34 @@ def test_a_layer_that_takes_each_channel_alone_mixes_nothing(layer):
 def test_a_diagonal_that_is_trained_mixes():
     layer = diagonal(nn.Conv2d).requires_grad_(True)
     assert reader(lambda m, x: m.layer(m.conv(x)), layer=layer) is Reader.LAYER
+
+
+def test_what_is_frozen_before_it_is_loaded_mixes():
+    layer = nn.Conv2d(4, 4, 1).requires_grad_(False)
+    nn.init.zeros_(layer.weight)
+    assert reader(lambda m, x: m.layer(m.conv(x)), layer=layer) is Reader.LAYER
+
+
+def test_a_layer_along_channels_mixes_them():
+    forward = lambda m, x: m.layer(m.conv(x).unsqueeze(1)).squeeze(2)  # noqa: E731
+    assert reader(forward, layer=nn.Conv3d(1, 4, (4, 3, 3))) is Reader.LAYER
+
+
+def test_a_layer_whose_kernels_are_gated_mixes():
+    def forward(model, x):
+        y = model.conv(x)
+        return F.conv2d(y, model.layer.weight * y.mean((2, 3)).sigmoid().view(1, 4, 1, 1), model.layer.bias)
+
+    assert reader(forward, layer=nn.Conv2d(4, 4, 1)) is not Reader.NOBODY
+
+
+@pytest.mark.parametrize("activate", [F.relu, F.leaky_relu])
+def test_features_that_are_correlated_are_features(activate):
+    def forward(model, x):
+        y = activate(model.conv(x))
+        return model.mix(F.conv2d(y, y.mean((2, 3)).view(4, 1, 1, 1), groups=4))
+
+    assert reader(forward, mix=conv()) is Reader.LAYER
 
 
 def test_the_last_conv_is_a_prediction_layer():
