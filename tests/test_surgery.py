@@ -387,8 +387,8 @@ def fsdp(net):
         ),
         (lambda net: net, {"policy": lambda conv: 99}, ValueError, "gave stem the levels 99"),
         (lambda net: net, {"inplace": "no"}, TypeError, "inplace must be True or False, not str"),
-        (fsdp, {}, TypeError, "within FullyShardedDataParallel.*: do this to the network before it is wrapped"),
-        (lambda net: fsdp(net).module, {}, TypeError, "do this to the network before it is wrapped"),
+        (fsdp, {}, TypeError, "is sharded, by FullyShardedDataParallel.*: do this to the network before"),
+        (lambda net: fsdp(net).module, {}, TypeError, "is sharded, by FullyShardedDataParallel"),
         (lambda net: net, {"input_size": 10**7}, ValueError, "input_size=10000000 is too large: there is no memory"),
         (
             lambda net: net,

@@ -39,12 +39,11 @@ def check_convertible(model: nn.Module) -> None:
                     f"{path} is a {type(module).__name__}: {_MIXED_IN[cls.__name__]} has changed its class. Do this "
                     "to the network before, and distribute it then"
                 )
+        check_unsharded(module, path, "do this to the network before it is sharded")
         if getattr(module, "_is_fsdp_managed_module", False):
             raise TypeError(
-                f"{path} is within FullyShardedDataParallel, which has made its weights views: do this to the network "
-                "before it is wrapped"
+                f"{path} is sharded, by FullyShardedDataParallel or fully_shard(): do this to the network before that"
             )
-        check_unsharded(module, path, "do this to the network before it is sharded")
         replaced = isinstance(vars(module).get("forward"), FunctionType)
         if replaced and any(isinstance(child, nn.Conv2d) for child in module.modules() if child is not module):
             raise TypeError(
