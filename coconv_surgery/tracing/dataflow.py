@@ -217,10 +217,11 @@ def _shape_of(node: Node) -> tuple[int, ...] | None:
     return tuple(kept[0].shape) if kept else None
 
 
-def _channels_of_input(convolution: Node) -> int:
-    """How many channels a convolution reads, by its kernels."""
-    weight = convolution._saved_weight
-    return int(weight.shape[0] if convolution._saved_transposed else weight.shape[1] * convolution._saved_groups)
+def _channels_of_input(convolution: Node) -> int | None:
+    """How many channels a convolution reads, where autograd has kept the shape of its input."""
+    source, output = convolution.next_functions[0]
+    kept = getattr(source, "_input_metadata", ())[output:]
+    return kept[0].shape[1] if kept and len(kept[0].shape) > 1 else None
 
 
 def channels_of(node: Node) -> int | None:

@@ -96,6 +96,16 @@ def test_a_layer_that_takes_each_channel_alone_mixes_nothing(layer):
     assert reader(lambda m, x: m.mix(m.layer(m.conv(x))), layer=layer, mix=mix) is Reader.LAYER
 
 
+def test_a_depthwise_layer_that_writes_its_kernels_mixes_nothing():
+    def forward(model, x):
+        y = model.layer(model.conv(x))
+        with torch.no_grad():
+            model.layer.weight.mul_(0.9)
+        return y
+
+    assert reader(forward, layer=nn.Conv2d(4, 4, 3, padding=1, groups=4)) is Reader.NOBODY
+
+
 def test_a_diagonal_that_is_trained_mixes():
     layer = diagonal(nn.Conv2d).requires_grad_(True)
     assert reader(lambda m, x: m.layer(m.conv(x)), layer=layer) is Reader.LAYER
