@@ -133,10 +133,14 @@ class Dataflow:
 
     def _takes_channels_alone(self, node: Node) -> bool:
         """Whether a convolution makes each channel of one: depthwise, or by frozen kernels that are zero for others."""
-        sources = dict(self.sources(node)) if node.name().startswith("ConvolutionBackward") else {}
-        if (groups := getattr(node, "_saved_groups", 1)) > 1:
-            return bool(sources) and groups == _channels_of_input(node)
-        numbers = self._frozen.get(id(getattr(sources.get(1), "variable", None)))
+        if not node.name().startswith("ConvolutionBackward"):
+            return False
+        weight = getattr(dict(self.sources(node)).get(1), "variable", None)
+        if (groups := node._saved_groups) > 1:
+            if weight is None:
+                return bool(groups == _channels_of_input(node))
+            return bool(weight.shape[0] == groups if node._saved_transposed else weight.shape[1] == 1)
+        numbers = self._frozen.get(id(weight))
         if numbers is None or numbers.is_meta:
             return False
         read = numbers.detach().flatten(2).ne(0).any(2).sum(0 if node._saved_transposed else 1)

@@ -14,7 +14,7 @@ import torch.ao.nn.quantized as quantized
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from forwards import NO_FLEX_ATTENTION, Model, attend, needs_modes_for_functions
+from forwards import NO_FLEX_ATTENTION, Model, attend, fails_on_torch_2_4, needs_modes_for_functions
 from timm.layers import CondConv2d
 from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn.utils import parametrizations
@@ -82,7 +82,7 @@ def diagonal(kind):
     [
         nn.Conv2d(4, 4, 3, padding=1, groups=4),
         nn.Conv2d(4, 8, 3, groups=4, bias=False),
-        blur(4),
+        pytest.param(blur(4), marks=fails_on_torch_2_4("keeps no shapes in its record")),
         nn.ConvTranspose2d(4, 4, 4, 2, 1, groups=4),
         nn.ConvTranspose2d(4, 8, 2, 2, groups=4),
         diagonal(nn.Conv2d),
@@ -196,6 +196,7 @@ def test_a_field_that_is_activated_by_halves_is_read_by_position():
     assert trace(Model(forward, **parts))["conv"].calls[0].reader is Reader.POSITION
 
 
+@fails_on_torch_2_4("keeps no shapes in its record")
 def test_a_field_that_a_layer_makes_larger_is_read_by_position():
     parts = {"conv": conv(4, 2), "larger": nn.ConvTranspose2d(2, 2, 4, 2, 1), "mix": nn.Conv2d(6, 2, 1)}
 
