@@ -28,7 +28,7 @@ from coconv_cli import options
     multiple=True,
     metavar="GLOB",
     help="Only networks of such a name, and not a teacher, say; made by functions of that name as well, as "
-    "torchvision.models.resnet50(). Repeatable.",
+    "torchvision.models.resnet50(), or package.module:function. Repeatable.",
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="SCRIPT [ARGUMENTS]...")
 def run(
@@ -48,6 +48,7 @@ def run(
     coconv run --policy resolution -- train.py DATA --model resnet50 --output runs/1
     coconv run --plan last.pth.tar -- validate.py DATA --model resnet50 --checkpoint last.pth.tar
     coconv run -- train.py DATA --model coresnet50
+    coconv run --policy resolution --input-size 64 --network my_package.networks:make -- train.py DATA
     torchrun --nproc-per-node 2 -m coconv_surgery run --policy resolution -- train.py DATA --model resnet50
     """
     from coconv_surgery.cli import targets
@@ -87,7 +88,7 @@ def run(
         sys.exit(
             "coconv: nothing was converted: the script made no network with 3×3 convolutions by timm.create_model or "
             "torchvision.models.get_model in this process or one forked off; what it makes otherwise, as by "
-            "torchvision.models.resnet50(), is converted by --network resnet50"
+            "torchvision.models.resnet50(), is converted by --network resnet50, or --network package.module:function"
         )
 
 

@@ -23,7 +23,8 @@ import timm
 import torch.nn as nn
 from timm.models import load_checkpoint
 
-from coconv_surgery.layers.arguments import shown
+from coconv_surgery.cli.targets import factory_of, is_factory
+from coconv_surgery.layers.arguments import kind, shown
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.surgery import NoChangeWarning, get_plan
 
@@ -101,7 +102,8 @@ class Converting:
         folder: Where plans are written, once it is there; if it never comes, the current folder has them at the end.
             None where nobody wants them.
         names: Patterns of the names of networks that are converted, which may then be made by functions of these names
-            as well, such as ``torchvision.models.resnet50``. Default: all, of those that are made by name.
+            as well, such as ``torchvision.models.resnet50``, or functions of one's own, as ``package.module:function``.
+            Default: all, of those that are made by name.
 
     Attributes:
         count: How many contextual networks this process has made.
@@ -127,12 +129,18 @@ class Converting:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Within, networks are converted as they are made, whoever imports what makes them, and from where."""
+        """Within, networks are converted as they are made, whoever imports what makes them, and from where.
+
+        Raises:
+            ValueError: If a function of one's own cannot be imported.
+            TypeError: If it is none.
+        """
         others: dict[Callable[..., Any], Callable[..., Any]] = {}
         for make_by_name, function_of, names in _libraries():
             others |= {make_by_name: self.converting(make_by_name), function_of: self._converting_of(function_of)}
             if self._names:  # else a script's teachers, losses and scores would be taken for its network
                 others |= {(make := function_of(name)): self.converting(make, name) for name in names()}
+        others |= {_own(name): self.converting(_own(name), name) for name in self._names if is_factory(name)}
         try:
             with _replaced(others):
                 yield
@@ -289,6 +297,13 @@ def _libraries() -> list[tuple[Maker, Callable[[str], Maker], Callable[[], list[
     except ImportError:
         return found
     return [*found, (get_model, get_model_builder, list_models)]
+
+
+def _own(name: str) -> Maker:
+    make = factory_of(name)
+    if type(make) is not FunctionType:
+        raise TypeError(f"--network {name} is not a function, but {kind(make)}: name a function that makes the network")
+    return make
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def build(target: str, arguments: Mapping[str, Any] | None = None, *, pretrained
     if _is_of_library(target):
         return _of_library(target, given, pretrained)
     if is_factory(target):
-        return _module(_factory(target), {**given, **({"pretrained": True} if pretrained else {})}, target)
+        return _module(factory_of(target), {**given, **({"pretrained": True} if pretrained else {})}, target)
     if Path(target).is_dir():
         raise ValueError(f"{target} is a folder: give local-dir:{target} if save_for_hf wrote it, else {FORMS}")
     hint = near_miss(target, timm.list_models(), count=3)
@@ -346,7 +346,16 @@ def _of_torchvision(target: str, arguments: dict[str, Any], pretrained: bool) ->
     return _module(functools.partial(get_model, name), arguments, target)
 
 
-def _factory(target: str) -> Callable[..., Any]:
+def factory_of(target: str) -> Callable[..., Any]:
+    """The function or class that a target names.
+
+    Args:
+        target: As :func:`is_factory` has it.
+
+    Raises:
+        ValueError: If it cannot be imported.
+        TypeError: If it is something else.
+    """
     place, _, name = target.partition(":")
     sys.path.insert(0, os.getcwd())
     try:

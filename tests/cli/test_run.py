@@ -47,6 +47,35 @@ def train(tmp_path, monkeypatch):
 AT_64 = ("run", "--policy", "resolution", "--input-size", 64)
 
 
+OWN = """
+import timm
+from torch import nn
+
+class Net(nn.Module):
+    pass
+
+def make(classes):
+    return timm.models.ResNet(timm.models.resnet.BasicBlock, [1] * 4, channels=[8] * 4, num_classes=classes)
+"""
+
+
+@pytest.mark.parametrize("load", ["import own_parts.networks as n", "from own_parts import networks as n"])
+def test_what_a_function_of_ones_own_makes_is_converted(coconv, train, monkeypatch, load):
+    Path("own_parts").mkdir()
+    Path("own_parts/networks.py").write_text(OWN)
+    train.write_text(f"{load}\nimport coconv_surgery as cs\nprint(len(cs.get_plan(n.make(3)).converted))\n")
+    for name in ("own_parts", "own_parts.networks"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    done = coconv(*AT_64, "--network", "own_parts.networks:make", "--", train)
+    assert done.code == 0, done.err
+    assert int(done.out) > 0
+    assert cs.Plan.from_json("coconv-plan-own_parts.networks-make.json").converted
+    for name, why in (("Net", "is not a function, but the class Net"), ("missing", "has no attribute 'missing'")):
+        done = coconv(*AT_64, "--network", f"own_parts.networks:{name}", "--", train)
+        assert (done.code, done.out) == (1, "")
+        assert why in done.err
+
+
 def test_a_script_trains_the_converted_network_and_its_checkpoint_says_so(coconv, train):
     make = timm.create_model
     Path("runs").mkdir()
