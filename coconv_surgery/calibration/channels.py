@@ -79,12 +79,7 @@ def find_orders(
 
 
 class _Watch:
-    """Follows channels through a forward pass. A group is a set of channels in one order, by number; 0 is pinned.
-
-    Attributes:
-        seen (set[str]): Names of what operations took.
-        late (set[str]): Names of what none took in evaluation mode.
-    """
+    """Follows channels through a forward pass. A group is a set of channels in one order, by number; 0 is pinned."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names: Any = _WeakDict()
@@ -97,8 +92,9 @@ class _Watch:
         self._maps: Any = _WeakDict()  # the group along dimension 1 of a feature map
         self._outputs: Any = _WeakDict()  # of convolutions: the names of their weights
         self._transposed: Any = _WeakDict()  # matrices, whose columns are their weights' rows
-        self.seen: set[str] = set()
-        self.late: set[str] = set()
+        self._seen: set[str] = set()  # names of what operations took in evaluation mode
+        self._late: set[str] = set()  # names of what none took there
+        self._trained: set[str] = set()  # names of what they took in training, if it was run
         self._sides: dict[Side, int] = {}
         self._read: set[Side] = set()  # those that channels are read along
         self._scales: dict[str, torch.Tensor | None] = {}
@@ -110,8 +106,9 @@ class _Watch:
         if operation in _NOT_READ:
             return
         inputs = tensor_leaves((args, kwargs))
-        self.seen |= {name for tensor in inputs if (name := self._names.get(tensor)) is not None}
-        if self.late and not self.late.isdisjoint(self._names.get(tensor) for tensor in inputs):
+        names = {name for tensor in inputs if (name := self._names.get(tensor)) is not None}
+        (self._trained if self._late else self._seen).update(names)
+        if names & self._late:
             self.pin(inputs)
             return
         if operation is aten.convolution and self._convolution(*args, result):
@@ -140,12 +137,12 @@ class _Watch:
 
     def has_late_parts(self) -> bool:
         """Whether there is something that no operation took; from here on it pins what it reads."""
-        self.late = {name for name in self._names.values() if self._sizes[name] and name not in self.seen}
-        return bool(self.late)
+        self._late = {name for name in self._names.values() if self._sizes[name] and name not in self._seen}
+        return bool(self._late)
 
     def unread(self) -> set[str]:
         """The names of weights that no operation took, so that nobody knows what they read."""
-        return {name for name in self.late - self.seen if len(self._sizes[name]) > 1}
+        return {name for name in self._late - self._trained if len(self._sizes[name]) > 1}
 
     def pin(self, tensors: Iterable[Any]) -> None:
         """Let the channels of maps and weights stay where they are."""
@@ -168,8 +165,7 @@ class _Watch:
         What took no part in a run in evaluation mode, such as a branch for training alone or an average of the weights,
         may read or follow any channels that are as many.
         """
-        late = self.late or self._sizes.keys() - self.seen
-        unseen = {side for name in late for side in self._sizes[name]}
+        unseen = {side for name, sizes in self._sizes.items() if name not in self._seen for side in sizes}
         orders: dict[int, Order] = {}
         for side, group in self._sides.items():
             if root := self._root(group):

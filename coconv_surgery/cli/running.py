@@ -140,7 +140,7 @@ class Converting:
             others |= {make_by_name: self.converting(make_by_name), function_of: self._converting_of(function_of)}
             if self._names:  # else a script's teachers, losses and scores would be taken for its network
                 others |= {(make := function_of(name)): self.converting(make, name) for name in names()}
-        others |= {_own(name): self.converting(_own(name), name) for name in self._names if is_factory(name)}
+        others |= {(make := _own(name)): self.converting(make, name) for name in self._names if is_factory(name)}
         try:
             with _replaced(others):
                 yield
