@@ -9,7 +9,7 @@ import click
 
 Command = Callable[..., Any]
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_FOLDER = "local-dir:"  # how a TARGET names one
+_FOLDERS = ("local-dir:", "local_dir:")  # how a TARGET names one
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
@@ -144,7 +144,7 @@ def check_outputs(*outputs: Path | None, reads: Iterable[str | Path | None] = ()
     """
     paths = [path.resolve() for path in outputs if path is not None]
     names = [str(name) for name in reads if name is not None]
-    folders = [Path(name.removeprefix(_FOLDER)).resolve() for name in names if name.startswith(_FOLDER)]
+    folders = [Path(name.partition(":")[2]).resolve() for name in names if name.startswith(_FOLDERS)]
     files = [path for name in names if (path := Path(name)).is_file()]
     for path in paths:
         if paths.count(path) > 1:

@@ -14,7 +14,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 
-from coconv_surgery.layers.arguments import Pair, choice, flag, height_and_width, instance, whole_number
+from coconv_surgery.layers.arguments import Pair, choice, flag, height_and_width, instance, shown, whole_number
 from coconv_surgery.layers.functional import NAMED_PADDING, PADDING_MODES, Dilation, coconv2d, pair
 from coconv_surgery.layers.levels import Levels, SplitRule, complete_levels, is_plain
 from coconv_surgery.layers.metadata import CALIBRATED, STALE, mark_calibrated, may_load, write_levels
@@ -157,6 +157,15 @@ class CoConv2d(nn.Conv2d):
     def splits(self) -> tuple[int, ...]:
         """Output channels of each level."""
         return cast("tuple[int, ...]", self._coconv_levels.splits)  # numbers: complete_levels() saw to it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; not another ``dilation``, which the levels would not follow."""
+        if name == "dilation" and "_coconv_levels" in vars(self) and pair(value) != pair(self.dilation):
+            raise AttributeError(
+                f"dilation={shown(value)} would change nothing: the levels have dilations of their own, "
+                f"{self.dilations}. Set it before the conversion, or give other levels by to_coconv_()"
+            )
+        super().__setattr__(name, value)
 
     # What it inherits does the same, but with that a strict export does not say of the levels that they are
     # convolutions, which is what some quantisers go by.

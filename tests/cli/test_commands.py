@@ -101,6 +101,7 @@ def test_a_folder_that_is_read_gets_new_files_alone(coconv, tmp_path):
     timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path, safe_serialization=True)
     over, new = tmp_path / "model.safetensors", tmp_path / "converted.safetensors"
     assert "would be written over" in coconv("convert", f"local-dir:{tmp_path}", "-o", over).err
+    assert "would be written over" in coconv("convert", f"local_dir:{tmp_path}", "-o", over).err
     assert coconv("convert", f"local-dir:{tmp_path}", "-o", new).code == 0
 
 

@@ -205,6 +205,17 @@ def test_switched_again_it_takes_the_new_levels():
     torch.testing.assert_close(conv(images()), naive_forward(conv, images()))
 
 
+def test_another_dilation_set_by_hand_is_refused_as_the_levels_would_not_follow_it():
+    conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+    to_coconv_(conv, (1, 2))
+    conv.dilation = 1  # its own
+    with pytest.raises(AttributeError, match=r"the levels have dilations of their own, \(1, 2\)"):
+        conv.dilation = (2, 2)
+    assert conv.dilation == 1
+    to_conv_(conv)
+    conv.dilation = (2, 2)
+
+
 def test_a_subclass_of_coconv_keeps_its_class_with_new_levels():
     class Registered(CoConv2d):
         pass
