@@ -17,7 +17,7 @@ from coconv_surgery.planning.copies import plain_copies
 from coconv_surgery.planning.decision import Choices, current_plan
 from coconv_surgery.planning.eligibility import site_obstacle, subclass
 from coconv_surgery.planning.maps import check_maps, largest_input
-from coconv_surgery.planning.notes import is_guarded, note_plan, noted_plan, set_guard
+from coconv_surgery.planning.notes import is_guarded, note_plan, noted_plan, set_guard, size_planned_for
 from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_parameters
 from coconv_surgery.planning.policies import Answer, Policy
@@ -60,7 +60,7 @@ def plan_conversion(
         model: The network.
         policy: A policy, or the name of one: ``"resolution"``, ``"stage"``, ``"top"`` or ``"uniform"``.
         input_size: Side, (height, width) or (channels, height, width) of the input. Default: what timm says of the
-            network.
+            network, or else what an earlier conversion was planned for.
         example_inputs: What to call the network with instead: a tensor, a tuple of arguments, a dict of them by name,
             or :class:`~coconv_surgery.Inputs`.
         include: Glob patterns of convolutions to consider, by qualified name; that of a module stands for all within.
@@ -288,7 +288,7 @@ def _plan(
     model: nn.Module, sites: Sequence[Site], choices: Choices, input_size: InputSize | None, example_inputs: Any
 ) -> Plan:
     choices.check(sites)
-    inputs = infer_inputs(model, input_size, example_inputs)
+    inputs = infer_inputs(model, input_size, example_inputs, size_planned_for(model))
     trace = trace_network(model, sites, inputs)
     rows = tuple(map(choices.row, trace.convs))
     return Plan(rows, policy=choices.label, input=str(inputs), parameters=count_parameters(model), traced=trace.how)

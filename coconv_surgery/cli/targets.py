@@ -5,7 +5,6 @@ import functools
 import importlib
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +22,10 @@ from coconv_surgery.checkpoint.reading import is_safetensors
 from coconv_surgery.cli.images import image_sides
 from coconv_surgery.layers.arguments import Pair, kind, near_miss, shown
 from coconv_surgery.paper.counting import count as count_cost
+from coconv_surgery.planning.notes import size_planned_for
 from coconv_surgery.planning.plan import Plan
 from coconv_surgery.planning.policies import get_policy
-from coconv_surgery.surgery import apply_plan, complete_plan, get_plan, plan_conversion
+from coconv_surgery.surgery import apply_plan, complete_plan, plan_conversion
 from coconv_surgery.tracing.inputs import Inputs, InputSize, infer_inputs
 from coconv_surgery.tracing.objects import in_short
 
@@ -94,10 +94,8 @@ def inputs_of(network: nn.Module, target: str, input_size: InputSize | None) -> 
         return example_inputs(network, sides_of_config(target, input_size))
     if input_size is not None:
         return infer_inputs(network, input_size)
-    if image := re.fullmatch(r"1×(\d+)×(\d+)×(\d+)", get_plan(network).input):
-        return infer_inputs(network, (int(image[1]), int(image[2]), int(image[3])))
     try:
-        return infer_inputs(network)
+        return infer_inputs(network, size_planned_for(network))
     except ValueError as error:
         name = target or type(network).__name__
         raise ValueError(

@@ -15,7 +15,14 @@ from coconv_surgery.deployment.graphs import nodes_to_modules
 from coconv_surgery.deployment.report import Deployment, DeploymentError
 from coconv_surgery.layers.arguments import instance
 from coconv_surgery.merging import keep_levels_in_merges
-from coconv_surgery.planning.notes import attributes_kept_by, compare_no_more, is_guarded, note_plan, set_guard
+from coconv_surgery.planning.notes import (
+    attributes_kept_by,
+    compare_no_more,
+    is_guarded,
+    note_plan,
+    set_guard,
+    size_planned_for,
+)
 from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.copying import copy_deeply, separate_copy
 from coconv_surgery.tracing.evaluating import evaluate
@@ -40,7 +47,7 @@ def deploy(model: nn.Module, *, input_size: InputSize | None = None, example_inp
     Args:
         model: A network, converted or not. It is not changed.
         input_size: Side, (height, width) or (channels, height, width) of its input. Default: what timm says of the
-            network.
+            network, or else what its conversion was planned for.
         example_inputs: What to call it with instead, see :func:`~coconv_surgery.plan_conversion`.
 
     Returns:
@@ -60,7 +67,7 @@ def deploy(model: nn.Module, *, input_size: InputSize | None = None, example_inp
     check_convertible(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise DeploymentError("the network is on the meta device, without numbers: load its weights first")
-    inputs = _with_numbers(infer_inputs(model, input_size, example_inputs))
+    inputs = _with_numbers(infer_inputs(model, input_size, example_inputs, size_planned_for(model)))
     deployed = separate_copy(model)
     with unseen(model):
         compute(model, inputs, ())  # whatever does not run from here on is the copy

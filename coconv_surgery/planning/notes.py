@@ -6,6 +6,7 @@ levels of each convolution, see :mod:`coconv_surgery.layers.metadata`.
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,6 +30,13 @@ def noted_plan(model: nn.Module) -> Plan | None:
     """The plan that is kept with a network, whether it still describes it or not."""
     plan = attributes_kept_by(model).get(_ATTRIBUTE)
     return plan if isinstance(plan, Plan) else None
+
+
+def size_planned_for(model: nn.Module) -> tuple[int, int, int] | None:
+    """Channels, height and width of the image that a conversion was planned for; None if that is not all it takes."""
+    plan = noted_plan(model)
+    image = plan and re.fullmatch(r"1×(\d+)×(\d+)×(\d+)", plan.input)
+    return (int(image[1]), int(image[2]), int(image[3])) if image else None
 
 
 def note_plan(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 
 from coconv_surgery.layers.arguments import as_number, flag, instance, near_miss, text, whole_number
+from coconv_surgery.planning.notes import size_planned_for
 from coconv_surgery.receptive.theoretical import revert_copy, watched_convs
 from coconv_surgery.tracing.finding import find_sites
 from coconv_surgery.tracing.inputs import Inputs, InputSize, infer_inputs
@@ -78,7 +79,7 @@ def effective_receptive_field(
         images: ``(N, channels, height, width)``, as the network wants them; or how many to draw from a normal
             distribution, always the same ones, as the paper does.
         input_size: Size of images that are drawn: side, (height, width) or (channels, height, width). Default: what
-            timm says of the network.
+            timm says of the network, or else what its conversion was planned for.
         reverted: Whether to measure what :func:`~coconv_surgery.revert` would make of it: the network before, with the
             same weights.
 
@@ -126,7 +127,7 @@ def _batch(model: nn.Module, images: Any, input_size: InputSize | None) -> torch
         parameter = next((p for p in model.parameters() if p.is_floating_point()), batch)
         return batch.detach().to(parameter.device, parameter.dtype)
     count = whole_number(images, "images", at_least=1)
-    like = infer_inputs(model, input_size).args[0]
+    like = infer_inputs(model, input_size, otherwise=size_planned_for(model)).args[0]
     generator = torch.Generator("cpu").manual_seed(0)
     return torch.randn(count, *like.shape[1:], generator=generator, device="cpu").to(like)
 

@@ -11,6 +11,7 @@ import torch.fx as fx
 import torch.nn as nn
 
 from coconv_surgery.layers.arguments import Pair, flag, instance
+from coconv_surgery.planning.notes import size_planned_for
 from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
 from coconv_surgery.planning.plan import align
 from coconv_surgery.receptive.rules import Map
@@ -103,7 +104,7 @@ def receptive_fields(
     Args:
         model: The network; it is neither run nor changed.
         input_size: Side, (height, width) or (channels, height, width) of the input. Default: what timm says of the
-            network.
+            network, or else what its conversion was planned for.
         names: Glob patterns of convolutions; that of a module stands for all within. Default: all.
         example_inputs: What to call the network with instead, as in :func:`~coconv_surgery.plan_conversion`.
         reverted: Whether to look at what :func:`~coconv_surgery.revert` would make of it: the network before.
@@ -130,7 +131,7 @@ def receptive_fields(
         sites = find_sites(model)
         if patterns is not None:
             check_patterns({"names": patterns}, [name for site in sites for name in (site.name, *site.aliases)])
-        inputs = infer_inputs(model, input_size, example_inputs)
+        inputs = infer_inputs(model, input_size, example_inputs, size_planned_for(model))
         if inputs.image_size is None:
             raise ValueError("example_inputs hold no batch of images, of which a convolution could see pixels")
         wanted = [site for site in sites if patterns is None or first_match((site.name, *site.aliases), patterns)]

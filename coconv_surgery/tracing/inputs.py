@@ -65,7 +65,12 @@ class BlankInputs(Inputs):
     """An image that is too large to fill it with numbers: its memory is never touched, and it is for shapes alone."""
 
 
-def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_inputs: Any = None) -> Inputs:
+def infer_inputs(
+    model: nn.Module,
+    input_size: InputSize | None = None,
+    example_inputs: Any = None,
+    otherwise: InputSize | None = None,
+) -> Inputs:
     """Find out what to call a network with.
 
     Args:
@@ -75,6 +80,7 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
             has, as Lightning's modules do.
         example_inputs: The inputs themselves: a tensor, a tuple of arguments, a dict of them by name, or
             :class:`Inputs`.
+        otherwise: An ``input_size`` for a network of which nothing tells.
 
     Raises:
         TypeError: If ``example_inputs`` are of a wrong kind.
@@ -89,7 +95,12 @@ def infer_inputs(model: nn.Module, input_size: InputSize | None = None, example_
     if input_size is None:
         if (example := _attribute(model, "example_input_array")) is not None:
             return _given_inputs(example, f"the example_input_array of {type(model).__name__}")
-        input_size = _configured_size(model)
+        input_size = _configured_size(model) or otherwise
+    if input_size is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say how large its input is: give input_size=224, (height, width) or "
+            "(channels, height, width), or example_inputs= if it takes more than one image batch"
+        )
     form = "is no size: give a side, (height, width) or (channels, height, width) in whole numbers"
     sides = whole_numbers(input_size, "input_size", form, lengths=(2, 3), alone=2)
     shape = sides if len(sides) == 3 else (_image_channels(model), *sides)
@@ -122,15 +133,10 @@ def _attribute(model: nn.Module, name: str) -> Any:
         return None
 
 
-def _configured_size(model: nn.Module) -> Pair:
+def _configured_size(model: nn.Module) -> Pair | None:
     config = _attribute(model, "pretrained_cfg") or _attribute(model, "default_cfg")
     size = config.get("input_size") if isinstance(config, Mapping) else None
-    if not size:
-        raise ValueError(
-            f"{type(model).__name__} does not say how large its input is: give input_size=224, (height, width) or "
-            "(channels, height, width), or example_inputs= if it takes more than one image batch"
-        )
-    return size[-2], size[-1]
+    return (size[-2], size[-1]) if size else None
 
 
 def _image_channels(model: nn.Module, colours: int = 3) -> int:

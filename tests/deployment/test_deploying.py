@@ -25,10 +25,12 @@ from coconv_surgery import (
     coconv2d,
     convert,
     deploy,
+    effective_receptive_field,
     get_deployment,
     get_plan,
     guard,
     plan_conversion,
+    receptive_fields,
     register_coconv,
     to_coconv_,
 )
@@ -794,6 +796,16 @@ def test_random_numbers_stay_in_order(net, image):
     torch.manual_seed(3)
     deploy(net, example_inputs=image)
     assert torch.rand(1) == expected
+
+
+def test_a_network_of_one_s_own_has_the_size_that_its_conversion_was_planned_for():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 12 * 20, 4))
+    converted = convert(net, input_size=(12, 20))
+    assert list(get_deployment(deploy(converted)).written_out) == ["0"]
+    assert receptive_fields(converted).input_size == (12, 20)
+    assert effective_receptive_field(converted, images=2).weight.shape == (12, 20)
+    assert convert(converted, "uniform(3)") is converted
+    assert get_plan(converted).input == "1×3×12×20"
 
 
 @pytest.mark.parametrize(
