@@ -1,6 +1,7 @@
 """Without the packages of other extras, pytest collects what `.[test]` can run, and names the rest."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,4 +22,5 @@ def test_what_needs_another_extra_is_left_out_by_name(tmp_path, options, code):
     environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=root, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == code, done.stdout[-2000:]
-    assert ("tests/mmdet: left out, as mmengine is not installed" in done.stdout) == (code == 0)
+    named = re.search(r"tests/mmdet: left out, as mm\w+ is not installed", done.stdout)
+    assert (named is not None) == (code == 0)
