@@ -21,6 +21,7 @@ from coconv_surgery.deployment.exporting import quietly, read_by_openvino, write
 from coconv_surgery.surgery import convert
 
 _CALLS = 5  # in a row, because a program finds its caches as another left them
+_LOADINGS = 3  # each lays a network out in memory anew, which is worth a hundredth or two
 RUNTIMES = ("ONNX Runtime", "OpenVINO", "torch.compile, frozen")
 CONTENDERS = ("plain", "plain, deployed", "contextual", "contextual, deployed")
 
@@ -96,7 +97,7 @@ def measure(name: str, rounds: int) -> list[Deployed]:
 
     Args:
         name: One of :data:`NETWORKS`.
-        rounds: How often to time each contender.
+        rounds: How often to time each contender, over all the times that it is loaded.
     """
     build, shape = NETWORKS[name]
     images = torch.rand(shape)
@@ -109,12 +110,16 @@ def measure(name: str, rounds: int) -> list[Deployed]:
     }
     found = []
     for runtime in RUNTIMES:
-        with tempfile.TemporaryDirectory() as folder, quiet(), quietly(), torch.no_grad():
-            calls = {
-                which: _PREPARE[runtime](network, Path(folder, f"{number}.onnx"), images)
-                for number, (which, network) in enumerate(networks.items())
-            }
-            times = interleave(calls, rounds=rounds, device=torch.device("cpu"), warmup=5)
+        times: dict[str, list[float]] = defaultdict(list)
+        for _ in range(_LOADINGS):
+            with tempfile.TemporaryDirectory() as folder, quiet(), quietly(), torch.no_grad():
+                calls = {
+                    which: _PREPARE[runtime](network, Path(folder, f"{number}.onnx"), images)
+                    for number, (which, network) in enumerate(networks.items())
+                }
+                part = interleave(calls, rounds=-(-rounds // _LOADINGS), device=torch.device("cpu"), warmup=3)
+            for which, seconds in part.items():
+                times[which] += seconds
         first, second, third = (Ratio.of(times[which], times["plain"]) for which in CONTENDERS[1:])
         last = Ratio.of(times["contextual, deployed"], times["plain, deployed"])
         milliseconds = 1000 * statistics.median(times["plain"]) / _CALLS
@@ -175,7 +180,7 @@ def _session(path: Path, profile: Path | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle sessions would take a core each
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # idle sessions would take a core each
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
