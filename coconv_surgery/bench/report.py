@@ -14,10 +14,11 @@ import torch
 from coconv_surgery.bench import calibration
 from coconv_surgery.bench.deployment import Deployed, Operations
 from coconv_surgery.bench.memory import Peak
+from coconv_surgery.bench.operators import Operator
 from coconv_surgery.bench.speed import Timing
 from coconv_surgery.bench.surgery import Cost, growth
 from coconv_surgery.bench.timing import Ratio
-from coconv_surgery.layers.depthwise import operators
+from coconv_surgery.layers.depthwise import operators as built_operators
 from coconv_surgery.viz.tables import markdown_table
 
 
@@ -42,7 +43,7 @@ def machine(device: torch.device) -> dict[str, str]:
     else:
         processor = f"{cpu_name()}, {torch.get_num_threads()} threads"
     versions = {package: _version(package) for package in ("torch", "timm", "mmdet")}
-    operator = "not built or switched off" if operators() is None else "built"
+    operator = "not built or switched off" if built_operators() is None else "built"
     header = {"device": processor, "Python": platform.python_version(), **versions}
     return header if device.type == "cuda" else {**header, "operator for depthwise levels": operator}
 
@@ -54,6 +55,7 @@ def save(
     command: str,
     *,
     timings: Sequence[Timing] = (),
+    operators: Sequence[Operator] = (),
     memory: Sequence[Peak] = (),
     costs: Sequence[Cost] = (),
     calibrations: Sequence[calibration.Cost] = (),
@@ -68,6 +70,7 @@ def save(
         device: What was measured on.
         command: The command that made the files.
         timings: Layers or networks side by side.
+        operators: Where the difference goes.
         memory: Peak memory of a training step.
         costs: What surgery costs.
         calibrations: What calibration costs.
@@ -84,6 +87,9 @@ def save(
     if timings:
         data["timings"] = [asdict(timing) for timing in timings]
         lines += _timings(timings)
+    if operators:
+        data["operators"] = [asdict(row) for row in operators]
+        lines += [f"\n{_OPERATORS_LEGEND}\n", markdown_table(_OPERATORS, list(map(_operators, operators)))]
     if memory:
         data["memory"] = [peak._asdict() for peak in memory]
         rows = [(peak.network, f"{peak.coconv:.3f}", f"{peak.authors:.3f}") for peak in memory]
@@ -167,6 +173,12 @@ _OPERATIONS_LEGEND = (
     "they give, how many there are, and the milliseconds that they take together."
 )
 _OPERATIONS = ("network", "operation", "output", "plain", "plain ms", "contextual", "contextual ms")
+_OPERATORS_LEGEND = (
+    "Operators of torch, by its profiler, for which the contextual network takes at least half a percent of the plain "
+    "one's time more, or less: how often they are called, and the milliseconds that they take together without the "
+    "operators that they call."
+)
+_OPERATORS = ("network", "mode", "layout", "operator", "plain", "plain ms", "contextual", "contextual ms")
 _MEMORY = ("network", "CoConv", "authors")
 _CALIBRATIONS = ("network", "convs solved", "seconds", "peak GiB")
 _COSTS = ("network", "convs", "plan s", "convert s", "weights MiB", "peak memory / weights")
@@ -192,6 +204,11 @@ def _operations(row: Operations) -> tuple[str, ...]:
     size = "×".join(map(str, row.output))
     times = (str(row.plain), f"{row.plain_ms:.2f}", str(row.contextual), f"{row.contextual_ms:.2f}")
     return (row.network, row.kind, size, *times)
+
+
+def _operators(row: Operator) -> tuple[str, ...]:
+    times = (str(row.plain), f"{row.plain_ms:.2f}", str(row.contextual), f"{row.contextual_ms:.2f}")
+    return (row.case.subject, row.case.mode, row.case.layout, row.name, *times)
 
 
 def _ratio(ratio: Ratio | None) -> str:

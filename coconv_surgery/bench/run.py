@@ -9,6 +9,7 @@ import torch
 
 from coconv_surgery.bench import calibration, deployment
 from coconv_surgery.bench.memory import measure_memory
+from coconv_surgery.bench.operators import profile_operators
 from coconv_surgery.bench.report import Files, save
 from coconv_surgery.bench.speed import ENGINES, LAYERS, NETWORKS, Engine, cases, measure
 from coconv_surgery.bench.surgery import MODELS
@@ -35,7 +36,8 @@ def run(
 ) -> Files:
     """Measure a target, on the GPU if there is one, and write the results.
 
-    For networks in eager mode these include the peak memory of a training step.
+    For networks in eager mode these include the peak memory of a training step, and the operators that cost the
+    difference in single precision.
 
     Args:
         target: Layers or networks, contextual beside plain; what surgery or calibration costs; networks deployed.
@@ -69,5 +71,9 @@ def run(
         return save(output, name, device, command, deployed=deployed, operations=operations)
     engines = engines or ENGINES
     timings = [measure(case, device, rounds) for case in track(list(cases(chosen, engines)))]
-    memory = measure_memory(chosen, device) if target == "networks" and "eager" in engines else []
-    return save(output, name, device, command, timings=timings, memory=memory)
+    if target == "layers" or "eager" not in engines:
+        return save(output, name, device, command, timings=timings)
+    profiled = [case for case in cases(chosen, ["eager"]) if case.precision == "fp32"]
+    operators = [row for case in profiled for row in profile_operators(case, device, rounds)]
+    memory = measure_memory(chosen, device)
+    return save(output, name, device, command, timings=timings, memory=memory, operators=operators)

@@ -14,6 +14,7 @@ import coconv_surgery as cs
 from coconv_surgery.bench import calibration, deployment, speed, surgery
 from coconv_surgery.bench.authors import LevelConvs, LevelsAlone, use_authors_layout
 from coconv_surgery.bench.memory import Peak, peak_mib
+from coconv_surgery.bench.operators import profile_operators
 from coconv_surgery.bench.report import save
 from coconv_surgery.bench.run import run
 from coconv_surgery.bench.speed import SUBJECTS, Case, contender, measure, prepare
@@ -130,6 +131,16 @@ def test_a_table_has_no_column_for_levels_that_were_not_timed_alone(tmp_path):
         "| tiny | eval | NCHW | fp32 | compile | 2.00 | 1.00 (0.90–1.10) | 1.00 (0.90–1.10) |"
     )
     assert "levels alone" not in table
+
+
+def test_the_operators_that_cost_the_difference_are_told(tiny, tmp_path):
+    case = Case("tiny", "eval", "NCHW", "fp32", "eager")
+    rows = profile_operators(case, CPU, rounds=3)
+    assert ("aten::cat", 0, 0.0, 1) in {(row.name, row.plain, row.plain_ms, row.contextual) for row in rows}
+    differences = [abs(row.contextual_ms - row.plain_ms) for row in rows]
+    assert differences == sorted(differences, reverse=True)
+    page = save(tmp_path, "networks", CPU, "coconv bench networks", operators=rows).page.read_text()
+    assert "| tiny | eval | NCHW | aten::cat | 0 | 0.00 | 1 |" in page
 
 
 def test_only_chosen_subjects_are_run_and_the_files_say_by_which_engine(tiny, tmp_path):
