@@ -283,11 +283,19 @@ def _conv_level(
     strided = stride != (1, 1) and torch.is_grad_enabled()
     strided = strided and all(d % s == p % s == 0 for d, p, s in zip(dilation, padding, stride, strict=True))
     if strided and not is_recorded():
-        step_h, step_w = stride
-        input = input[..., ::step_h, ::step_w]
-        padding, dilation = (padding[0] // step_h, padding[1] // step_w), (dilation[0] // step_h, dilation[1] // step_w)
+        input = _every(stride, input)
+        padding, dilation = ((size[0] // stride[0], size[1] // stride[1]) for size in (padding, dilation))
         stride = (1, 1)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _every(stride: Pair, input: torch.Tensor) -> torch.Tensor:
+    """Every so many pixels, along each axis."""
+    step_h, step_w = stride
+    if input.stride(-3) != 1:
+        return input[..., ::step_h, ::step_w]
+    # Channels last: the gradient of a slice is contiguous as the tensor's dimensions are in order.
+    return input.movedim(-3, -1)[..., ::step_h, ::step_w, :].movedim(-1, -3)
 
 
 def is_recorded() -> bool:

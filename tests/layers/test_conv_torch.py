@@ -65,6 +65,18 @@ def test_channels_last_is_kept_and_changes_no_number(coconv):
     torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_gradient_has_the_layout_of_the_input(groups, stride, memory_format):
+    conv = torch.nn.Conv2d(24, 24, 3, stride, padding=1, groups=groups)
+    to_coconv_(conv, (1, 2, 3))
+    input = torch.rand(2, 24, 12, 12).contiguous(memory_format=memory_format).requires_grad_()
+    inside = input * 1  # a leaf's gradient is laid out as the leaf is
+    (gradient,) = torch.autograd.grad(conv.to(memory_format=memory_format)(inside).sum(), inside)
+    assert gradient.is_contiguous(memory_format=memory_format)
+
+
 def test_a_deepcopy_computes_the_same_with_parameters_of_its_own(coconv):
     twin = copy.deepcopy(coconv)
     assert (twin.levels, twin.dilations, twin.splits) == (coconv.levels, coconv.dilations, coconv.splits)
