@@ -17,14 +17,14 @@ from coconv_surgery.planning.copies import plain_copies
 from coconv_surgery.planning.decision import Choices, current_plan
 from coconv_surgery.planning.eligibility import site_obstacle, subclass
 from coconv_surgery.planning.maps import check_maps, largest_input
-from coconv_surgery.planning.notes import is_guarded, note_plan, noted_plan, set_guard, size_planned_for
+from coconv_surgery.planning.notes import inputs_for, is_guarded, note_plan, noted_plan, set_guard
 from coconv_surgery.planning.patterns import Patterns
 from coconv_surgery.planning.plan import Plan, PlanError, PlanRow, count_parameters
 from coconv_surgery.planning.policies import Answer, Policy
 from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.copying import separate_copy
 from coconv_surgery.tracing.finding import find_intact_sites, find_sites
-from coconv_surgery.tracing.inputs import InputSize, infer_inputs
+from coconv_surgery.tracing.inputs import InputSize
 from coconv_surgery.tracing.sites import Site, calibrated_images
 from coconv_surgery.tracing.switching import revert_sites, switch_sites
 from coconv_surgery.tracing.trace import trace_network
@@ -288,7 +288,7 @@ def _plan(
     model: nn.Module, sites: Sequence[Site], choices: Choices, input_size: InputSize | None, example_inputs: Any
 ) -> Plan:
     choices.check(sites)
-    inputs = infer_inputs(model, input_size, example_inputs, size_planned_for(model))
+    inputs = inputs_for(model, input_size, example_inputs)
     trace = trace_network(model, sites, inputs)
     rows = tuple(map(choices.row, trace.convs))
     return Plan(rows, policy=choices.label, input=str(inputs), parameters=count_parameters(model), traced=trace.how)

@@ -18,15 +18,15 @@ from coconv_surgery.merging import keep_levels_in_merges
 from coconv_surgery.planning.notes import (
     attributes_kept_by,
     compare_no_more,
+    inputs_for,
     is_guarded,
     note_plan,
     set_guard,
-    size_planned_for,
 )
 from coconv_surgery.tracing.convertible import check_convertible
 from coconv_surgery.tracing.copying import copy_deeply, separate_copy
 from coconv_surgery.tracing.evaluating import evaluate
-from coconv_surgery.tracing.inputs import BlankInputs, Inputs, InputSize, infer_inputs
+from coconv_surgery.tracing.inputs import BlankInputs, Inputs, InputSize
 from coconv_surgery.tracing.objects import tensors_in
 from coconv_surgery.tracing.unseen import unseen
 
@@ -67,7 +67,7 @@ def deploy(model: nn.Module, *, input_size: InputSize | None = None, example_inp
     check_convertible(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise DeploymentError("the network is on the meta device, without numbers: load its weights first")
-    inputs = _with_numbers(infer_inputs(model, input_size, example_inputs, size_planned_for(model)))
+    inputs = _with_numbers(inputs_for(model, input_size, example_inputs))
     deployed = separate_copy(model)
     with unseen(model):
         compute(model, inputs, ())  # whatever does not run from here on is the copy

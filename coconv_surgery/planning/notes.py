@@ -20,6 +20,7 @@ from coconv_surgery.layers.conv import CoConv2d
 from coconv_surgery.layers.metadata import compare_plain
 from coconv_surgery.layers.rollback import refill
 from coconv_surgery.planning.plan import Plan
+from coconv_surgery.tracing.inputs import Inputs, InputSize, infer_inputs
 
 KEY = "coconv_plan"
 GUARD = "converted_by_coconv_surgery_"
@@ -37,6 +38,11 @@ def size_planned_for(model: nn.Module) -> tuple[int, int, int] | None:
     plan = noted_plan(model)
     image = plan and re.fullmatch(r"1×(\d+)×(\d+)×(\d+)", plan.input)
     return (int(image[1]), int(image[2]), int(image[3])) if image else None
+
+
+def inputs_for(model: nn.Module, input_size: InputSize | None = None, example_inputs: Any = None) -> Inputs:
+    """What to call a network with: as of :func:`infer_inputs`, or else what :func:`size_planned_for` says."""
+    return infer_inputs(model, input_size, example_inputs, size_planned_for(model))
 
 
 def note_plan(model: nn.Module, plan: Plan | None, undo: ExitStack) -> None:

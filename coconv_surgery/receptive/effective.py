@@ -16,10 +16,10 @@ import torch
 import torch.nn as nn
 
 from coconv_surgery.layers.arguments import as_number, flag, instance, near_miss, text, whole_number
-from coconv_surgery.planning.notes import size_planned_for
+from coconv_surgery.planning.notes import inputs_for
 from coconv_surgery.receptive.theoretical import revert_copy, watched_convs
 from coconv_surgery.tracing.finding import find_sites
-from coconv_surgery.tracing.inputs import Inputs, InputSize, infer_inputs
+from coconv_surgery.tracing.inputs import Inputs, InputSize
 from coconv_surgery.tracing.objects import in_words, tensors_in
 from coconv_surgery.tracing.unseen import unseen
 from coconv_surgery.tracing.visit import on_a_copy
@@ -127,7 +127,7 @@ def _batch(model: nn.Module, images: Any, input_size: InputSize | None) -> torch
         parameter = next((p for p in model.parameters() if p.is_floating_point()), batch)
         return batch.detach().to(parameter.device, parameter.dtype)
     count = whole_number(images, "images", at_least=1)
-    like = infer_inputs(model, input_size, otherwise=size_planned_for(model)).args[0]
+    like = inputs_for(model, input_size).args[0]
     generator = torch.Generator("cpu").manual_seed(0)
     return torch.randn(count, *like.shape[1:], generator=generator, device="cpu").to(like)
 

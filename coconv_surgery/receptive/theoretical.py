@@ -11,14 +11,14 @@ import torch.fx as fx
 import torch.nn as nn
 
 from coconv_surgery.layers.arguments import Pair, flag, instance
-from coconv_surgery.planning.notes import size_planned_for
+from coconv_surgery.planning.notes import inputs_for
 from coconv_surgery.planning.patterns import Patterns, as_list, check_patterns, first_match
 from coconv_surgery.planning.plan import align
 from coconv_surgery.receptive.rules import Map
 from coconv_surgery.receptive.spots import Mask
 from coconv_surgery.receptive.watching import Watch
 from coconv_surgery.tracing.finding import find_sites
-from coconv_surgery.tracing.inputs import BlankInputs, Inputs, InputSize, infer_inputs
+from coconv_surgery.tracing.inputs import BlankInputs, Inputs, InputSize
 from coconv_surgery.tracing.objects import in_words
 from coconv_surgery.tracing.sites import Site
 from coconv_surgery.tracing.switching import revert_sites
@@ -131,7 +131,7 @@ def receptive_fields(
         sites = find_sites(model)
         if patterns is not None:
             check_patterns({"names": patterns}, [name for site in sites for name in (site.name, *site.aliases)])
-        inputs = infer_inputs(model, input_size, example_inputs, size_planned_for(model))
+        inputs = inputs_for(model, input_size, example_inputs)
         if inputs.image_size is None:
             raise ValueError("example_inputs hold no batch of images, of which a convolution could see pixels")
         wanted = [site for site in sites if patterns is None or first_match((site.name, *site.aliases), patterns)]
