@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from coconv_surgery.bench.speed import SUBJECTS, Case, contender, prepare
 from coconv_surgery.bench.timing import quiet
 
+_WARMUP = 2  # runs that do not count
 _SHARE = 0.005  # of the plain network's time, from which on a difference is told
 
 
@@ -50,23 +51,22 @@ def profile_operators(case: Case, device: torch.device, rounds: int) -> list[Ope
     subject = SUBJECTS[case.subject]
     with quiet():
         calls = [prepare(contender(subject, which), subject, case, device) for which in ("plain", "coconv")]
-        times: tuple[dict[str, list[float]], ...] = defaultdict(list), defaultdict(list)
-        counts: tuple[dict[str, int], ...] = defaultdict(int), defaultdict(int)
-        for turn in range(-2, rounds):
-            for call, taken, count in zip(calls, times, counts, strict=True):
-                found = _profile(call, device)
-                if turn >= 0:
-                    for name, (number, milliseconds) in found.items():
-                        taken[name].append(milliseconds)
-                        count[name] = number
-    plain, contextual = ({name: statistics.median(each) for name, each in taken.items()} for taken in times)
-    differences = {name: contextual.get(name, 0.0) - plain.get(name, 0.0) for name in {**plain, **contextual}}
-    least = _SHARE * sum(plain.values())
-    return [
-        Operator(case, name, counts[0][name], plain.get(name, 0.0), counts[1][name], contextual.get(name, 0.0))
-        for name, difference in sorted(differences.items(), key=lambda item: -abs(item[1]))
-        if abs(difference) >= least
-    ]
+        runs = [[_profile(call, device) for call in calls] for _ in range(_WARMUP + rounds)]
+    plain, contextual = (_medians(found) for found in zip(*runs[_WARMUP:], strict=True))
+    least = _SHARE * sum(milliseconds for _, milliseconds in plain.values())
+    rows = [Operator(case, name, *plain[name], *contextual[name]) for name in {**plain, **contextual}]
+    told = [row for row in rows if abs(row.contextual_ms - row.plain_ms) >= least]
+    return sorted(told, key=lambda row: -abs(row.contextual_ms - row.plain_ms))
+
+
+def _medians(runs: Sequence[Mapping[str, tuple[int, float]]]) -> Mapping[str, tuple[int, float]]:
+    """How often each operator is called, and its median milliseconds; none and 0 for others."""
+    seen: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for run in runs:
+        for name, found in run.items():
+            seen[name].append(found)
+    medians = {name: (each[-1][0], statistics.median(taken for _, taken in each)) for name, each in seen.items()}
+    return defaultdict(lambda: (0, 0.0), medians)
 
 
 def _profile(call: Callable[[], Any], device: torch.device) -> dict[str, tuple[int, float]]:

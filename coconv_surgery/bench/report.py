@@ -172,13 +172,14 @@ _OPERATIONS_LEGEND = (
     "Operations of the deployed networks in ONNX Runtime, by its profiler, of which one has more than the other: what "
     "they give, how many there are, and the milliseconds that they take together."
 )
-_OPERATIONS = ("network", "operation", "output", "plain", "plain ms", "contextual", "contextual ms")
+_SIDE_BY_SIDE = ("plain", "plain ms", "contextual", "contextual ms")
+_OPERATIONS = ("network", "operation", "output", *_SIDE_BY_SIDE)
 _OPERATORS_LEGEND = (
     "Operators of torch, by its profiler, for which the contextual network takes at least half a percent of the plain "
     "one's time more, or less: how often they are called, and the milliseconds that they take together without the "
     "operators that they call."
 )
-_OPERATORS = ("network", "mode", "layout", "operator", "plain", "plain ms", "contextual", "contextual ms")
+_OPERATORS = ("network", "mode", "layout", "operator", *_SIDE_BY_SIDE)
 _MEMORY = ("network", "CoConv", "authors")
 _CALIBRATIONS = ("network", "convs solved", "seconds", "peak GiB")
 _COSTS = ("network", "convs", "plan s", "convert s", "weights MiB", "peak memory / weights")
@@ -201,14 +202,15 @@ def _deployed(row: Deployed) -> tuple[str, ...]:
 
 
 def _operations(row: Operations) -> tuple[str, ...]:
-    size = "×".join(map(str, row.output))
-    times = (str(row.plain), f"{row.plain_ms:.2f}", str(row.contextual), f"{row.contextual_ms:.2f}")
-    return (row.network, row.kind, size, *times)
+    return (row.network, row.kind, "×".join(map(str, row.output)), *_side_by_side(row))
 
 
 def _operators(row: Operator) -> tuple[str, ...]:
-    times = (str(row.plain), f"{row.plain_ms:.2f}", str(row.contextual), f"{row.contextual_ms:.2f}")
-    return (row.case.subject, row.case.mode, row.case.layout, row.name, *times)
+    return (row.case.subject, row.case.mode, row.case.layout, row.name, *_side_by_side(row))
+
+
+def _side_by_side(row: Operations | Operator) -> tuple[str, ...]:
+    return (str(row.plain), f"{row.plain_ms:.2f}", str(row.contextual), f"{row.contextual_ms:.2f}")
 
 
 def _ratio(ratio: Ratio | None) -> str:
